@@ -1,0 +1,51 @@
+"""Rotate queries or keys by a position offset (RoPE is relative).
+
+A key cached at local position j of a segment that now starts at s is seen
+correctly by rotating the query by -s instead of the key by +s:
+``<R(p) q, R(j + s) k> = <R(p - s) q, R(j) k>``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def angles(cos_sin_cache: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit cosines and signed sines of rotations by ``offsets`` positions.
+
+    Args:
+        cos_sin_cache: float [max_position, rotary_dim], ``cos | sin`` of each
+            position, as SGLang's rotary modules hold it.
+        offsets: int64 [n], may be negative.
+
+    Returns:
+        cos, sin: float32 [n, rotary_dim / 2]. A scale that the table carries
+        (YaRN's mscale) is divided out: it was applied to query and key already.
+    """
+    table = cos_sin_cache[offsets.abs()].float()
+    cos, sin = table.chunk(2, dim=-1)
+    norm = torch.sqrt(cos * cos + sin * sin)
+    return cos / norm, sin / norm * torch.sign(offsets)[:, None]
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, neox: bool) -> torch.Tensor:
+    """Rotate the first ``rotary_dim`` channels of every head.
+
+    Args:
+        x: [n, heads, head_dim].
+        cos, sin: float32 [n, rotary_dim / 2], from ``angles``.
+        neox: halves layout (GPT-NeoX) if true, interleaved pairs (GPT-J) if not.
+
+    Returns:
+        [n, heads, head_dim] in the dtype of ``x``; arithmetic in float32.
+    """
+    half = cos.shape[-1]
+    turned, rest = x[..., : 2 * half].float(), x[..., 2 * half :]
+    cos, sin = cos[:, None], sin[:, None]
+    if neox:
+        a, b = turned.chunk(2, dim=-1)
+        out = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    else:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        out = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+    return torch.cat([out.to(x.dtype), rest], dim=-1)

@@ -1,0 +1,41 @@
+"""*Relocate*: copy reused pages into private slots, K at its true position.
+
+What EPIC and HYPIC do. It costs memory for every request and leaves decode
+entirely stock; kept as the fallback and as the baseline for memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sglang_pic.attention.rope import LayerRope
+from sglang_pic.kernels.rotate import angles, rotate
+from sglang_pic.link.plan import LinkPlan
+
+
+class Relocator:
+    """Copies a plan's pages within one KV pool.
+
+    Args:
+        pool: SGLang's KV pool (keys and values by layer).
+        ropes: rotary table by layer id.
+    """
+
+    def __init__(self, pool: Any, ropes: dict[int, LayerRope]):
+        self._pool = pool
+        self._ropes = ropes
+
+    def __call__(self, plan: LinkPlan, private: torch.Tensor) -> None:
+        """Fill ``private`` (int64 [plan.reused]) from ``plan.slots``."""
+        source = plan.slots
+        offsets = torch.cat(
+            [torch.full((span.end - span.start,), span.offset) for span in plan.spans]
+        ).to(source.device)
+        for layer_id, rope in self._ropes.items():
+            keys = self._pool.get_key_buffer(layer_id)
+            values = self._pool.get_value_buffer(layer_id)
+            cos, sin = angles(rope.cos_sin_cache, offsets)
+            keys[private] = rotate(keys[source], cos, sin, neox=rope.neox)
+            values[private] = values[source]

@@ -1,0 +1,59 @@
+"""Each layer's rotary table, and which position encodings may be linked."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from sglang.srt.layers.radix_attention import RadixAttention
+
+# Angle = position times a fixed frequency: rotations add up. By exact class:
+# a subclass may well depend on the sequence's length.
+LINEAR_ROPE = {
+    "RotaryEmbedding",
+    "LinearScalingRotaryEmbedding",
+    "Llama3RotaryEmbedding",
+    "YaRNScalingRotaryEmbedding",
+    "MRotaryEmbedding",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRope:
+    """Rotation of one layer: table as in ``kernels.rotate.angles``, and layout."""
+
+    cos_sin_cache: torch.Tensor
+    neox: bool
+
+
+def layer_ropes(model: Any) -> tuple[dict[int, LayerRope], str | None]:
+    """Find the rotary table of every attention layer.
+
+    Args:
+        model: SGLang's loaded model.
+
+    Returns:
+        Table by layer id, and the reason why this model must not be linked, or
+        ``None``.
+    """
+    ropes: dict[int, LayerRope] = {}
+    layers = {m.layer_id for m in model.modules() if isinstance(m, RadixAttention)}
+    for module in model.modules():
+        attn, rotary = getattr(module, "attn", None), getattr(module, "rotary_emb", None)
+        if not isinstance(attn, RadixAttention) or rotary is None:
+            continue
+        name = type(rotary).__name__
+        if name not in LINEAR_ROPE:
+            return {}, f"layer {attn.layer_id}: {name} is not known to be linear in position"
+        ropes[attn.layer_id] = LayerRope(rotary.cos_sin_cache, rotary.is_neox_style)
+        if attn.qk_head_dim != attn.v_head_dim:
+            return {}, f"layer {attn.layer_id}: key and value dimensions differ (MLA)"
+        if attn.sliding_window_size is not None and attn.sliding_window_size > -1:
+            return {}, f"layer {attn.layer_id}: sliding-window attention"
+    if not layers:
+        return {}, "the model has no attention layer SGLang could cache"
+    unknown = sorted(layers - set(ropes))
+    if unknown:
+        return {}, f"layer {unknown[0]}: no rotary embedding found, position encoding unknown"
+    return ropes, None

@@ -1,0 +1,144 @@
+"""Span attention on torch: the reference, and what a CPU serves with.
+
+Ordinary rows call the very functions stock SGLang would call for them. A loop
+over parts stands where a GPU kernel has its grid: one call per distinct span
+and row, each over all its queries at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+from sglang_pic.attention.rope import layer_ropes
+from sglang_pic.attention.step import SpanStep, StepRow, build_step
+from sglang_pic.errors import PicIntegrityError
+from sglang_pic.kernels.attend import attend
+from sglang_pic.kernels.merge import merge
+from sglang_pic.kernels.rotate import angles, rotate
+from sglang_pic.link.plan import LinkPlan
+
+
+class PicTorchNativeBackend(TorchNativeAttnBackend):
+    """SGLang's ``torch_native`` backend with linked rows."""
+
+    def __init__(self, model_runner: Any):
+        super().__init__(model_runner)
+        self.ropes, self.refusal = layer_ropes(model_runner.model)
+        self._plans: list[LinkPlan | None] = []
+        self._rids: list[str] = []
+        self._step: SpanStep | None = None
+        self._angles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def set_plans(self, rids: Sequence[str], plans: Sequence[LinkPlan | None]) -> None:
+        """Plans of the batch that runs next; called once a forward pass."""
+        self._rids, self._plans = list(rids), list(plans)
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        super().init_forward_metadata(forward_batch)
+        self._step = None
+        self._angles.clear()
+        if any(plan is not None for plan in self._plans):
+            if self._rids != forward_batch.rids:
+                raise PicIntegrityError("the forward pass is not the one that was planned")
+            self._step = build_step(self._rows(forward_batch), self.device)
+
+    def _rows(self, batch: Any) -> list[StepRow]:
+        decode = batch.forward_mode.is_decode()
+        totals = batch.seq_lens.tolist()
+        extends = [1] * len(totals) if decode else batch.extend_seq_lens.tolist()
+        pool = batch.req_pool_indices.tolist()
+        rows = []
+        at = 0
+        for plan, total, extend, slot in zip(self._plans, totals, extends, pool, strict=True):
+            if plan is not None and plan.relocated and decode:
+                plan = None  # its keys are in place: stock decode is right
+            row = self.req_to_token_pool.req_to_token[slot, :total] if plan else None
+            rows.append(StepRow(plan, at, total - extend, extend, row))
+            at += extend
+        return rows
+
+    # -- per layer ------------------------------------------------------------
+
+    def forward_extend(
+        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True
+    ) -> torch.Tensor:
+        if self._step is None:
+            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
+        return self._forward(q, k, v, layer, forward_batch, save_kv_cache)
+
+    def forward_decode(
+        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True
+    ) -> torch.Tensor:
+        if self._step is None:
+            return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
+        return self._forward(q, k, v, layer, forward_batch, save_kv_cache)
+
+    def _forward(
+        self, q: Any, k: Any, v: Any, layer: Any, batch: Any, save_kv_cache: bool
+    ) -> torch.Tensor:
+        step = self._step
+        assert step is not None
+        if save_kv_cache and k is not None and v is not None:
+            self.token_to_kv_pool.set_kv_buffer(
+                layer, KVWriteLoc(batch.out_cache_loc, self.swa_out_cache_loc), k, v
+            )
+        query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        out = torch.empty_like(query)
+        if step.ordinary:
+            self._forward_ordinary(query, out, layer, batch, step.ordinary)
+        out[step.tokens] = self._forward_linked(query[step.tokens], layer, step).to(out.dtype)
+        return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+
+    def _forward_linked(self, query: torch.Tensor, layer: Any, step: SpanStep) -> torch.Tensor:
+        """float32 [tokens, heads, head_dim] from the linked queries of this batch."""
+        keys = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
+        values = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
+        rope = self.ropes[layer.layer_id]
+        table = id(rope.cos_sin_cache)
+        if table not in self._angles:
+            self._angles[table] = angles(rope.cos_sin_cache, -step.offset)
+        gathered = rotate(query[step.query], *self._angles[table], neox=rope.neox)
+        partial = gathered.new_empty(gathered.shape, dtype=torch.float32)
+        lse = partial.new_empty(partial.shape[:2])
+        for part, causal in enumerate(step.causal):
+            q_range = slice(step.qo_indptr[part], step.qo_indptr[part + 1])
+            slots = step.slots[step.kv_indptr[part] : step.kv_indptr[part + 1]]
+            partial[q_range], lse[q_range] = attend(
+                gathered[q_range], keys[slots], values[slots], scale=layer.scaling, causal=causal
+            )
+        return merge(partial, lse, step.query, query.shape[0])
+
+    def _forward_ordinary(
+        self, query: torch.Tensor, out: torch.Tensor, layer: Any, batch: Any, rows: list[int]
+    ) -> None:
+        """Stock attention for the batch's ordinary rows, into ``out``."""
+        index = torch.tensor(rows, device=query.device)
+        decode = batch.forward_mode.is_decode()
+        if decode:
+            tokens = index
+        else:
+            ends = torch.cumsum(batch.extend_seq_lens, 0)
+            tokens = torch.cat(
+                [torch.arange(ends[i] - batch.extend_seq_lens[i], ends[i]) for i in rows]
+            ).to(query.device)
+        lengths = [] if decode else [batch.extend_prefix_lens[index], batch.extend_seq_lens[index]]
+        run = self._run_sdpa_forward_decode if decode else self._run_sdpa_forward_extend
+        part = query[tokens]
+        out[tokens] = run(
+            part,
+            torch.empty_like(part),
+            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
+            self.token_to_kv_pool.get_value_buffer(layer.layer_id),
+            self.req_to_token_pool.req_to_token,
+            batch.req_pool_indices[index],
+            batch.seq_lens[index],
+            *lengths,
+            scaling=layer.scaling,
+            enable_gqa=layer.tp_q_head_num != layer.tp_k_head_num,
+            causal=not decode,
+        )

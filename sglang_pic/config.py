@@ -1,0 +1,78 @@
+"""Settings of one server, the same in every one of its processes.
+
+SGLang's ``ServerArgs`` cannot carry a plug-in's fields, so the launcher hands
+the settings to SGLang's sub-processes as JSON in ``SGLANG_PIC_CONFIG``. Under
+plain ``sglang serve --radix-cache-backend pic`` the same variable may be set
+by hand; without it the defaults hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+
+from sglang_pic.errors import PicConfigError
+from sglang_pic.link.policy import MODES, POLICIES, LinkOptions
+
+ENV_NAME = "SGLANG_PIC_CONFIG"
+
+
+@dataclasses.dataclass(frozen=True)
+class PicConfig:
+    """Server-wide settings.
+
+    Attributes:
+        seam: seam width w in tokens: how many tokens at the head of a segment
+            every link computes anew (EPIC's k, MEPIC's first block).
+        policy: default recompute policy, one of ``none``, ``seam``, ``full``.
+        mode: ``share`` reads one physical copy of a segment's pages for every
+            request and position; ``relocate`` copies them into the request
+            with K rotated to its true position.
+        compile_context: token ids behind which every segment is compiled;
+            empty compiles a segment from nothing.
+        min_segment: a segment shorter than this many tokens is computed, not
+            compiled.
+    """
+
+    seam: int = 16
+    policy: str = "seam"
+    mode: str = "share"
+    compile_context: tuple[int, ...] = ()
+    min_segment: int = 32
+
+    def __post_init__(self) -> None:
+        if self.seam < 0:
+            raise PicConfigError(f"seam must be at least 0, got {self.seam}")
+        if self.min_segment < 1:
+            raise PicConfigError(f"min_segment must be at least 1, got {self.min_segment}")
+        if self.policy not in POLICIES:
+            raise PicConfigError(f"policy must be one of {sorted(POLICIES)}, got {self.policy!r}")
+        if self.mode not in MODES:
+            raise PicConfigError(f"mode must be one of {sorted(MODES)}, got {self.mode!r}")
+
+    @property
+    def link_defaults(self) -> LinkOptions:
+        """What a request gets that names no option of its own."""
+        return LinkOptions(policy=self.policy, seam=self.seam, mode=self.mode)
+
+    def to_env(self) -> None:
+        """Publish the settings to this process and the children it will start."""
+        os.environ[ENV_NAME] = json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_env(cls) -> PicConfig:
+        """Settings of this process; defaults where the variable is unset.
+
+        Raises:
+            PicConfigError: the variable is not a JSON object of known settings.
+        """
+        text = os.environ.get(ENV_NAME)
+        if not text:
+            return cls()
+        try:
+            values = json.loads(text)
+            values["compile_context"] = tuple(values.get("compile_context", ()))
+            return cls(**values)
+        except (TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise PicConfigError(f"{ENV_NAME} is not a valid configuration: {error}") from error

@@ -1,0 +1,61 @@
+"""Build the tree cache for one scheduler, and decide whether it may link."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from sglang.srt.mem_cache.registry import create_unified_radix_cache
+
+from sglang_pic.attention.relocate import Relocator
+from sglang_pic.config import PicConfig
+from sglang_pic.errors import PicConfigError
+from sglang_pic.forest.cache import PicCache
+
+logger = logging.getLogger(__name__)
+
+
+def _refusal(ctx: Any, backend: Any) -> str | None:
+    """Why this server must not link, or ``None``."""
+    from sglang_pic.sglang_hooks import engine_refusal
+
+    args = ctx.server_args
+    reasons = {
+        "the radix cache is disabled": args.disable_radix_cache,
+        "hybrid models with linear attention are not wired yet": ctx.is_hybrid_ssm,
+        "sliding-window models are not supported": ctx.is_hybrid_swa,
+        "speculative decoding is not supported": args.speculative_algorithm is not None,
+        "pipeline parallelism is not supported": args.pp_size > 1,
+        "prefill/decode disaggregation is not supported": args.disaggregation_mode != "null",
+        f"attention backend {type(backend).__name__} cannot attend over spans": not hasattr(
+            backend, "set_plans"
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            return reason
+    return engine_refusal() or backend.refusal
+
+
+def build_cache(ctx: Any) -> PicCache:
+    """Factory for ``--radix-cache-backend pic``.
+
+    Args:
+        ctx: SGLang's ``TreeCacheBuildContext``.
+    """
+    cache = create_unified_radix_cache(ctx, cache_class=PicCache)
+    assert isinstance(cache, PicCache)
+    config = PicConfig.from_env()
+    runner = ctx.tp_worker.model_runner
+    backend = runner.attn_backend
+    refusal = _refusal(ctx, backend)
+    vocabulary = ctx.model_config.vocab_size
+    if any(not 0 <= token < vocabulary for token in config.compile_context):
+        raise PicConfigError("the compile context holds a token outside the vocabulary")
+    cache.configure(config, refusal)
+    if refusal is None:
+        cache.relocate = Relocator(runner.token_to_kv_pool, backend.ropes)
+        logger.info("sglang_pic links: %s", config)
+    else:
+        logger.warning("sglang_pic does not link, every request is exact: %s", refusal)
+    return cache

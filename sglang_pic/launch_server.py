@@ -1,0 +1,125 @@
+"""``python -m sglang_pic.launch_server``: SGLang's server, linking.
+
+Takes every flag of ``sglang serve`` and a few of its own, starting with
+``--pic-``; hands these to SGLang's processes and starts the stock server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from sglang_pic.config import PicConfig
+from sglang_pic.errors import PicConfigError
+from sglang_pic.link.policy import MODES, POLICIES
+
+
+def pic_parser() -> argparse.ArgumentParser:
+    """Parser of our own flags; everything else is SGLang's."""
+    defaults = PicConfig()
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_pic.launch_server",
+        description="Serve a model on stock SGLang with position-independent caching.",
+        epilog="All other flags are SGLang's; see `sglang serve --help`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model-path", required=True, help="model directory (SGLang's flag)")
+    parser.add_argument(
+        "--pic-seam",
+        type=int,
+        default=defaults.seam,
+        metavar="W",
+        help="tokens at the head of each segment that every link computes anew (%(default)s)",
+    )
+    parser.add_argument(
+        "--pic-policy",
+        choices=sorted(POLICIES),
+        default=defaults.policy,
+        help="recompute policy: seam, none (reuse all), full (reuse nothing) (%(default)s)",
+    )
+    parser.add_argument(
+        "--pic-mode",
+        choices=MODES,
+        default=defaults.mode,
+        help="share pages between requests, or relocate copies of them (%(default)s)",
+    )
+    context = parser.add_mutually_exclusive_group()
+    context.add_argument(
+        "--pic-compile-context",
+        metavar="TEXT",
+        help="compile every segment behind this text, usually the system prompt as the chat "
+        "template renders it",
+    )
+    context.add_argument(
+        "--pic-compile-context-file",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="the same, read from a UTF-8 file",
+    )
+    parser.add_argument(
+        "--pic-min-segment",
+        type=int,
+        default=defaults.min_segment,
+        metavar="TOKENS",
+        help="shorter segments are computed, not compiled (%(default)s)",
+    )
+    return parser
+
+
+def read_config(args: argparse.Namespace) -> PicConfig:
+    """Settings from parsed flags.
+
+    Raises:
+        PicConfigError: a value is out of range or the context file unreadable.
+    """
+    text = args.pic_compile_context
+    if args.pic_compile_context_file is not None:
+        try:
+            text = args.pic_compile_context_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PicConfigError(f"--pic-compile-context-file: {error}") from error
+    context: tuple[int, ...] = ()
+    if text:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(args.model_path)
+        context = tuple(tokenizer(text)["input_ids"])
+    return PicConfig(
+        seam=args.pic_seam,
+        policy=args.pic_policy,
+        mode=args.pic_mode,
+        compile_context=context,
+        min_segment=args.pic_min_segment,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Start the server; returns when it stops."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = pic_parser()
+    args, rest = parser.parse_known_args(argv)
+    try:
+        read_config(args).to_env()
+    except PicConfigError as error:
+        parser.error(str(error))
+    rest = ["--model-path", args.model_path, *rest]
+    if not any(flag.split("=")[0] == "--radix-cache-backend" for flag in rest):
+        rest += ["--radix-cache-backend", "pic"]
+
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    load_plugins()
+    try:
+        run_server(prepare_server_args(rest))
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""The link plan: what is reused, what is computed, in which order, where.
+
+SGLang believes that a request's KV row is ``[cached prefix | tokens to
+extend]``. A link satisfies it by order, not by position: the row holds all
+reused tokens first, then all computed tokens in logical order, and every token
+carries its own position. This module is pure: it knows neither SGLang nor the
+forest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from sglang_pic.errors import PicIntegrityError
+from sglang_pic.link.policy import RecomputePolicy, ceil_to, floor_to
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentHit:
+    """A segment of the prompt as the forest holds it.
+
+    Attributes:
+        start, end: token range in the prompt.
+        offset: position of the segment's first token in this prompt less its
+            position when compiled: ``start - len(compile context)``.
+        slots: int64 [held], KV slots of the segment's first ``held`` tokens,
+            whole pages. ``held`` may be less than the segment (partly evicted).
+        opening: the segment stands at the prompt's start exactly as compiled.
+    """
+
+    start: int
+    end: int
+    offset: int
+    slots: torch.Tensor
+    opening: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Reused tokens that are contiguous in the prompt and share one rotation.
+
+    Attributes:
+        start, end: token range in the prompt; also positions.
+        offset: queries that see this span are rotated by ``-offset``.
+        row_start: index of the span's first token in the KV row.
+        slots: int64 [end - start], KV slots, whole pages.
+        first_seer: rank, among computed tokens, of the first one behind the span.
+    """
+
+    start: int
+    end: int
+    offset: int
+    row_start: int
+    slots: torch.Tensor
+    first_seer: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LinkPlan:
+    """Layout of one linked request.
+
+    Attributes:
+        n_tokens: tokens of prompt plus those generated before a retraction.
+        reused: number of reused tokens; the row's first ``reused`` entries.
+        spans: the reused tokens, in position order.
+        order: int64 [n_tokens], ``order[i]`` is the logical index, hence the
+            position, of row entry ``i``.
+        natural: the row is in logical order and may be cached as a prefix.
+        relocated: the request owns private copies of the reused pages, with K
+            at its true position.
+    """
+
+    n_tokens: int
+    reused: int
+    spans: tuple[Span, ...]
+    order: torch.Tensor
+    natural: bool = False
+    relocated: bool = False
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """int64 [reused], KV slots of the reused tokens in row order."""
+        if not self.spans:
+            return torch.empty(0, dtype=torch.int64)
+        return torch.cat([span.slots for span in self.spans])
+
+    def check(self, page: int) -> None:
+        """Raise ``PicIntegrityError`` unless the layout is a permutation of
+        whole pages followed by computed tokens in logical order."""
+        logical = torch.sort(self.order).values
+        if not torch.equal(logical, torch.arange(self.n_tokens)):
+            raise PicIntegrityError("row order is not a permutation of the prompt")
+        if self.reused % page or any((s.end - s.start) % page for s in self.spans):
+            raise PicIntegrityError("reused tokens are not whole pages")
+        live = self.order[self.reused :]
+        if live.numel() == 0 or bool((live[1:] <= live[:-1]).any()):
+            raise PicIntegrityError("computed tokens are not in logical order")
+        for span in self.spans:
+            if span.first_seer != int((live < span.start).sum()):
+                raise PicIntegrityError(f"span at {span.start} is seen by the wrong tokens")
+
+
+def unlinked_plan(n_tokens: int) -> LinkPlan:
+    """A row in logical order, on our attention, nothing linked."""
+    return LinkPlan(n_tokens, 0, (), torch.arange(n_tokens), natural=True)
+
+
+def make_plan(
+    n_tokens: int,
+    *,
+    limit: int,
+    prefix: torch.Tensor,
+    hits: Sequence[SegmentHit],
+    policy: RecomputePolicy,
+    page: int,
+) -> LinkPlan:
+    """Lay out one request.
+
+    Args:
+        n_tokens: tokens to lay out, at least 1.
+        limit: no token at or behind this index may be reused (SGLang leaves
+            every request at least one token to compute).
+        prefix: int64 [p], slots of an exactly cached prefix, whole pages.
+        hits: segments found, in prompt order, disjoint.
+        policy: which tokens of each segment are reused.
+        page: tokens per KV page.
+
+    Returns:
+        The plan. Segments, or parts of them, that cannot be reused are simply
+        part of the computed tokens.
+    """
+    pieces: list[tuple[int, int, int, torch.Tensor]] = []
+    covered = prefix.numel()
+    if covered:
+        pieces.append((0, covered, 0, prefix))
+    for hit in hits:
+        length = hit.end - hit.start
+        first, last = policy.core(length, page=page, opening=hit.opening)
+        first = max(first, ceil_to(max(0, covered - hit.start), page))
+        last = min(last, hit.slots.numel(), floor_to(max(0, limit - hit.start), page))
+        if first < last:
+            start, end = hit.start + first, hit.start + last
+            pieces.append((start, end, hit.offset, hit.slots[first:last]))
+            covered = end
+
+    spans = []
+    live = torch.ones(n_tokens, dtype=torch.bool)
+    reused = 0
+    for start, end, offset, slots in pieces:
+        live[start:end] = False
+        first_seer = start - reused
+        spans.append(Span(start, end, offset, reused, slots, first_seer))
+        reused += end - start
+    computed = torch.nonzero(live).squeeze(1)
+    cores = [torch.arange(span.start, span.end) for span in spans]
+    return LinkPlan(n_tokens, reused, tuple(spans), torch.cat([*cores, computed]))

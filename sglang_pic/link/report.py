@@ -1,0 +1,152 @@
+"""The exactness report: what a request reused, and why it did not reuse more."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from sglang_pic.link.plan import LinkPlan
+from sglang_pic.link.policy import LinkOptions
+
+EXACT = "exact"
+COMPOSED = "composed"
+
+# Why a segment was, or was not, reused.
+HIT = "hit"
+PREFIX = "prefix"
+SEAM = "no_whole_page_behind_the_seam"
+SHORT = "shorter_than_min_segment"
+MISSING = "not_compiled"
+EVICTED = "evicted"
+PARTLY_EVICTED = "partly_evicted"
+POLICY_FULL = "policy_full"
+NOT_LINKED = "request_not_linked"
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentReport:
+    """One named segment: token range, id (``None`` if it was not looked up),
+    and what became of it.
+
+    ``hit`` is true when at least one token was reused; ``reason`` is one of the
+    constants of this module.
+    """
+
+    start: int
+    end: int
+    id: str | None
+    hit: bool
+    reason: str
+    tokens_reused: int
+    tokens_computed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LinkReport:
+    """What one request did.
+
+    Attributes:
+        exactness: ``exact`` when every reused token was computed behind the
+            very tokens that precede it here, else ``composed``.
+        reason: why linking was off for the whole request, or ``None``.
+        tokens_reused, tokens_computed: of the prompt.
+        prefix_tokens: those of ``tokens_reused`` that come from SGLang's
+            ordinary prefix cache.
+    """
+
+    exactness: str
+    reason: str | None
+    policy: str
+    seam: int
+    mode: str
+    tokens_reused: int
+    tokens_computed: int
+    prefix_tokens: int
+    segments: tuple[SegmentReport, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What the planner knew of one named segment.
+
+    ``id`` and ``miss`` as in ``forest.Lookup``, both ``None`` where no lookup
+    was made; ``opening`` as in ``plan.SegmentHit``.
+    """
+
+    start: int
+    end: int
+    id: str | None = None
+    miss: str | None = None
+    opening: bool = False
+
+
+def _overlap(start: int, end: int, ranges: Sequence[tuple[int, int]]) -> int:
+    return sum(max(0, min(end, b) - max(start, a)) for a, b in ranges)
+
+
+def _why(found: Found, options: LinkOptions, reason: str | None, linked: int, total: int) -> str:
+    if reason is not None:
+        return NOT_LINKED
+    if found.id is None:
+        return POLICY_FULL if options.policy == "full" else SHORT
+    if found.miss is not None:
+        return found.miss
+    if linked:
+        return HIT
+    return PREFIX if total else SEAM
+
+
+def make_report(
+    n_tokens: int,
+    options: LinkOptions,
+    *,
+    segments: Sequence[Found],
+    prefix_tokens: int,
+    plan: LinkPlan | None,
+    reason: str | None,
+) -> LinkReport:
+    """Report one request.
+
+    Args:
+        n_tokens: tokens of the prompt.
+        segments: what was found of each named segment, in prompt order.
+        prefix_tokens: tokens reused from the ordinary prefix cache.
+        plan: the link plan, or ``None`` if nothing is linked.
+        reason: why linking is off for the whole request, or ``None``.
+    """
+    prefix = [(0, prefix_tokens)]
+    cores = [(s.start, s.end) for s in plan.spans if s.start >= prefix_tokens] if plan else []
+    made = []
+    exactness = EXACT
+    for found in segments:
+        linked = _overlap(found.start, found.end, cores)
+        total = linked + _overlap(found.start, found.end, prefix)
+        if linked and not found.opening:
+            exactness = COMPOSED
+        made.append(
+            SegmentReport(
+                start=found.start,
+                end=found.end,
+                id=found.id,
+                hit=total > 0,
+                reason=_why(found, options, reason, linked, total),
+                tokens_reused=total,
+                tokens_computed=found.end - found.start - total,
+            )
+        )
+    reused = prefix_tokens + sum(end - start for start, end in cores)
+    return LinkReport(
+        exactness=exactness,
+        reason=reason,
+        policy=options.policy,
+        seam=options.seam,
+        mode=options.mode,
+        tokens_reused=reused,
+        tokens_computed=n_tokens - reused,
+        prefix_tokens=prefix_tokens,
+        segments=tuple(made),
+    )

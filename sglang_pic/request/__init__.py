@@ -1,0 +1,1 @@
+"""From what a user sends to the one internal form: token ids plus spans."""

@@ -1,0 +1,31 @@
+"""The plain records every request is turned into."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sglang_pic.link.policy import LinkOptions
+
+# Stands for the plain text before the first segment where segments are numbered.
+OPENING = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSpan:
+    """Half-open range of token indices ``[start, end)``, never empty."""
+
+    start: int
+    end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LinkRequest:
+    """What the scheduler receives beside the prompt's token ids.
+
+    ``strict`` asks the scheduler to hand the request back, unstarted, when a
+    segment is not in the forest, so that it can be compiled first.
+    """
+
+    spans: tuple[TokenSpan, ...]
+    options: LinkOptions
+    strict: bool = True

@@ -1,0 +1,185 @@
+"""Validation of the ``pic`` object that a request may carry.
+
+    "pic": {
+        "segments": [{"start": 12, "end": 140}, ...],
+        "parts": ["text", {"segment": "a document"}, "question"],
+        "tokenize": "pieces" | "whole",
+        "policy": "seam" | "none" | "full",
+        "seam": 16,
+        "mode": "share" | "relocate",
+        "require_exact": false,
+        "link": true
+    }
+
+``segments`` counts tokens where the prompt is given as token ids, characters
+(Unicode code points) where it is given as text. ``parts`` replaces the text:
+the prompt is their concatenation, the marked ones are its segments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from sglang_pic.errors import PicRequestError
+from sglang_pic.link.policy import MODES, POLICIES, LinkOptions
+from sglang_pic.request.base import TokenSpan
+
+MAX_SEGMENTS = 1024
+MAX_SEAM = 1 << 20
+TOKENIZE_RULES = ("pieces", "whole")
+_KNOWN = {
+    "segments",
+    "parts",
+    "tokenize",
+    "policy",
+    "seam",
+    "mode",
+    "require_exact",
+    "link",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PicFields:
+    """A validated ``pic`` object.
+
+    ``ranges`` are in the unit of the prompt (tokens or characters); they are
+    sorted, disjoint and not empty, but not yet checked against its length.
+    ``text`` is the prompt when it was given as ``parts``.
+    """
+
+    ranges: tuple[TokenSpan, ...]
+    options: LinkOptions
+    tokenize: str = "pieces"
+    text: str | None = None
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _ranges(segments: Any) -> tuple[TokenSpan, ...]:
+    if not isinstance(segments, list):
+        raise PicRequestError("pic.segments", "must be a list of {start, end}")
+    if len(segments) > MAX_SEGMENTS:
+        raise PicRequestError(
+            "pic.segments", f"at most {MAX_SEGMENTS} segments a request, got {len(segments)}"
+        )
+    ranges: list[TokenSpan] = []
+    for i, item in enumerate(segments):
+        field = f"pic.segments[{i}]"
+        if not isinstance(item, dict) or set(item) != {"start", "end"}:
+            raise PicRequestError(field, "must be an object with exactly 'start' and 'end'")
+        for name in ("start", "end"):
+            if not _is_int(item[name]):
+                raise PicRequestError(
+                    f"{field}.{name}", f"must be an integer, got {item[name]!r:.80}"
+                )
+        start, end = item["start"], item["end"]
+        if start < 0:
+            raise PicRequestError(f"{field}.start", f"must be at least 0, got {start}")
+        if end <= start:
+            raise PicRequestError(
+                f"{field}.end", f"the segment is empty or reversed: [{start}, {end})"
+            )
+        if ranges and start < ranges[-1].end:
+            raise PicRequestError(
+                f"{field}.start",
+                f"{start} lies before the end {ranges[-1].end} of the preceding segment: "
+                "segments must be sorted and disjoint",
+            )
+        ranges.append(TokenSpan(start, end))
+    return tuple(ranges)
+
+
+def join_parts(parts: Any) -> tuple[str, tuple[TokenSpan, ...]]:
+    """Concatenate ``parts`` and return the text and the marked character ranges.
+
+    Raises:
+        PicRequestError: naming the part that is malformed or empty.
+    """
+    if not isinstance(parts, list) or not parts:
+        raise PicRequestError("pic.parts", "must be a non-empty list")
+    pieces: list[str] = []
+    segments: list[dict[str, int]] = []
+    length = 0
+    for i, part in enumerate(parts):
+        marked = isinstance(part, dict)
+        if marked and set(part) != {"segment"}:
+            raise PicRequestError(f"pic.parts[{i}]", "must be a string or {'segment': string}")
+        text = part["segment"] if marked else part
+        if not isinstance(text, str):
+            raise PicRequestError(
+                f"pic.parts[{i}]", f"must be a string or {{'segment': string}}, got {part!r:.80}"
+            )
+        if marked:
+            if not text:
+                raise PicRequestError(f"pic.parts[{i}].segment", "must not be empty")
+            segments.append({"start": length, "end": length + len(text)})
+        pieces.append(text)
+        length += len(text)
+    return "".join(pieces), _ranges(segments)
+
+
+def _choice(value: Any, name: str, choices: Any) -> str:
+    if value not in tuple(choices):
+        raise PicRequestError(f"pic.{name}", f"must be one of {sorted(choices)}, got {value!r:.80}")
+    return value
+
+
+def _flag(value: Any, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise PicRequestError(f"pic.{name}", f"must be true or false, got {value!r:.80}")
+    return value
+
+
+def parse_fields(pic: Any, defaults: LinkOptions) -> PicFields:
+    """Validate a ``pic`` object.
+
+    Args:
+        pic: the decoded JSON value.
+        defaults: options of the server, for what the request leaves out.
+
+    Raises:
+        PicRequestError: naming the field that is unknown, of the wrong type or
+            out of range.
+    """
+    if not isinstance(pic, dict):
+        raise PicRequestError("pic", f"must be an object, got {pic!r:.80}")
+    unknown = set(pic) - _KNOWN
+    if unknown:
+        raise PicRequestError(f"pic.{min(unknown)}", f"unknown field; known are {sorted(_KNOWN)}")
+    if "parts" in pic and "segments" in pic:
+        raise PicRequestError("pic.parts", "give either 'parts' or 'segments', not both")
+    text = None
+    if "parts" in pic:
+        text, ranges = join_parts(pic["parts"])
+    else:
+        ranges = _ranges(pic.get("segments", []))
+    seam = pic.get("seam", defaults.seam)
+    if not _is_int(seam) or not 0 <= seam <= MAX_SEAM:
+        raise PicRequestError(
+            "pic.seam", f"must be an integer from 0 to {MAX_SEAM}, got {seam!r:.80}"
+        )
+    return PicFields(
+        ranges=ranges,
+        options=LinkOptions(
+            policy=_choice(pic.get("policy", defaults.policy), "policy", POLICIES),
+            seam=seam,
+            mode=_choice(pic.get("mode", defaults.mode), "mode", MODES),
+            require_exact=_flag(pic.get("require_exact", defaults.require_exact), "require_exact"),
+            link=_flag(pic.get("link", defaults.link), "link"),
+        ),
+        tokenize=_choice(pic.get("tokenize", "pieces"), "tokenize", TOKENIZE_RULES),
+        text=text,
+    )
+
+
+def check_inside(ranges: tuple[TokenSpan, ...], length: int, unit: str) -> None:
+    """Raise ``PicRequestError`` unless every range lies within the prompt."""
+    for i, span in enumerate(ranges):
+        if span.end > length:
+            raise PicRequestError(
+                f"pic.segments[{i}].end", f"{span.end} lies outside the prompt of {length} {unit}"
+            )

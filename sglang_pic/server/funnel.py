@@ -1,0 +1,309 @@
+"""Where every request passes: around ``TokenizerManager.generate_request``.
+
+A request without ``pic`` fields goes straight on. One with them becomes token
+ids plus spans, its missing segments are compiled, and it is sent to the
+scheduler as a link.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import weakref
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.kv_hints import KvHintsEnvelope
+from sglang.srt.runtime_context import get_memory, get_schedule
+
+from sglang_pic.config import PicConfig
+from sglang_pic.errors import PicRequestError
+from sglang_pic.forest.keys import is_reserved, namespace
+from sglang_pic.link.policy import floor_to
+from sglang_pic.request.base import OPENING, LinkRequest
+from sglang_pic.request.fields import check_inside, parse_fields
+from sglang_pic.request.hints import COMPILE, LINK, PUBLIC, find_action, link_hints
+from sglang_pic.request.tokenize import encode_marked
+from sglang_pic.server.compiler import CompileItem, Compiler
+from sglang_pic.server.exchange import Exchange, current
+
+# How the scheduler hands a strict link back, followed by a JSON list of indices.
+MISSING = "sglang_pic: not compiled: "
+
+_funnels: weakref.WeakKeyDictionary[Any, Funnel] = weakref.WeakKeyDictionary()
+
+
+def is_enabled() -> bool:
+    """Whether this server runs on our tree cache."""
+    return get_memory().radix_cache_backend == "pic"
+
+
+def funnel_of(manager: Any) -> Funnel:
+    """The funnel of a tokenizer manager, made on first use."""
+    funnel = _funnels.get(manager)
+    if funnel is None:
+        funnel = _funnels[manager] = Funnel(manager)
+    return funnel
+
+
+def generate_request(
+    original: Callable[..., AsyncIterator[Any]], manager: Any, obj: Any, request: Any = None
+) -> AsyncIterator[Any]:
+    """Around ``TokenizerManager.generate_request``."""
+    if not isinstance(obj, GenerateReqInput) or not is_enabled():
+        return original(manager, obj, request)
+    exchange = current.get()
+    pic = exchange.pic if exchange is not None else _public_action(obj.kv_hints)
+    _check_reserved(obj)
+    if pic is None:
+        return original(manager, obj, request)
+    return funnel_of(manager).run(original, obj, request, pic, exchange)
+
+
+def _each(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _public_action(hints: Any) -> Any:
+    found = [
+        find_action(item, PUBLIC) for item in _each(hints) if isinstance(item, KvHintsEnvelope)
+    ]
+    if not any(item is not None for item in found):
+        return None
+    return found if isinstance(hints, list) else found[0]
+
+
+def _check_reserved(obj: GenerateReqInput) -> None:
+    if any(is_reserved(salt) for salt in _each(obj.cache_salt)):
+        raise PicRequestError("cache_salt", "this prefix is reserved for compiled segments")
+    for hints in _each(obj.kv_hints):
+        if isinstance(hints, KvHintsEnvelope) and any(
+            find_action(hints, action) is not None for action in (LINK, COMPILE)
+        ):
+            raise PicRequestError("kv_hints", f"{LINK} and {COMPILE} are internal; use 'pic'")
+
+
+class Funnel:
+    """Turns requests with ``pic`` fields into links, for one tokenizer manager."""
+
+    def __init__(self, manager: Any):
+        self._manager = manager
+        self.config = PicConfig.from_env()
+        context = self.config.compile_context
+        page = get_schedule().page_size
+        self.context = tuple(context[: floor_to(len(context), page)])
+        unhooked = type(manager).generate_request.__wrapped__
+        self.compiler = Compiler(lambda obj: unhooked(manager, obj))
+
+    async def run(
+        self,
+        original: Callable[..., AsyncIterator[Any]],
+        obj: GenerateReqInput,
+        request: Any,
+        pic: Any,
+        exchange: Exchange | None,
+    ) -> AsyncIterator[Any]:
+        """Compile what is missing, link, and tidy the report in every output."""
+        prompts = self._resolve(obj, pic, exchange)
+        single = isinstance(pic, dict) and _samples(obj) == 1
+        if single:
+            sent = _with_link(obj, *prompts[0], strict=True)
+            outputs = original(self._manager, sent, request)
+            missing = None
+            try:
+                async for out in outputs:
+                    missing = _missing_of(out)
+                    if missing is not None:
+                        break
+                    yield _tidy(out, exchange)
+            except ValueError as error:
+                missing = _parse_missing(str(error))
+                if missing is None:
+                    raise
+            if missing is None:
+                return
+            wanted = self._items(obj, *prompts[0], only=missing)
+        else:
+            wanted = []
+            for i, (ids, link) in enumerate(prompts):
+                wanted += self._items(obj, ids, link, only=None, index=i)
+        await self.compiler.compile(wanted)
+        if single:
+            sent = _with_link(obj, *prompts[0], strict=False)
+        else:
+            sent = _with_links(obj, prompts)
+        async for out in original(self._manager, sent, request):
+            yield _tidy(out, exchange)
+
+    # -- to the internal form ---------------------------------------------------
+
+    def _resolve(
+        self, obj: GenerateReqInput, pic: Any, exchange: Exchange | None
+    ) -> list[tuple[list[int], LinkRequest]]:
+        """Token ids and link of every prompt of the request."""
+        if exchange is not None and exchange.marks is not None:
+            return [self._resolve_chat(obj, pic, exchange)]
+        batched = isinstance(obj.text, list) or (
+            isinstance(obj.input_ids, list)
+            and bool(obj.input_ids)
+            and isinstance(obj.input_ids[0], list)
+        )
+        if not batched:
+            if isinstance(pic, list):
+                raise PicRequestError("pic", "must be one object, the request has one prompt")
+            return [self._resolve_one(obj.text, obj.input_ids, pic)]
+        texts = obj.text if obj.text is not None else [None] * len(obj.input_ids)
+        ids = obj.input_ids if obj.input_ids is not None else [None] * len(obj.text)
+        if not isinstance(pic, list) or len(pic) != len(texts):
+            raise PicRequestError("pic", f"must be a list of {len(texts)} objects, one a prompt")
+        if obj.stream:
+            raise PicRequestError("pic", "a batch cannot be streamed; send its prompts one by one")
+        return [self._resolve_one(*one) for one in zip(texts, ids, pic, strict=True)]
+
+    def _resolve_one(
+        self, text: str | None, ids: list[int] | None, pic: Any
+    ) -> tuple[list[int], LinkRequest]:
+        fields = parse_fields(pic or {}, self.config.link_defaults)
+        if ids is not None:
+            check_inside(fields.ranges, len(ids), "tokens")
+            return list(ids), LinkRequest(fields.ranges, fields.options)
+        if text is None:
+            raise PicRequestError("pic", "needs a prompt given as text or as token ids")
+        check_inside(fields.ranges, len(text), "characters")
+        ids, spans = encode_marked(
+            self._manager.tokenizer, text, fields.ranges, rule=fields.tokenize
+        )
+        return ids, LinkRequest(spans, fields.options)
+
+    def _resolve_chat(
+        self, obj: GenerateReqInput, pic: Any, exchange: Exchange
+    ) -> tuple[list[int], LinkRequest]:
+        fields = parse_fields(
+            {key: value for key, value in pic.items() if key != "segments"},
+            self.config.link_defaults,
+        )
+        assert exchange.marks is not None
+        if exchange.ids is not None:
+            ids = list(obj.input_ids or [])
+            if ids[: len(exchange.ids)] != exchange.ids:
+                raise PicRequestError("messages", "the prompt was changed behind the template")
+            return ids, LinkRequest(exchange.spans, fields.options)
+        if not isinstance(obj.text, str):
+            raise PicRequestError("messages", "this model's chat encoding cannot carry segments")
+        text, ranges = exchange.marks.cut(obj.text)
+        ids, spans = encode_marked(self._manager.tokenizer, text, ranges, rule=fields.tokenize)
+        return ids, LinkRequest(spans, fields.options)
+
+    # -- what to compile ----------------------------------------------------------
+
+    def _items(
+        self,
+        obj: GenerateReqInput,
+        ids: list[int],
+        link: LinkRequest,
+        *,
+        only: Sequence[int] | None,
+        index: int = 0,
+    ) -> list[CompileItem]:
+        """Segments (and the opening text) of the request's prompt number
+        ``index``, or those of them in ``only``."""
+        options = link.options
+        if not options.link or options.require_exact or options.policy == "full":
+            return []
+        salt, extra_key, lora = (
+            value[index] if isinstance(value, list) else value
+            for value in (obj.cache_salt, obj.extra_key, obj.lora_path)
+        )
+        items = []
+        opening = link.spans[0].start if link.spans else 0
+        if OPENING in only if only is not None else opening >= self.config.min_segment:
+            items.append(CompileItem(tuple(ids[:opening]), salt, extra_key, lora, segment=False))
+        for i, span in enumerate(link.spans):
+            short = span.end - span.start < self.config.min_segment
+            if i in only if only is not None else not short:
+                items.append(self.segment_item(ids[span.start : span.end], salt, extra_key, lora))
+        return items
+
+    def encode_segment(self, text: str) -> list[int]:
+        """Token ids of a segment given as text, as a prompt's piece would get them."""
+        return self._manager.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def segment_item(
+        self, ids: Sequence[int], salt: str | None, extra_key: str | None, lora: str | None = None
+    ) -> CompileItem:
+        """The internal request that compiles one segment for one tenant."""
+        space = namespace(self.context, salt)
+        return CompileItem((*self.context, *ids), space, extra_key, lora)
+
+
+def _samples(obj: GenerateReqInput) -> int:
+    params = obj.sampling_params
+    return params.get("n", 1) if isinstance(params, dict) else getattr(params, "n", 1)
+
+
+def _other_actions(hints: Any) -> list[Any]:
+    if not isinstance(hints, KvHintsEnvelope):
+        return []
+    return [action for action in hints.actions if action.action_type != PUBLIC]
+
+
+def _hints(obj_hints: Any, link: LinkRequest) -> KvHintsEnvelope:
+    made = link_hints(link)
+    made.actions.extend(_other_actions(obj_hints))
+    return made
+
+
+def _with_link(
+    obj: GenerateReqInput, ids: list[int], link: LinkRequest, *, strict: bool
+) -> GenerateReqInput:
+    """A copy of the request with its prompt and link in internal form."""
+    sent = copy.copy(obj)
+    sent.text, sent.input_ids = None, list(ids)
+    link = LinkRequest(link.spans, link.options, strict)
+    sent.kv_hints = _hints(obj.kv_hints, link)
+    return sent
+
+
+def _with_links(
+    obj: GenerateReqInput, prompts: list[tuple[list[int], LinkRequest]]
+) -> GenerateReqInput:
+    sent = copy.copy(obj)
+    sent.text = None
+    hints = obj.kv_hints if isinstance(obj.kv_hints, list) else [obj.kv_hints] * len(prompts)
+    made = [
+        _hints(own, LinkRequest(link.spans, link.options, strict=False))
+        for own, (_, link) in zip(hints, prompts, strict=True)
+    ]
+    ids = [list(ids) for ids, _ in prompts]
+    single = not (isinstance(obj.text, list) or isinstance((obj.input_ids or [0])[0], list))
+    sent.input_ids, sent.kv_hints = (ids[0], made[0]) if single else (ids, made)
+    return sent
+
+
+# -- what comes back ------------------------------------------------------------
+
+
+def _parse_missing(message: str) -> list[int] | None:
+    if not message.startswith(MISSING):
+        return None
+    return json.loads(message[len(MISSING) :])
+
+
+def _missing_of(out: Any) -> list[int] | None:
+    reason = out.get("meta_info", {}).get("finish_reason") if isinstance(out, dict) else None
+    if not isinstance(reason, dict) or reason.get("type") != "abort":
+        return None
+    return _parse_missing(reason.get("message") or "")
+
+
+def _tidy(out: Any, exchange: Exchange | None) -> Any:
+    """Turn SGLang's list of per-token values into the one report it holds."""
+    for item in out if isinstance(out, list) else [out]:
+        meta = item.get("meta_info", {})
+        values = meta.pop("pic", None)
+        if values:
+            meta["pic"] = values[0]
+            if exchange is not None:
+                exchange.report = values[0]
+    return out

@@ -1,0 +1,216 @@
+"""ASGI middleware: ``pic`` fields in, the exactness report out.
+
+Requests without a ``pic`` field are passed on unread. For the others the
+fields are validated, taken out of the body (SGLang's own models never see
+them) and kept in the request's ``Exchange``. ``/generate`` answers with the
+report in ``meta_info.pic``; the OpenAI endpoints in ``usage.pic``, or, in a
+stream whose client did not ask for usage, in ``pic`` of the last chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+
+from sglang_pic.config import PicConfig
+from sglang_pic.errors import PicRequestError
+from sglang_pic.request.fields import check_inside, parse_fields
+from sglang_pic.server.exchange import Exchange, current
+from sglang_pic.server.marks import mark_messages
+
+PROMPT_FIELD = {"/generate": "text", "/v1/completions": "prompt"}
+CHAT = "/v1/chat/completions"
+_DONE = b"[DONE]"
+
+
+def read_request(path: str, body: dict[str, Any], defaults: Any) -> Exchange | None:
+    """Take the ``pic`` fields out of a decoded body, in place.
+
+    Raises:
+        PicRequestError: naming the field at fault.
+    """
+    if path == CHAT:
+        pic = body.pop("pic", None)
+        if pic is not None and not isinstance(pic, dict):
+            raise PicRequestError("pic", f"must be an object, got {pic!r:.80}")
+        pic = dict(pic or {})
+        if "parts" in pic:
+            raise PicRequestError("pic.parts", "not in a chat request: mark its content parts")
+        marks = mark_messages(body.get("messages"), pic.pop("segments", []))
+        parse_fields(pic, defaults)
+        # A chat request without a mark is an ordinary one.
+        return Exchange(pic, marks) if marks is not None else None
+    if "pic" not in body:
+        return None
+    pic = body.pop("pic")
+    field = PROMPT_FIELD[path]
+    if isinstance(pic, list):
+        for item in pic:
+            if item is not None:
+                parse_fields(item, defaults)
+            if isinstance(item, dict) and "parts" in item:
+                raise PicRequestError("pic.parts", "not in a batch: use 'segments'")
+        return Exchange(pic)
+    fields = parse_fields(pic, defaults)
+    prompt = body.get(field) if body.get(field) is not None else body.get("input_ids")
+    if fields.text is not None:
+        if prompt:
+            raise PicRequestError("pic.parts", f"replaces {field!r}; leave that out or empty")
+        body[field] = fields.text
+        pic = {key: value for key, value in pic.items() if key != "parts"}
+        pic["segments"] = [{"start": span.start, "end": span.end} for span in fields.ranges]
+    elif isinstance(prompt, str):
+        check_inside(fields.ranges, len(prompt), "characters")
+    elif isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+        check_inside(fields.ranges, len(prompt), "tokens")
+    return Exchange(pic)
+
+
+class PicMiddleware:
+    """Pure ASGI: runs in the endpoint's own context, streams untouched."""
+
+    def __init__(self, app: Any):
+        self._app = app
+        self._defaults = PicConfig.from_env().link_defaults
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        path = scope.get("path")
+        if scope["type"] != "http" or not (path == CHAT or path in PROMPT_FIELD):
+            await self._app(scope, receive, send)
+            return
+        raw = await _read(receive)
+        exchange = None
+        if b'"pic' in raw:
+            try:
+                body = orjson.loads(raw)
+                if isinstance(body, dict):
+                    exchange = read_request(path, body, self._defaults)
+                    raw = orjson.dumps(body)
+            except orjson.JSONDecodeError:
+                pass  # SGLang's answer to invalid JSON is the right one
+            except PicRequestError as error:
+                await _refuse(send, error)
+                return
+        replay = _replay(raw, receive)
+        if exchange is None:
+            await self._app(_with_length(scope, raw), replay, send)
+            return
+        token = current.set(exchange)
+        try:
+            out = send if path == "/generate" else _ReportSender(send, exchange)
+            await self._app(_with_length(scope, raw), replay, out)
+        finally:
+            current.reset(token)
+
+
+async def _read(receive: Callable[..., Any]) -> bytes:
+    chunks = []
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return b"".join(chunks)
+        chunks.append(message.get("body", b""))
+        if not message.get("more_body"):
+            return b"".join(chunks)
+
+
+def _replay(raw: bytes, receive: Callable[..., Any]) -> Callable[..., Any]:
+    sent = False
+
+    async def replay() -> Any:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": raw, "more_body": False}
+
+    return replay
+
+
+def _with_length(scope: Any, raw: bytes) -> Any:
+    headers = [(k, v) for k, v in scope["headers"] if k.lower() != b"content-length"]
+    return {**scope, "headers": [*headers, (b"content-length", str(len(raw)).encode())]}
+
+
+async def _refuse(send: Any, error: PicRequestError) -> None:
+    content = {
+        "object": "error",
+        "message": str(error),
+        "type": "BadRequestError",
+        "param": error.field,
+        "code": 400,
+    }
+    body = orjson.dumps({**content, "error": content})
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+    ]
+    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+class _ReportSender:
+    """Adds the report to an OpenAI response on its way out."""
+
+    def __init__(self, send: Any, exchange: Exchange):
+        self._send = send
+        self._exchange = exchange
+        self._start: Any = None
+        self._stream = False
+        self._held = b""
+
+    async def __call__(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            headers = dict(message["headers"])
+            self._stream = headers.get(b"content-type", b"").startswith(b"text/event-stream")
+            self._start = message
+            if self._stream:
+                await self._send(message)
+            return
+        if message["type"] != "http.response.body":
+            await self._send(message)
+            return
+        self._held += message.get("body", b"")
+        more = message.get("more_body", False)
+        if self._stream:
+            await self._send_events(more)
+        elif not more:
+            await self._send_json()
+
+    async def _send_json(self) -> None:
+        body = self._held
+        if self._start["status"] == 200 and self._exchange.report is not None:
+            content = orjson.loads(body)
+            content.setdefault("usage", {})["pic"] = self._exchange.report
+            body = orjson.dumps(content)
+        headers = [(k, v) for k, v in self._start["headers"] if k != b"content-length"]
+        headers.append((b"content-length", str(len(body)).encode()))
+        await self._send({**self._start, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def _send_events(self, more: bool) -> None:
+        """Pass on all events but the last, which is held until it is known
+        whether the end of the stream follows it."""
+        events = self._held.split(b"\n\n")
+        if not more:
+            self._held = b""
+            body = b"\n\n".join(self._reported(events))
+        elif len(events) > 2 and not events[-2].endswith(_DONE):
+            self._held = b"\n\n".join(events[-2:])
+            body = b"\n\n".join([*events[:-2], b""])
+        else:
+            return
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+    def _reported(self, events: list[bytes]) -> list[bytes]:
+        for i in range(len(events) - 1, -1, -1):
+            data = events[i].removeprefix(b"data: ")
+            if data.startswith(b"{") and self._exchange.report is not None:
+                content = orjson.loads(data)
+                holder = content.get("usage") or content
+                holder["pic"] = self._exchange.report
+                events[i] = b"data: " + orjson.dumps(content)
+                break
+        return events

@@ -1,0 +1,297 @@
+"""Every place where the plug-in reaches into SGLang, and why.
+
+SGLang offers registries for the tree cache and for attention backends; the
+rest are entries of its ``HookRegistry``. Each names the parameters it expects
+to find, checked at start-up: another release of SGLang is refused rather than
+patched blindly. SGLang only logs a plug-in that fails to load, so the tree
+cache checks once more that all hooks are in place before it plans a link
+(``engine_refusal``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import multiprocessing
+import pkgutil
+import sys
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from sglang_pic.errors import PicConfigError
+
+SGLANG_VERSION = "0.5.23"
+CACHE_BACKEND = "pic"
+_SRT = "sglang.srt."
+
+
+# -- what the hooks do ----------------------------------------------------------
+
+
+def set_positions(batch: Any, cls: Any, schedule_batch: Any, model_runner: Any, **_: Any) -> None:
+    """After ``ForwardBatch.init_new``: true positions for permuted rows, and the
+    batch's plans for the attention backend."""
+    from sglang_pic.forest.cache import PicCache
+
+    cache = schedule_batch.tree_cache
+    if not isinstance(cache, PicCache):
+        return
+    plans = cache.plans_of(schedule_batch.reqs)
+    model_runner.attn_backend.set_plans(batch.rids, plans)
+    if not batch.forward_mode.is_extend():
+        return
+    at = 0
+    prefixes, extends = batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu
+    for plan, prefix, extend in zip(plans, prefixes, extends, strict=True):
+        if plan is not None:
+            # Tokens generated since the plan was made keep position = row index.
+            order = plan.order[int(prefix) : int(prefix) + int(extend)]
+            batch.positions[at : at + len(order)] = order.to(batch.positions)
+        at += int(extend)
+
+
+def hand_back_uncompiled(
+    original: Callable[..., None], scheduler: Any, req: Any, is_retracted: bool = False
+) -> None:
+    """Around ``Scheduler._add_request_to_queue``: a strict link whose segments
+    are not in the forest goes back to the front, which compiles them first."""
+    from sglang_pic.forest.cache import PicCache
+    from sglang_pic.request.hints import read_link
+    from sglang_pic.server.funnel import MISSING
+
+    cache = scheduler.tree_cache
+    if isinstance(cache, PicCache) and not is_retracted and req.kv_hints is not None:
+        link = read_link(req.kv_hints)
+        if link is not None and link.strict and not req.output_ids and not req.finished():
+            missing = cache.missing(req)
+            if missing:
+                from sglang.srt.managers.scheduler import _make_abort_req
+
+                reason = {
+                    "type": "abort",
+                    "status_code": HTTPStatus.BAD_REQUEST,
+                    "message": f"{MISSING}{missing}",
+                }
+                scheduler.send_abort_output(_make_abort_req(req, finished_reason=reason), req)
+                return
+    original(scheduler, req, is_retracted)
+
+
+def add_forest_state(result: Any, scheduler: Any, recv_req: Any) -> None:
+    """After ``Scheduler.get_internal_state``: the forest, for ``GET /pic/forest``."""
+    from sglang_pic.forest.cache import PicCache
+
+    if isinstance(scheduler.tree_cache, PicCache):
+        result.internal_state["pic"] = scheduler.tree_cache.state()
+
+
+def generate_request(original: Any, manager: Any, obj: Any, request: Any = None) -> Any:
+    """Around ``TokenizerManager.generate_request``: the funnel."""
+    from sglang_pic.server import funnel
+
+    return funnel.generate_request(original, manager, obj, request)
+
+
+def render_marked(original: Any, serving: Any, messages: Any, **kwargs: Any) -> Any:
+    """Around ``OpenAIServingChat._render_and_encode_chat_template``."""
+    from sglang_pic.server import chat
+
+    return chat.render_marked(original, serving, messages, **kwargs)
+
+
+def install_http(server_args: Any, *_: Any, **__: Any) -> None:
+    """Before ``_setup_and_run_http_server``: middleware and ``/pic`` routes."""
+    if server_args.radix_cache_backend != CACHE_BACKEND:
+        return
+    from sglang.srt.entrypoints.http_server import app
+
+    from sglang_pic.server.middleware import PicMiddleware
+    from sglang_pic.server.routes import router
+
+    app.add_middleware(PicMiddleware)
+    app.include_router(router)
+
+
+# -- the list ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Hook:
+    """One hook: where, how, the parameters the target must have, and why."""
+
+    target: str
+    type: HookType
+    function: Callable[..., Any]
+    parameters: tuple[str, ...]
+    reason: str
+
+
+ENGINE_HOOKS = (
+    Hook(
+        _SRT + "model_executor.forward_batch_info.ForwardBatch.init_new",
+        HookType.AFTER,
+        set_positions,
+        ("cls", "batch", "model_runner"),
+        "positions are derived from lengths here, far from the scheduler's plan",
+    ),
+    Hook(
+        _SRT + "managers.scheduler.Scheduler._add_request_to_queue",
+        HookType.AROUND,
+        hand_back_uncompiled,
+        ("self", "req", "is_retracted"),
+        "only the scheduler knows what the forest holds, only the front can compile",
+    ),
+    Hook(
+        _SRT + "managers.scheduler.Scheduler.get_internal_state",
+        HookType.AFTER,
+        add_forest_state,
+        ("self", "recv_req"),
+        "SGLang's own channel for state of the scheduler's process",
+    ),
+)
+
+FRONT_HOOKS = (
+    Hook(
+        _SRT + "managers.tokenizer_manager.TokenizerManager.generate_request",
+        HookType.AROUND,
+        generate_request,
+        ("self", "obj", "request"),
+        "the one place that every endpoint and Engine call passes",
+    ),
+    Hook(
+        _SRT + "entrypoints.openai.serving_chat.OpenAIServingChat._render_and_encode_chat_template",
+        HookType.AROUND,
+        render_marked,
+        ("self", "messages", "tools", "template_kwargs", "encode_kwargs", "use_cache"),
+        "the rendered text exists only here, between template and tokenizer",
+    ),
+    Hook(
+        _SRT + "entrypoints.http_server._setup_and_run_http_server",
+        HookType.BEFORE,
+        install_http,
+        ("server_args", "tokenizer_manager"),
+        "routes and middleware must be added before the application starts",
+    ),
+)
+
+# What we call or override without a hook.
+RELIED_ON = {
+    _SRT
+    + "layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_extend": (
+        "self",
+        "query",
+        "output",
+        "k_cache",
+        "v_cache",
+        "req_to_token",
+        "req_pool_indices",
+        "seq_lens",
+        "extend_prefix_lens",
+        "extend_seq_lens",
+    ),
+    _SRT
+    + "layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_decode": (
+        "self",
+        "query",
+        "output",
+        "k_cache",
+        "v_cache",
+        "req_to_token",
+        "req_pool_indices",
+        "seq_lens",
+    ),
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.match_prefix": ("self", "params"),
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.lock": ("self", "node_id"),
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.unlock": ("self", "lock"),
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.on_release": (
+        "self",
+        "req",
+        "checkpointed",
+    ),
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.init_load_back": ("self", "params"),
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.prefix_device_indices": ("self", "req"),
+    _SRT + "managers.scheduler._make_abort_req": ("req", "finished_reason"),
+    _SRT + "managers.scheduler.Scheduler.send_abort_output": ("self", "abort_req", "req"),
+}
+
+
+def check_shape(target: str, parameters: tuple[str, ...]) -> None:
+    """Raise ``PicConfigError`` unless ``target`` exists and begins with these parameters."""
+    try:
+        found = pkgutil.resolve_name(target)
+    except (ImportError, AttributeError) as error:
+        raise PicConfigError(f"SGLang has no {target}: {error}") from error
+    names = tuple(inspect.signature(inspect.unwrap(found)).parameters)
+    if inspect.ismethod(found):
+        names = ("cls", *names) if names[:1] != ("cls",) else names
+    if names[: len(parameters)] != parameters:
+        raise PicConfigError(f"{target} takes {names}, expected {parameters} first")
+
+
+def roles() -> tuple[bool, bool]:
+    """Whether this process serves requests (front), and whether it runs the engine.
+
+    Hooked modules are imported by the process that hooks them, so each process
+    hooks only what it runs.
+    """
+    main = multiprocessing.parent_process() is None
+    front = main or "sglang.srt.entrypoints.engine" in sys.modules
+    return front, "sglang.srt.managers.scheduler" in sys.modules
+
+
+def install() -> None:
+    """Register cache, backends and hooks for this process.
+
+    Raises:
+        PicConfigError: this is not the SGLang release the plug-in was made for.
+    """
+    import sglang
+
+    if sglang.__version__ != SGLANG_VERSION:
+        raise PicConfigError(f"needs SGLang {SGLANG_VERSION}, found {sglang.__version__}")
+    front, engine = roles()
+    hooks = (FRONT_HOOKS if front else ()) + (ENGINE_HOOKS if engine else ())
+    for hook in hooks:
+        check_shape(hook.target, hook.parameters)
+    if engine:
+        for target, parameters in RELIED_ON.items():
+            check_shape(target, parameters)
+        _register_backends()
+    for hook in hooks:
+        HookRegistry.register(hook.target, hook.function, hook.type)
+
+
+def _register_backends() -> None:
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+    from sglang.srt.mem_cache.registry import (
+        get_radix_cache_factory,
+        register_radix_cache_backend,
+    )
+    from sglang.srt.runtime_context import get_memory
+
+    from sglang_pic.forest.build import build_cache
+
+    if get_radix_cache_factory(CACHE_BACKEND) is None:
+        register_radix_cache_backend(CACHE_BACKEND, build_cache)
+        stock = ATTENTION_BACKENDS["torch_native"]
+
+        def torch_native(runner: Any) -> Any:
+            if get_memory().radix_cache_backend != CACHE_BACKEND:
+                return stock(runner)
+            from sglang_pic.attention.torch_native import PicTorchNativeBackend
+
+            return PicTorchNativeBackend(runner)
+
+        ATTENTION_BACKENDS["torch_native"] = torch_native
+
+
+def engine_refusal() -> str | None:
+    """Name a hook that is not in place in this process, or ``None``."""
+    for hook in ENGINE_HOOKS:
+        found = pkgutil.resolve_name(hook.target)
+        if not hasattr(found, "__wrapped__"):
+            return f"the hook on {hook.target} is not in place"
+    return None

@@ -1,0 +1,48 @@
+"""Servers that several test modules share, started once a session."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+from servers import Server, serve
+from tiny_models import tiny_llama
+
+CHECKS = {
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+}
+TINY = (
+    "--skip-tokenizer-init",
+    "--pic-min-segment=1",
+    "--max-total-tokens=8192",
+    "--max-running-requests=16",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A random two-layer Llama."""
+    return tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="session")
+def page1(tiny_path: pathlib.Path, logs: pathlib.Path) -> Iterator[Server]:
+    """Page size 1, overlap scheduling."""
+    with serve(tiny_path, logs / "page1.log", *TINY, env=CHECKS) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def page16(tiny_path: pathlib.Path, logs: pathlib.Path) -> Iterator[Server]:
+    """Page size 16, short chunks, mixed chunks, requests retracted by force."""
+    hard = ("--page-size=16", "--chunked-prefill-size=64", "--enable-mixed-chunk")
+    env = {**CHECKS, "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"}
+    with serve(tiny_path, logs / "page16.log", *TINY, *hard, env=env) as server:
+        yield server
