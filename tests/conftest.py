@@ -6,8 +6,9 @@ import pathlib
 from collections.abc import Iterator
 
 import pytest
-from servers import Server, serve
 from tiny_models import tiny_llama
+
+from sglang_pic.eval.serving import Server, serve
 
 CHECKS = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",

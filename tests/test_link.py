@@ -13,8 +13,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from servers import Server
 from tiny_models import tiny_llama_model
+
+from sglang_pic.eval.serving import Server
 
 pytestmark = pytest.mark.server
 

@@ -46,10 +46,12 @@ logger = logging.getLogger(__name__)
 @dataclasses.dataclass(frozen=True, eq=False)
 class LinkHandle:
     """Stands where SGLang expects the node that ends a request's prefix: one
-    node for each distinct path whose pages the row reuses."""
+    node for each distinct path whose pages the row reuses, and the ids of the
+    segments found."""
 
     nodes: tuple[Any, ...]
     plan: LinkPlan
+    segments: tuple[str, ...]
 
 
 @dataclasses.dataclass
@@ -228,8 +230,11 @@ class PicCache(UnifiedRadixCache):
         self._report(req, link, seen, prefix.device_prefix_len, None)
         if not plan.reused:
             return self._root_match(req.extra_key)
-        nodes = dict.fromkeys(lookup.node for lookup in found if lookup and lookup.slots.numel())
-        handle = LinkHandle((prefix.last_device_node, *nodes), plan)
+        held = [lookup for lookup in found if lookup is not None and lookup.slots.numel()]
+        nodes = dict.fromkeys(lookup.node for lookup in held)
+        handle = LinkHandle(
+            (prefix.last_device_node, *nodes), plan, tuple(lookup.id for lookup in held)
+        )
         if plan.relocated:
             return MatchResult(0, handle, handle, handle, host_hit_length=plan.reused)
         return MatchResult(plan.reused, handle, handle, handle)
@@ -287,10 +292,10 @@ class PicCache(UnifiedRadixCache):
         if not isinstance(req.last_node, LinkHandle):
             return super().prefix_device_indices(req)
         link = self._links[req]
+        self.forest.note_hits(req.last_node.segments)
+        slots = req.last_node.plan.slots
         if link.private is not None:
             slots, link.private = link.private, None
-        else:
-            slots = req.last_node.plan.slots
         return slots[: req.prefix_len]
 
     def inc_host_lock_ref(self, node_id: Any) -> IncLockRefResult:
@@ -338,7 +343,7 @@ class PicCache(UnifiedRadixCache):
         )
         link.plan = dataclasses.replace(plan, spans=spans)
         link.private = private
-        return plan.reused, LinkHandle((), link.plan)
+        return plan.reused, LinkHandle((), link.plan, handle.segments)
 
     def load_back_is_cache_owned(self) -> bool:
         return not self._load_back_is_private and super().load_back_is_cache_owned()

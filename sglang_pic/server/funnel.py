@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from sglang.srt.managers.io_struct import GenerateReqInput
@@ -48,8 +48,8 @@ def funnel_of(manager: Any) -> Funnel:
 
 
 def generate_request(
-    original: Callable[..., AsyncIterator[Any]], manager: Any, obj: Any, request: Any = None
-) -> AsyncIterator[Any]:
+    original: Callable[..., AsyncGenerator[Any, None]], manager: Any, obj: Any, request: Any = None
+) -> AsyncGenerator[Any, None]:
     """Around ``TokenizerManager.generate_request``."""
     if not isinstance(obj, GenerateReqInput) or not is_enabled():
         return original(manager, obj, request)
@@ -98,18 +98,16 @@ class Funnel:
 
     async def run(
         self,
-        original: Callable[..., AsyncIterator[Any]],
+        original: Callable[..., AsyncGenerator[Any, None]],
         obj: GenerateReqInput,
         request: Any,
         pic: Any,
         exchange: Exchange | None,
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any, None]:
         """Compile what is missing, link, and tidy the report in every output."""
         prompts = self._resolve(obj, pic, exchange)
-        single = isinstance(pic, dict) and _samples(obj) == 1
-        if single:
-            sent = _with_link(obj, *prompts[0], strict=True)
-            outputs = original(self._manager, sent, request)
+        if isinstance(pic, dict) and _samples(obj) == 1:
+            outputs = original(self._manager, _with_link(obj, *prompts[0], strict=True), request)
             missing = None
             try:
                 async for out in outputs:
@@ -123,16 +121,15 @@ class Funnel:
                     raise
             if missing is None:
                 return
+            await outputs.aclose()
             wanted = self._items(obj, *prompts[0], only=missing)
+            sent = _with_link(obj, *prompts[0], strict=False)
         else:
             wanted = []
             for i, (ids, link) in enumerate(prompts):
                 wanted += self._items(obj, ids, link, only=None, index=i)
-        await self.compiler.compile(wanted)
-        if single:
-            sent = _with_link(obj, *prompts[0], strict=False)
-        else:
             sent = _with_links(obj, prompts)
+        await self.compiler.compile(wanted)
         async for out in original(self._manager, sent, request):
             yield _tidy(out, exchange)
 

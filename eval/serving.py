@@ -1,9 +1,10 @@
-"""Start a real server for a test and stop it again."""
+"""Start a real server for a measurement or a test, talk to it, stop it again."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import signal
@@ -41,15 +42,45 @@ class Server:
         return requests.get(self.url + path, timeout=60)
 
     def generate(self, **body: Any) -> Any:
-        """Answer of ``/generate``; fails the test on any status but 200."""
+        """Answer of ``/generate``.
+
+        Raises:
+            RuntimeError: any status but 200.
+        """
         response = self.post("/generate", body)
-        assert response.status_code == 200, response.text
+        if response.status_code != 200:
+            raise RuntimeError(f"{self.url}: {response.status_code} {response.text[:500]}")
         return response.json()
 
+    def first_token(self, **body: Any) -> tuple[float, dict[str, Any]]:
+        """Stream ``/generate``; seconds until the first token, and its chunk.
+
+        Raises:
+            RuntimeError: the server refused the request or ended the stream early.
+        """
+        start = time.perf_counter()
+        with requests.post(
+            self.url + "/generate", json={**body, "stream": True}, stream=True, timeout=600
+        ) as response:
+            if response.status_code != 200:
+                raise RuntimeError(f"{self.url}: {response.status_code} {response.text[:500]}")
+            first: tuple[float, dict[str, Any]] | None = None
+            for line in response.iter_lines():
+                if first is None and line.startswith(b"data: {"):
+                    first = time.perf_counter() - start, json.loads(line[6:])
+        if first is None or "error" in first[1]:
+            raise RuntimeError(f"{self.url}: no token came: {first}")
+        return first
+
     def forest(self) -> dict[str, Any]:
-        """The forest of the one rank, its integrity checked."""
+        """The forest of the one rank.
+
+        Raises:
+            RuntimeError: its integrity check found something.
+        """
         state = self.get("/pic/forest").json()[0]
-        assert state["integrity"] == "ok", state["integrity"]
+        if state["integrity"] != "ok":
+            raise RuntimeError(state["integrity"])
         return state
 
 

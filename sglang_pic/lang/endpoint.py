@@ -1,0 +1,153 @@
+"""A frontend backend that tells the server which parts of a prompt are segments."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
+from sglang.lang.choices import ChoicesDecision, ChoicesSamplingMethod
+from sglang.lang.interpreter import ProgramState, StreamExecutor
+from sglang.lang.ir import SglSamplingParams
+from sglang.utils import http_request
+
+from sglang_pic.lang.segment import segment_ranges
+
+Report = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unmarked:
+    """A state's text without its marks, as far as ``RuntimeEndpoint`` reads a state."""
+
+    text_: str
+    images_: list[Any] = dataclasses.field(default_factory=list)
+    variables: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class PicRuntimeEndpoint(RuntimeEndpoint):
+    """``RuntimeEndpoint`` whose requests name the segments of their text.
+
+    On a server without position-independent caching the same programs give
+    what they would give with ``RuntimeEndpoint``: such a server ignores the
+    field that names the segments. A fork has the segments so far compiled
+    before its branches start.
+
+    Args:
+        base_url: of the server, for example ``http://127.0.0.1:30000``.
+        seam: seam width in tokens; the server's own setting if ``None``.
+        policy: recompute policy, ``none``, ``seam`` or ``full``; the server's
+            own if ``None``.
+        require_exact: recompute everything that a link would only approximate.
+        cache_salt: cached tokens are shared only with requests of equal salt.
+        api_key, verify, chat_template_name: as in ``RuntimeEndpoint``.
+
+    Attributes:
+        last_report: the exactness report of the answer that came last, from
+            whatever program; ``None`` before the first. ``report_of`` gives
+            the one of a particular answer.
+
+    Raises:
+        RuntimeError: from any call, with the server's answer, if that is not
+            a success.
+        ValueError: from any call, if a text holds both segments and images.
+    """
+
+    last_report: Report | None = None
+
+    def __init__(
+        self,
+        base_url: str,
+        seam: int | None = None,
+        policy: str | None = None,
+        require_exact: bool = False,
+        cache_salt: str | None = None,
+        *,
+        api_key: str | None = None,
+        verify: str | None = None,
+        chat_template_name: str | None = None,
+    ):
+        super().__init__(base_url, api_key, verify, chat_template_name)
+        # The route that would append branches on the server is gone from SGLang.
+        self.support_concate_and_append = False
+        self._cache_salt = cache_salt
+        self._options: dict[str, Any] = {}
+        if seam is not None:
+            self._options["seam"] = seam
+        if policy is not None:
+            self._options["policy"] = policy
+        if require_exact:
+            self._options["require_exact"] = True
+
+    def pic_info(self) -> dict[str, Any] | None:
+        """The server's version and settings; ``None`` if it links no segments."""
+        res = http_request(self.base_url + "/pic/info", api_key=self.api_key, verify=self.verify)
+        if res.status_code == 404:
+            return None
+        self._assert_success(res)
+        return res.json()
+
+    def generate(self, s: StreamExecutor, sampling_params: SglSamplingParams) -> tuple[str, Any]:
+        """Generate behind ``s``, linking its segments.
+
+        A program that asks for log-probabilities of prompt tokens is computed
+        in full by the server, and its report says so.
+        """
+        text, meta_info = super().generate(s, sampling_params)
+        self.last_report = meta_info.get("pic", self.last_report)
+        return text, meta_info
+
+    def generate_stream(
+        self, s: StreamExecutor, sampling_params: SglSamplingParams
+    ) -> Iterator[tuple[str, Any]]:
+        """As ``generate``, piece by piece; from the first that brings the
+        report on, every piece's ``meta_info`` holds it."""
+        report = None
+        for text, meta_info in super().generate_stream(s, sampling_params):
+            report = meta_info.get("pic", report)
+            if report is not None:
+                meta_info["pic"] = self.last_report = report
+            yield text, meta_info
+
+    def select(
+        self,
+        s: StreamExecutor,
+        choices: list[str],
+        temperature: float,
+        choices_method: ChoicesSamplingMethod,
+    ) -> ChoicesDecision:
+        """Choose by the model's exact probabilities.
+
+        The choices are scored by log-probabilities of prompt tokens, which are
+        right in a linked prompt only behind its last segment. So the text goes
+        out unmarked: tokenised, computed and prefix-cached as by a plain
+        server, at a full prefill's price, and the decision is a plain server's.
+        """
+        return super().select(_Unmarked(s.text_, s.images_), choices, temperature, choices_method)
+
+    def cache_prefix(self, prefix_str: str) -> None:
+        """Have a plain text computed and cached for this endpoint's tenant."""
+        super().commit_lazy_operations(_Unmarked(prefix_str))
+
+    def _add_images(self, s: StreamExecutor, data: dict[str, Any]) -> None:
+        """The one place where ``RuntimeEndpoint`` lets every body it posts pass."""
+        super()._add_images(s, data)
+        if self._cache_salt is not None:
+            data["cache_salt"] = self._cache_salt
+        ranges = segment_ranges(s)
+        if not ranges:
+            return
+        if s.images_:
+            raise ValueError("a prompt with images cannot be linked: use no segments in it")
+        segments = [{"start": start, "end": end} for start, end in ranges]
+        data["pic"] = {"segments": segments, **self._options}
+
+
+def report_of(state: ProgramState, name: str) -> Report | None:
+    """The exactness report of the answer kept under ``name``; waits for it.
+
+    ``None`` if the answer's text had no segments, if it came from ``select``,
+    or if the server links none.
+    """
+    return (state.get_meta_info(name) or {}).get("pic")

@@ -1,0 +1,153 @@
+"""Torch kernels against float64 attention over the whole sequence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_pic.attention.step import StepRow, build_step
+from sglang_pic.kernels.attend import _attend_dense, attend
+from sglang_pic.kernels.merge import merge
+from sglang_pic.kernels.rotate import angles, rotate
+from sglang_pic.link.plan import SegmentHit, make_plan
+from sglang_pic.link.policy import Seam
+
+
+def table(positions: int, dim: int, scale: float = 1.0) -> torch.Tensor:
+    frequency = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angle = torch.arange(positions)[:, None] * frequency
+    return (torch.cat([angle.cos(), angle.sin()], -1) * scale).float()
+
+
+@pytest.mark.parametrize("neox", [True, False])
+@pytest.mark.parametrize("rotary", [8, 16])
+@pytest.mark.parametrize("mscale", [1.0, 1.3])
+def test_rotations_add_up(neox: bool, rotary: int, mscale: float) -> None:
+    """Rotating by p and then by -s is rotating by p - s, for every layout and scale."""
+    x = torch.randn(50, 3, 16)
+    plain, scaled = table(200, rotary), table(200, rotary, mscale)
+    p, s = torch.randint(0, 99, (50,)), torch.randint(-99, 99, (50,))
+    there = rotate(x, *angles(plain, p), neox=neox)
+    moved = rotate(there, *angles(scaled, -s), neox=neox)
+    direct = rotate(x, *angles(plain, p - s), neox=neox)
+    torch.testing.assert_close(moved, direct, atol=2e-5, rtol=0)
+    assert (there - direct).abs().max() > 0.1
+    torch.testing.assert_close(moved[..., rotary:], x[..., rotary:])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "n", "m"), [(4, 2, 5, 9), (9, 3, 7, 7), (2, 2, 1, 3)]
+)
+def test_attend_matches_float64(causal: bool, heads: int, kv_heads: int, n: int, m: int) -> None:
+    m = n if causal else m
+    q, k, v = torch.randn(n, heads, 16), torch.randn(m, kv_heads, 16), torch.randn(m, kv_heads, 16)
+    out, lse = attend(q, k, v, scale=0.3, causal=causal)
+    group = heads // kv_heads
+    kk, vv = (x.double().repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
+    exact, exact_lse = _attend_dense(q.double().transpose(0, 1), kk, vv, 0.3, causal)
+    torch.testing.assert_close(out.double(), exact.transpose(0, 1).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(lse.double(), exact_lse.T.double(), atol=1e-5, rtol=0)
+
+
+def linked_attention(lengths: list[int], seam: int, chunk: int) -> None:
+    """One row of segments, computed in chunks through plan, step, kernels; against
+    dense attention in which every key sits at its true position."""
+    heads, kv_heads, dim, page = 4, 2, 16, 1
+    n = sum(lengths) + 3
+    cos_sin = table(n + 1, dim)
+    keys, values = torch.randn(n, kv_heads, dim), torch.randn(n, kv_heads, dim)
+    queries = torch.randn(n, heads, dim)
+    pool_k, pool_v = torch.zeros(2 * n, kv_heads, dim), torch.zeros(2 * n, kv_heads, dim)
+    hits, at = [], 0
+    for length in lengths:
+        slots = torch.arange(at, at + length)
+        local = angles(cos_sin, torch.arange(length))
+        pool_k[slots] = rotate(keys[at : at + length], *local, neox=True)
+        pool_v[slots] = values[at : at + length]
+        hits.append(SegmentHit(at, at + length, at, slots, opening=at == 0))
+        at += length
+    plan = make_plan(
+        n, limit=n - 1, prefix=torch.empty(0, dtype=torch.int64), hits=hits, policy=Seam(seam),
+        page=page,
+    )  # fmt: skip
+    live = plan.order[plan.reused :]
+    private = torch.arange(n, n + live.numel())
+    true = angles(cos_sin, live)
+    pool_k[private] = rotate(keys[live], *true, neox=True)
+    pool_v[private] = values[live]
+    row = torch.cat([plan.slots, private])
+    rotated = rotate(queries[live], *true, neox=True)
+
+    everywhere = angles(cos_sin, torch.arange(n))
+    k_true = rotate(keys, *everywhere, neox=True).repeat_interleave(2, 1).double()
+    q_true = rotate(queries, *everywhere, neox=True).double()
+    scores = torch.einsum("nhd,mhd->hnm", q_true, k_true) * 0.25
+    scores.masked_fill_(torch.ones(n, n, dtype=torch.bool).triu(1), -torch.inf)
+    weights, wide = scores.softmax(-1), values.double().repeat_interleave(2, 1)
+    exact = torch.einsum("hnm,mhd->nhd", weights, wide)[live]
+
+    for done in range(0, live.numel(), chunk):
+        extend = min(chunk, live.numel() - done)
+        prefix = plan.reused + done
+        step = build_step(
+            [StepRow(plan, 0, prefix, extend, row[: prefix + extend])], torch.device("cpu")
+        )
+        assert step is not None
+        q = rotated[done : done + extend][step.query]
+        q = rotate(q, *angles(cos_sin, -step.offset), neox=True)
+        partial, lse = torch.empty(q.shape), torch.empty(q.shape[:2])
+        for i, causal in enumerate(step.causal):
+            rows = slice(step.qo_indptr[i], step.qo_indptr[i + 1])
+            keys_of = step.slots[step.kv_indptr[i] : step.kv_indptr[i + 1]]
+            partial[rows], lse[rows] = attend(
+                q[rows], pool_k[keys_of], pool_v[keys_of], scale=0.25, causal=causal
+            )
+        got = merge(partial, lse, step.query, extend)
+        expected = exact[done : done + extend]
+        torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5),
+    seam=st.integers(0, 25),
+    chunk=st.integers(1, 30),
+)
+def test_linking_is_attention_at_true_positions(lengths, seam, chunk) -> None:
+    linked_attention(lengths, seam, chunk)
+
+
+def test_a_shared_span_is_read_once() -> None:
+    """Two rows that reuse the same pages at different positions share one part."""
+    slots = torch.arange(10)
+    rows = []
+    for i, start in enumerate((3, 7)):
+        plan = make_plan(
+            start + 12, limit=start + 11, prefix=slots[:0],
+            hits=[SegmentHit(start, start + 10, start, slots)], policy=Seam(2), page=1,
+        )  # fmt: skip
+        row = torch.arange(100 * (i + 1), 100 * (i + 1) + start + 12)
+        rows.append(StepRow(plan, i, start + 11, 1, row))
+    step = build_step(rows, torch.device("cpu"))
+    assert step is not None
+    assert step.qo_indptr == [0, 2, 3, 4]
+    assert step.offset.tolist() == [3, 7, 0, 0]
+    assert step.slots[:7].tolist() == slots[2:9].tolist()
+
+
+def test_segments_that_begin_alike_are_not_mixed_up() -> None:
+    """Same first page, same length, another end: two parts."""
+    rows = []
+    for i, tail in enumerate((50, 60)):
+        slots = torch.cat([torch.arange(5), torch.arange(tail, tail + 5)])
+        plan = make_plan(
+            12, limit=11, prefix=slots[:0], hits=[SegmentHit(0, 10, 0, slots, opening=True)],
+            policy=Seam(0), page=1,
+        )  # fmt: skip
+        rows.append(StepRow(plan, i, 11, 1, torch.arange(200, 212)))
+    step = build_step(rows, torch.device("cpu"))
+    assert step is not None
+    assert len(step.causal) == 4

@@ -1,0 +1,96 @@
+"""The plan: layout of a row, by property and by the design's formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_pic.errors import PicIntegrityError
+from sglang_pic.link.plan import LinkPlan, SegmentHit, make_plan
+from sglang_pic.link.policy import Full, LinkOptions, Naive, Seam
+
+
+def slots(count: int, first: int) -> torch.Tensor:
+    return torch.arange(first, first + count)
+
+
+@st.composite
+def prompts(draw: st.DrawFn) -> dict:
+    page = draw(st.sampled_from([1, 4, 16]))
+    at = draw(st.integers(0, 20))
+    hits = []
+    for i in range(draw(st.integers(0, 5))):
+        length = draw(st.integers(1, 70))
+        held = draw(st.integers(0, length // page)) * page
+        hits.append(SegmentHit(at, at + length, at, slots(held, 1000 * (i + 1)), opening=at == 0))
+        at += length + draw(st.integers(0, 9))
+    n = at + draw(st.integers(0 if hits else 1, 9))
+    n = max(n, hits[-1].end if hits else 1)
+    prefix = draw(st.integers(0, (n - 1) // page)) * page
+    policy = draw(st.sampled_from([Naive(), Full(), Seam(0), Seam(1), Seam(5), Seam(16)]))
+    return {
+        "n_tokens": n,
+        "limit": draw(st.integers(0, n - 1)),
+        "prefix": slots(min(prefix, draw(st.integers(0, prefix // page)) * page), 0),
+        "hits": hits,
+        "policy": policy,
+        "page": page,
+    }
+
+
+@given(prompts())
+def test_every_plan_is_sound(prompt: dict) -> None:
+    if prompt["prefix"].numel() > prompt["limit"]:
+        prompt["prefix"] = prompt["prefix"][:0]
+    plan = make_plan(**prompt)
+    plan.check(prompt["page"])
+    assert plan.slots.numel() == plan.reused < prompt["n_tokens"]
+    # Every reused slot is the one compiled for that very token.
+    for span in plan.spans:
+        hit = next((h for h in prompt["hits"] if h.start <= span.start < h.end), None)
+        if hit is not None and span.offset == hit.offset and span.slots[0] >= 1000:
+            assert span.slots[0] == hit.slots[0] + span.start - hit.start
+        assert span.end <= max(prompt["limit"], prompt["prefix"].numel())
+
+
+@pytest.mark.parametrize(
+    ("policy", "length", "page", "opening", "core"),
+    [
+        (Seam(4), 100, 1, False, (4, 99)),
+        (Seam(4), 100, 1, True, (0, 99)),
+        (Seam(4), 100, 16, False, (16, 96)),
+        (Seam(17), 100, 16, False, (32, 96)),
+        (Seam(0), 16, 16, False, (0, 0)),
+        (Seam(0), 17, 16, False, (0, 16)),
+        (Seam(4), 1, 1, False, (4, 0)),
+        (Naive(), 32, 16, False, (0, 16)),
+        (Full(), 100, 1, True, (0, 0)),
+    ],
+)
+def test_core(policy, length, page, opening, core) -> None:
+    assert policy.core(length, page=page, opening=opening) == core
+
+
+def test_a_prefix_ends_inside_a_segment() -> None:
+    hit = SegmentHit(4, 40, 4, slots(36, 100))
+    plan = make_plan(50, limit=49, prefix=slots(12, 0), hits=[hit], policy=Seam(2), page=4)
+    assert [(s.start, s.end, s.offset) for s in plan.spans] == [(0, 12, 0), (12, 36, 4)]
+
+
+def test_check_refuses_a_span_seen_too_early() -> None:
+    plan = make_plan(
+        20, limit=19, prefix=slots(0, 0), hits=[SegmentHit(5, 15, 5, slots(10, 0))],
+        policy=Seam(2), page=1,
+    )  # fmt: skip
+    span = plan.spans[0]
+    bad = LinkPlan(20, plan.reused, (type(span)(**{**vars(span), "first_seer": 0}),), plan.order)
+    with pytest.raises(PicIntegrityError, match="seen by the wrong tokens"):
+        bad.check(1)
+
+
+def test_options_choose_the_policy() -> None:
+    assert LinkOptions(policy="seam", seam=3).recompute_policy() == Seam(3)
+    assert LinkOptions(policy="none").recompute_policy() == Naive()
+    assert LinkOptions(policy="full").recompute_policy() == Full()

@@ -1,0 +1,253 @@
+"""``pic`` fields, tokenisation at segment edges, and chat marks."""
+
+from __future__ import annotations
+
+import pathlib
+import string
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from sglang_pic.errors import PicRequestError
+from sglang_pic.eval.models.smollm2 import ensure_model
+from sglang_pic.link.policy import LinkOptions
+from sglang_pic.request.base import LinkRequest, TokenSpan
+from sglang_pic.request.fields import MAX_SEGMENTS, check_inside, parse_fields
+from sglang_pic.request.hints import find_action, link_hints, pic_hints, read_link
+from sglang_pic.request.tokenize import encode_marked
+from sglang_pic.server.marks import ChatMarks, mark_messages
+
+DEFAULTS = LinkOptions()
+# What this model's vocabulary spells: it has no token for most control characters.
+ALPHABET = string.ascii_letters + string.digits + string.punctuation + " \n\té漢"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(pathlib.Path(ensure_model()))
+
+
+def segments(*pairs: tuple) -> dict:
+    return {"segments": [{"start": a, "end": b} for a, b in pairs]}
+
+
+BAD = [
+    (17, "pic"),
+    ([], "pic"),
+    ({"segment": []}, "pic.segment"),
+    ({"segments": 3}, "pic.segments"),
+    ({"segments": [[0, 3]]}, "pic.segments[0]"),
+    ({"segments": [{"start": 0}]}, "pic.segments[0]"),
+    ({"segments": [{"start": 0, "end": 3, "id": 1}]}, "pic.segments[0]"),
+    (segments(("0", 3)), "pic.segments[0].start"),
+    (segments((0, 3.5)), "pic.segments[0].end"),
+    (segments((True, 3)), "pic.segments[0].start"),
+    (segments((-1, 3)), "pic.segments[0].start"),
+    (segments((3, 3)), "pic.segments[0].end"),
+    (segments((5, 3)), "pic.segments[0].end"),
+    (segments((0, 3), (2, 5)), "pic.segments[1].start"),
+    (segments((4, 5), (0, 3)), "pic.segments[1].start"),
+    (segments(*((i, i + 1) for i in range(10_000))), "pic.segments"),
+    ({"seam": -1}, "pic.seam"),
+    ({"seam": True}, "pic.seam"),
+    ({"seam": "16"}, "pic.seam"),
+    ({"seam": 10**30}, "pic.seam"),
+    ({"policy": "lucky"}, "pic.policy"),
+    ({"policy": ["seam"]}, "pic.policy"),
+    ({"mode": None}, "pic.mode"),
+    ({"require_exact": 1}, "pic.require_exact"),
+    ({"link": "no"}, "pic.link"),
+    ({"tokenize": "bytes"}, "pic.tokenize"),
+    ({"parts": []}, "pic.parts"),
+    ({"parts": "text"}, "pic.parts"),
+    ({"parts": [3]}, "pic.parts[0]"),
+    ({"parts": [{"text": "x"}]}, "pic.parts[0]"),
+    ({"parts": [{"segment": ""}]}, "pic.parts[0].segment"),
+    ({"parts": [{"segment": 3}]}, "pic.parts[0]"),
+    ({"parts": ["x"], "segments": []}, "pic.parts"),
+]
+
+
+@pytest.mark.parametrize(("pic", "field"), BAD, ids=lambda value: str(value)[:60])
+def test_bad_fields_are_named(pic, field: str) -> None:
+    with pytest.raises(PicRequestError) as caught:
+        parse_fields(pic, DEFAULTS)
+    assert caught.value.field == field
+    assert str(caught.value).startswith(f"{field}: ")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "segments",
+                    "start",
+                    "end",
+                    "parts",
+                    "segment",
+                    "seam",
+                    "policy",
+                    "mode",
+                    "link",
+                    "x",
+                ]
+            ),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(json_values)
+def test_any_json_is_parsed_or_refused(pic) -> None:
+    try:
+        fields = parse_fields(pic, DEFAULTS)
+    except PicRequestError:
+        return
+    assert len(fields.ranges) <= MAX_SEGMENTS
+    assert all(a.end <= b.start for a, b in zip(fields.ranges, fields.ranges[1:], strict=False))
+
+
+def test_ranges_outside_the_prompt() -> None:
+    with pytest.raises(PicRequestError, match=r"pic.segments\[1\].end: 8 lies outside .* 7 tokens"):
+        check_inside((TokenSpan(0, 2), TokenSpan(3, 8)), 7, "tokens")
+
+
+def test_hints_round_trip() -> None:
+    request = LinkRequest((TokenSpan(1, 5), TokenSpan(7, 9)), LinkOptions(seam=3), strict=False)
+    assert read_link(link_hints(request)) == request
+    assert read_link(None) is None
+    assert find_action(pic_hints(seam=3), "pic") == {"seam": 3}
+
+
+def test_pieces_never_depend_on_their_neighbours(tokenizer) -> None:
+    document = "The tower of Hanoi has three rods.\n"
+    ids = []
+    for before, behind in [("", ""), ("See: ", " And?"), ("x", "x"), ("\n\n", "1")]:
+        text = before + document + behind
+        chars = (TokenSpan(len(before), len(before) + len(document)),)
+        tokens, (span,) = encode_marked(tokenizer, text, chars, rule="pieces")
+        ids.append(tokens[span.start : span.end])
+        assert tokenizer.decode(tokens) == text
+    assert all(one == ids[0] for one in ids)
+
+
+def test_whole_is_stocks_prompt(tokenizer) -> None:
+    text = "Look: the tower of Hanoi has three rods, hasn't it?"
+    chars = (TokenSpan(6, 39),)
+    tokens, (span,) = encode_marked(tokenizer, text, chars, rule="whole")
+    assert tokens == tokenizer(text)["input_ids"]
+    assert tokenizer.decode(tokens[span.start : span.end]) in text[6:39]
+
+
+def test_the_rules_differ_where_a_token_straddles_an_edge(tokenizer) -> None:
+    """'the tower' behind 'x ' : the space belongs to the word's token."""
+    text = "x the tower stands"
+    chars = (TokenSpan(2, 11),)
+    pieces, _ = encode_marked(tokenizer, text, chars, rule="pieces")
+    whole, (span,) = encode_marked(tokenizer, text, chars, rule="whole")
+    assert pieces != whole
+    assert tokenizer.decode(whole[span.start : span.end]) == " tower"
+
+
+def test_whole_refuses_a_segment_without_a_token(tokenizer) -> None:
+    with pytest.raises(PicRequestError, match=r"pic.segments\[0\]"):
+        encode_marked(tokenizer, "international", (TokenSpan(2, 4),), rule="whole")
+
+
+@settings(deadline=None)
+@given(
+    parts=st.lists(st.tuples(st.booleans(), st.text(ALPHABET, min_size=1, max_size=12)), max_size=6)
+)
+@pytest.mark.parametrize("rule", ["pieces", "whole"])
+def test_tokens_always_spell_the_text(tokenizer, rule: str, parts) -> None:
+    text, chars = "", []
+    for marked, part in parts:
+        if marked:
+            chars.append(TokenSpan(len(text), len(text) + len(part)))
+        text += part
+    try:
+        tokens, spans = encode_marked(tokenizer, text, tuple(chars), rule=rule)
+    except PicRequestError:
+        assert rule == "whole"
+        return
+    assert tokenizer.decode(tokens).encode(errors="ignore") == text.encode(errors="ignore")
+    assert len(spans) == len(chars)
+    assert all(a.end <= b.start for a, b in zip(spans, spans[1:], strict=False))
+
+
+class _Framing:
+    """A tokenizer that frames every text with BOS and EOS."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict:
+        ids = [ord(c) for c in text]
+        return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
+
+
+def test_special_tokens_stay_outside_segments() -> None:
+    ids, spans = encode_marked(_Framing(), "abcd", (TokenSpan(0, 2),), rule="pieces")
+    assert ids == [1, 97, 98, 99, 100, 2]
+    assert spans == (TokenSpan(1, 3),)
+
+
+def test_marks_are_cut_out_whole() -> None:
+    marks = ChatMarks.fresh()
+    text, ranges = marks.cut(f"a{marks.wrap(' b ')}c{marks.wrap('d')}")
+    assert text == "a b cd"
+    assert ranges == (TokenSpan(2, 3), TokenSpan(5, 6))
+    assert marks.strip({"x": [marks.wrap("y")]}) == {"x": ["y"]}
+
+
+@pytest.mark.parametrize("broken", ["{close}x{open}", "{open}x", "{open}{open}x{close}{close}"])
+def test_a_template_that_breaks_marks_is_refused(broken: str) -> None:
+    marks = ChatMarks.fresh()
+    with pytest.raises(PicRequestError):
+        marks.cut(broken.format(open=marks.open, close=marks.close))
+
+
+def test_messages_are_marked_in_place() -> None:
+    messages = [
+        {"role": "system", "content": "S", "pic_segment": True},
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "D", "pic_segment": True},
+                {"type": "text", "text": "E"},
+                {"type": "text", "text": "F"},
+            ],
+        },
+    ]
+    marks = mark_messages(messages, [{"message": 1, "part": 2}])
+    assert marks is not None
+    assert messages[0] == {"role": "system", "content": marks.wrap("S")}
+    assert [part["text"] for part in messages[1]["content"]] == [
+        marks.wrap("D"),
+        "E",
+        marks.wrap("F"),
+    ]
+    assert mark_messages([{"role": "user", "content": "x"}], []) is None
+
+
+@pytest.mark.parametrize(
+    ("messages", "named", "field"),
+    [
+        ([{"content": "x", "pic_segment": 1}], [], "messages[0].pic_segment"),
+        ([{"content": " ", "pic_segment": True}], [], "messages[0].content"),
+        ([{"content": [{"text": 3, "pic_segment": True}]}], [], "messages[0].content[0].text"),
+        ([{"content": "x"}], [{"message": 4}], "pic.segments"),
+        ([{"content": "x"}], [{"start": 0, "end": 1}], "pic.segments[0]"),
+        ([{"content": "x"}], [{"message": "0"}], "pic.segments[0]"),
+        ([{"content": "x"}], {"message": 0}, "pic.segments"),
+    ],
+)
+def test_bad_marks_are_named(messages, named, field: str) -> None:
+    with pytest.raises(PicRequestError) as caught:
+        mark_messages(messages, named)
+    assert caught.value.field == field
