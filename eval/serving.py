@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import requests
@@ -96,6 +96,7 @@ def serve(
     log: pathlib.Path,
     *args: str,
     module: str = "sglang_pic.launch_server",
+    command: Sequence[str] | None = None,
     env: dict[str, str] | None = None,
 ) -> Iterator[Server]:
     """Run a server until the block ends.
@@ -105,17 +106,19 @@ def serve(
         log: file for its output.
         args: further command line arguments.
         module: what to run; ``sglang.launch_server`` is stock SGLang.
+        command: what to run instead of a module of this Python.
         env: further environment variables.
 
     Raises:
         RuntimeError: it did not come up; the message ends with its log.
     """
     port = free_port()
-    command = [sys.executable, "-m", module, "--model-path", str(model), f"--port={port}"]
+    launcher = command or (sys.executable, "-m", module)
+    line = [*launcher, "--model-path", str(model), f"--port={port}", *COMMON_ARGS, *args]
     started = time.monotonic()
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [*command, *COMMON_ARGS, *args],
+            line,
             stdout=out,
             stderr=subprocess.STDOUT,
             env={**os.environ, **(env or {})},
@@ -128,7 +131,7 @@ def serve(
                 if requests.get(url + "/health", timeout=5).status_code == 200:
                     break
             if process.poll() is not None or time.monotonic() - started > START_TIMEOUT_S:
-                raise RuntimeError(f"{command} did not start:\n{log.read_text()[-4000:]}")
+                raise RuntimeError(f"{line} did not start:\n{log.read_text()[-4000:]}")
             time.sleep(0.5)
         yield Server(url, log, time.monotonic() - started)
     finally:

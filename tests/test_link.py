@@ -3,110 +3,23 @@
 from __future__ import annotations
 
 import itertools
-import random
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import oracle
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import tiny_llama_model
+from linking import assemble, body, check_exact, check_linked, fresh_salt, ids_of
 
 from sglang_pic.eval.serving import Server
 
 pytestmark = pytest.mark.server
-
-VOCAB = 512
-TOLERANCE = 1e-4
-_salts = itertools.count()
-_model: Any = None
-
-
-def model() -> Any:
-    global _model
-    if _model is None:
-        _model = tiny_llama_model()
-    return _model
 
 
 @pytest.fixture(params=["page1", "page16"])
 def paged(request: pytest.FixtureRequest) -> tuple[Server, int]:
     """Each server with its page size."""
     return request.getfixturevalue(request.param), int(request.param.removeprefix("page"))
-
-
-def ids_of(seed: int, length: int) -> list[int]:
-    return random.Random(seed).choices(range(VOCAB), k=length)
-
-
-def assemble(parts: Sequence[tuple[str, list[int]]]) -> tuple[list[int], list[tuple[int, int]]]:
-    """Concatenate ("segment" | "text", ids) parts; return ids and segment ranges."""
-    ids: list[int] = []
-    segments = []
-    for kind, part in parts:
-        if kind == "segment":
-            segments.append((len(ids), len(ids) + len(part)))
-        ids += part
-    return ids, segments
-
-
-def body(
-    ids: list[int], segments: Sequence[tuple[int, int]], n_new: int, salt: str, **pic: Any
-) -> dict[str, Any]:
-    return {
-        "input_ids": ids,
-        "sampling_params": {"max_new_tokens": n_new, "temperature": 0, "ignore_eos": True},
-        "return_logprob": True,
-        "token_ids_logprob": list(range(VOCAB)),
-        "cache_salt": salt,
-        "pic": {"segments": [{"start": s, "end": e} for s, e in segments], **pic},
-    }
-
-
-def fresh_salt() -> str:
-    return f"salt-{next(_salts)}-{random.random()}"
-
-
-def distributions(answer: dict[str, Any]) -> torch.Tensor:
-    """float32 [n_new, vocab], log-probabilities the server reports."""
-    rows = answer["meta_info"]["output_token_ids_logprobs"]
-    return torch.tensor([[value for value, *_ in row] for row in rows])
-
-
-def check_against_oracle(
-    answer: dict[str, Any],
-    ids: list[int],
-    segments: Sequence[tuple[int, int]],
-    *,
-    seam: int,
-    page: int,
-    n_new: int,
-    policy: str = "seam",
-) -> None:
-    expected = oracle.linked_logprobs(
-        model(),
-        ids,
-        segments,
-        seam=seam,
-        page=page,
-        policy=policy,
-        context=(),
-        min_segment=1,
-        n_new=n_new,
-    )
-    planned = oracle.layout(len(ids), segments, seam=seam, page=page, policy=policy, prompt_ids=ids)
-    report = answer["meta_info"]["pic"]
-    assert report["tokens_reused"] - report["prefix_tokens"] == planned.n_reused
-    assert report["tokens_reused"] + report["tokens_computed"] == len(ids)
-    for segment, core in zip(report["segments"], planned.cores, strict=True):
-        assert segment["tokens_reused"] == len(core), segment
-    got = distributions(answer)
-    worst = (got - expected.full_logprobs).abs().max().item()
-    assert worst < TOLERANCE, f"log-probabilities differ by {worst}"
-    assert answer["output_ids"] == list(expected.tokens)
 
 
 lengths = st.one_of(st.integers(1, 6), st.sampled_from([15, 16, 17, 31, 32, 33, 48]))
@@ -137,14 +50,13 @@ def test_any_layout_matches_the_oracle(
     check = {"seam": seam, "page": page, "n_new": 3, "policy": policy}
     planned = oracle.layout(len(ids), segments, seam=seam, page=page, policy=policy, prompt_ids=ids)
     if planned.n_reused or policy == "full":
-        check_against_oracle(cold, ids, segments, **check)
-        check_against_oracle(warm, ids, segments, **check)
+        check_linked(cold, ids, segments, **check)
+        check_linked(warm, ids, segments, **check)
     else:
         # Nothing to link: an ordinary request, exact, cached as a prefix.
-        expected = oracle.full_logprobs(model(), ids, 3)
         for answer in (cold, warm):
             assert answer["meta_info"]["pic"]["exactness"] == "exact"
-            assert (distributions(answer) - expected.full_logprobs).abs().max() < TOLERANCE
+            check_exact(answer, ids, 3)
 
 
 def test_reuse_is_not_an_accident(paged: tuple[Server, int]) -> None:
@@ -158,7 +70,7 @@ def test_reuse_is_not_an_accident(paged: tuple[Server, int]) -> None:
     expected = (len(a) - 1) // page * page + (len(b) - 1) // page * page - head
     assert report["tokens_reused"] == expected > 0
     assert report["exactness"] == "composed"
-    check_against_oracle(answer, ids, segments, seam=4, page=page, n_new=4)
+    check_linked(answer, ids, segments, seam=4, page=page, n_new=4)
 
 
 def test_concurrent_requests_of_every_kind(paged: tuple[Server, int]) -> None:
@@ -184,14 +96,16 @@ def test_concurrent_requests_of_every_kind(paged: tuple[Server, int]) -> None:
         )
     for (ids, segments, pic, _), answer in zip(jobs, answers, strict=True):
         if pic.get("link") is False:
-            expected = oracle.full_logprobs(model(), ids, 12)
-            assert (distributions(answer) - expected.full_logprobs).abs().max() < TOLERANCE
+            check_exact(answer, ids, 12)
         else:
-            check_against_oracle(answer, ids, segments, seam=5, page=page, n_new=12)
+            check_linked(answer, ids, segments, seam=5, page=page, n_new=12)
+    if page == 16:
+        # That server retracts by force: the plan was made anew, the answer held.
+        assert any(answer["meta_info"]["num_retractions"] for answer in answers)
 
 
 def test_long_decode(paged: tuple[Server, int]) -> None:
     server, page = paged
     ids, segments = assemble([("segment", ids_of(30, 33)), ("segment", ids_of(31, 50))])
     answer = server.generate(**body(ids, segments, 70, fresh_salt(), seam=2))
-    check_against_oracle(answer, ids, segments, seam=2, page=page, n_new=70)
+    check_linked(answer, ids, segments, seam=2, page=page, n_new=70)

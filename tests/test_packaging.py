@@ -22,9 +22,13 @@ ENTRY_POINTS = {
 }
 
 
-def modules_of(folder: str) -> list[Path]:
-    """Python files below a folder of the top level, relative to the repository's root."""
-    return sorted(path.relative_to(ROOT) for path in (ROOT / folder).rglob("*.py"))
+def files_of(folder: str) -> list[Path]:
+    """Files below a folder of the top level, relative to the repository's root."""
+    return sorted(
+        path.relative_to(ROOT)
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    )
 
 
 def run_python(*arguments: str, cwd: Path, pythonpath: Path | None = None) -> str:
@@ -69,7 +73,7 @@ def test_links_are_relative() -> None:
         assert os.readlink(ROOT / "sglang_pic" / folder) == f"../{folder}"
 
 
-def test_wheel_holds_every_module_once(wheel: Path) -> None:
+def test_wheel_holds_every_file_once(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert len(names) == len(set(names))
     assert {name.split("/")[0] for name in names} == {
@@ -77,9 +81,9 @@ def test_wheel_holds_every_module_once(wheel: Path) -> None:
         f"{wheel.name.removesuffix('-py3-none-any.whl')}.dist-info",
     }
     for folder in FOLDERS:
-        modules = modules_of(folder)
-        assert modules
-        assert {f"sglang_pic/{path.as_posix()}" for path in modules} <= set(names)
+        files = files_of(folder)
+        assert any(path.suffix == ".py" for path in files)
+        assert {f"sglang_pic/{path.as_posix()}" for path in files} <= set(names)
 
 
 def test_entry_points_lead_into_the_wheel(wheel: Path) -> None:
@@ -98,8 +102,8 @@ def test_wheel_is_importable_elsewhere(installed: Path, tmp_path: Path) -> None:
     names = [
         ".".join(("sglang_pic", *path.with_suffix("").parts))
         for folder in FOLDERS
-        for path in modules_of(folder)
-        if path.stem != "__init__"
+        for path in files_of(folder)
+        if path.suffix == ".py" and path.stem != "__init__"
     ]
     script = (
         "import sys, importlib.util, sglang_pic\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 import string
 
@@ -180,7 +181,7 @@ def test_tokens_always_spell_the_text(tokenizer, rule: str, parts) -> None:
         return
     assert tokenizer.decode(tokens).encode(errors="ignore") == text.encode(errors="ignore")
     assert len(spans) == len(chars)
-    assert all(a.end <= b.start for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a.end <= b.start for a, b in itertools.pairwise(spans))
 
 
 class _Framing:

@@ -11,7 +11,9 @@ from sglang_pic.lang import PicRuntimeEndpoint, report_of
 
 def connect(description: str | None) -> PicRuntimeEndpoint:
     """Read the command line and connect to the server that it names."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--url", default="http://127.0.0.1:30000", help="of a running server")
     parser.add_argument(
         "--chat-template",

@@ -120,8 +120,10 @@ class SegmentForest:
         tokens = path[len(self.context) :]
         name = segment_id(salt, extra_key, tokens)
         self._clock += 1
+        record = self._records.get(name)
+        hits = record.hits if record is not None else 0
         self._records[name] = SegmentRecord(
-            name, path, extra_key, salt, len(tokens), self._clock, self._clock
+            name, path, extra_key, salt, len(tokens), self._clock, self._clock, hits
         )
         return name
 

@@ -59,8 +59,8 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
         if server_args.attention_backend == "intel_amx":
             server_args.attention_backend = self.get_default_attention_backend()
         if server_args.dtype == "auto":
-            # For a float32 checkpoint "auto" means float16, which most CPUs
-            # compute some ten times slower.
+            # For a float32 checkpoint "auto" means float16, in which most CPUs
+            # compute a prompt some ten times slower.
             server_args.dtype = "float32"
         if server_args.max_total_tokens is None:
             # Otherwise the KV cache takes most of the machine's memory.

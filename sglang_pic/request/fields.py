@@ -28,6 +28,8 @@ from sglang_pic.request.base import TokenSpan
 MAX_SEGMENTS = 1024
 MAX_SEAM = 1 << 20
 TOKENIZE_RULES = ("pieces", "whole")
+# No tokenizer in use packs more characters into a token of ordinary text.
+MAX_CHARS_PER_TOKEN = 64
 _KNOWN = {
     "segments",
     "parts",
@@ -183,3 +185,12 @@ def check_inside(ranges: tuple[TokenSpan, ...], length: int, unit: str) -> None:
             raise PicRequestError(
                 f"pic.segments[{i}].end", f"{span.end} lies outside the prompt of {length} {unit}"
             )
+
+
+def check_length(text: str, context_len: int, field: str) -> None:
+    """Raise ``PicRequestError`` for a text that cannot fit the model's context,
+    before the time is spent to tokenise it."""
+    if len(text) > context_len * MAX_CHARS_PER_TOKEN:
+        raise PicRequestError(
+            field, f"{len(text)} characters cannot fit a context of {context_len} tokens"
+        )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_pic.errors import PicRequestError
-from sglang_pic.request.fields import MAX_SEGMENTS
+from sglang_pic.request.fields import MAX_SEGMENTS, check_length
 from sglang_pic.request.tokenize import encode_marked
 from sglang_pic.server.exchange import current
 
@@ -48,6 +48,7 @@ def render_marked(
     text, ranges = marks.cut(render(messages))
     if text != render(marks.strip(messages)):
         raise PicRequestError("messages", "the chat template alters a marked part")
+    check_length(text, serving.tokenizer_manager.model_config.context_len, "messages")
     if len(ranges) > MAX_SEGMENTS:
         raise PicRequestError("messages", f"at most {MAX_SEGMENTS} segments a request")
     rule = exchange.pic.get("tokenize", "pieces")

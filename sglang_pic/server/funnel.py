@@ -22,7 +22,7 @@ from sglang_pic.errors import PicRequestError
 from sglang_pic.forest.keys import is_reserved, namespace
 from sglang_pic.link.policy import floor_to
 from sglang_pic.request.base import OPENING, LinkRequest
-from sglang_pic.request.fields import check_inside, parse_fields
+from sglang_pic.request.fields import check_inside, check_length, parse_fields
 from sglang_pic.request.hints import COMPILE, LINK, PUBLIC, find_action, link_hints
 from sglang_pic.request.tokenize import encode_marked
 from sglang_pic.server.compiler import CompileItem, Compiler
@@ -167,6 +167,7 @@ class Funnel:
             return list(ids), LinkRequest(fields.ranges, fields.options)
         if text is None:
             raise PicRequestError("pic", "needs a prompt given as text or as token ids")
+        check_length(text, self._manager.model_config.context_len, "text")
         check_inside(fields.ranges, len(text), "characters")
         ids, spans = encode_marked(
             self._manager.tokenizer, text, fields.ranges, rule=fields.tokenize
@@ -223,7 +224,12 @@ class Funnel:
         return items
 
     def encode_segment(self, text: str) -> list[int]:
-        """Token ids of a segment given as text, as a prompt's piece would get them."""
+        """Token ids of a segment given as text, as a prompt's piece would get them.
+
+        Raises:
+            PicRequestError: the text cannot fit the model's context.
+        """
+        check_length(text, self._manager.model_config.context_len, "text")
         return self._manager.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def segment_item(

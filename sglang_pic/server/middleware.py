@@ -106,7 +106,7 @@ class PicMiddleware:
 
 
 async def _read(receive: Callable[..., Any]) -> bytes:
-    chunks = []
+    chunks: list[bytes] = []
     while True:
         message = await receive()
         if message["type"] != "http.request":

@@ -1,0 +1,321 @@
+"""What a server with linking promises beside right answers: one copy of shared
+pages, nothing leaked, clear errors, tenants apart, exact where asked."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import requests
+from linking import assemble, body, check_exact, check_linked, fresh_salt, ids_of
+
+from sglang_pic.eval.serving import Server
+
+pytestmark = pytest.mark.server
+
+
+def reasons(answer: dict[str, Any]) -> list[str]:
+    return [segment["reason"] for segment in answer["meta_info"]["pic"]["segments"]]
+
+
+def wait_idle(server: Server) -> dict[str, Any]:
+    """The forest once nothing runs any more."""
+    for _ in range(100):
+        state = server.forest()
+        if state["protected_tokens"] == 0 and state["live_plans"] == 0:
+            return state
+        time.sleep(0.2)
+    raise AssertionError(f"requests hold pages or plans for ever: {state}")
+
+
+def test_concurrent_requests_hold_one_copy(page1: Server) -> None:
+    """Eight running requests over the same four segments, in eight orders: the
+    segments' pages exist once, and nothing else but private tokens."""
+    documents = [ids_of(40 + i, 150 + i) for i in range(4)]
+    salt = fresh_salt()
+    rng = random.Random(3)
+    total = page1.forest()["available_tokens"] + page1.forest()["evictable_tokens"]
+    prompts = []
+    for _ in range(8):
+        order = rng.sample(documents, 4)
+        prompts.append(assemble([*(("segment", d) for d in order), ("text", ids_of(7, 9))]))
+    page1.generate(**body(*prompts[0], 1, salt, seam=4))
+    shared = sum(len(document) for document in documents)
+    peaks = []
+    with ThreadPoolExecutor(8) as pool:
+        answers = [
+            pool.submit(page1.generate, **body(*prompt, 150, salt, seam=4)) for prompt in prompts
+        ]
+        while not all(answer.done() for answer in answers):
+            peaks.append(page1.forest())
+            time.sleep(0.05)
+    computed = sum(a.result()["meta_info"]["pic"]["tokens_computed"] + 151 for a in answers)
+    busiest = max(peaks, key=lambda state: state["live_plans"])
+    assert busiest["live_plans"] == 8
+    assert busiest["protected_tokens"] == shared
+    private = total - busiest["available_tokens"] - busiest["evictable_tokens"] - shared
+    assert 0 < private <= computed < 8 * shared
+    segments = {s["id"]: s for s in busiest["segments"] if s["tokens"] in range(150, 154)}
+    assert all(s["held"] == s["tokens"] for s in segments.values())
+
+
+def test_relocated_requests_own_copies(page1: Server) -> None:
+    """The baseline for memory: every request pays for its reused tokens again."""
+    documents = [ids_of(60 + i, 120) for i in range(3)]
+    salt = fresh_salt()
+    prompt = assemble([*(("segment", d) for d in documents), ("text", [5])])
+    page1.generate(**body(*prompt, 1, salt, seam=4))
+    before = page1.forest()["available_tokens"]
+    used = []
+    with ThreadPoolExecutor(4) as pool:
+        answers = [
+            pool.submit(page1.generate, **body(*prompt, 120, salt, seam=4, mode="relocate"))
+            for _ in range(4)
+        ]
+        while not all(answer.done() for answer in answers):
+            used.append(before - page1.forest()["available_tokens"])
+            time.sleep(0.05)
+    reused = answers[0].result()["meta_info"]["pic"]["tokens_reused"]
+    assert reused > 300
+    assert max(used) >= 4 * reused
+    for answer in answers:
+        check_linked(answer.result(), *prompt, seam=4, page=1, n_new=120)
+
+
+def test_segments_give_way_and_come_back(page1: Server) -> None:
+    """More segments than the pool holds: LRU eviction, then a miss, compiled
+    anew, right again; pages in use are never taken."""
+    salt = fresh_salt()
+    first = assemble([("segment", ids_of(70, 300)), ("segment", ids_of(71, 300)), ("text", [1])])
+    page1.generate(**body(*first, 2, salt, seam=4))
+    for i in range(14):
+        other = assemble([("segment", ids_of(100 + i, 700)), ("text", [i])])
+        page1.generate(**body(*other, 1, salt, seam=4))
+    held = {s["tokens"]: s["held"] for s in page1.forest()["segments"]}
+    assert held[300] == 0
+    again = page1.generate(**body(*first, 2, salt, seam=4))
+    check_linked(again, *first, seam=4, page=1, n_new=2)
+
+
+def test_exact_on_request(page1: Server) -> None:
+    salt = fresh_salt()
+    prompt = assemble([("segment", ids_of(80, 90)), ("segment", ids_of(81, 90)), ("text", [9])])
+    page1.generate(**body(*prompt, 1, salt))
+    answer = page1.generate(**body(*prompt, 3, salt, require_exact=True))
+    assert answer["meta_info"]["pic"]["exactness"] == "exact"
+    assert answer["meta_info"]["pic"]["reason"] == "require_exact"
+    check_exact(answer, prompt[0], 3)
+
+
+def test_input_logprobs_turn_linking_off(page1: Server) -> None:
+    prompt = assemble([("segment", ids_of(82, 90)), ("segment", ids_of(83, 90)), ("text", [9])])
+    request = body(*prompt, 2, fresh_salt())
+    answer = page1.generate(**{**request, "logprob_start_len": 0})
+    assert answer["meta_info"]["pic"]["reason"] == "input_logprobs"
+    assert len(answer["meta_info"]["input_token_logprobs"]) == len(prompt[0])
+    check_exact(answer, prompt[0], 2)
+
+
+def test_tenants_never_share(page1: Server) -> None:
+    """Another salt sees none of a tenant's segments; the same salt sees them all."""
+    prompt = assemble([("text", [7]), ("segment", ids_of(84, 90)), ("text", [9])])
+    ours, theirs = fresh_salt(), fresh_salt()
+    page1.generate(**body(*prompt, 1, ours))
+    ids = {s["id"] for s in page1.forest()["segments"]}
+    other = page1.generate(**body(*prompt, 1, theirs))
+    assert other["meta_info"]["pic"]["segments"][0]["id"] not in ids
+    same = page1.generate(**body(*prompt, 1, ours))
+    assert same["meta_info"]["pic"]["segments"][0]["id"] in ids
+    assert reasons(same) == ["hit"]
+
+
+def test_a_hostile_prefix_poisons_nothing(page1: Server) -> None:
+    """A segment first seen behind other text is compiled alone all the same."""
+    salt = fresh_salt()
+    segment = ids_of(85, 100)
+    hostile = assemble([("text", ids_of(86, 60)), ("segment", segment), ("text", [1])])
+    page1.generate(**body(*hostile, 1, salt, seam=4))
+    clean = assemble([("segment", ids_of(87, 50)), ("segment", segment), ("text", [2])])
+    check_linked(page1.generate(**body(*clean, 3, salt, seam=4)), *clean, seam=4, page=1, n_new=3)
+
+
+def test_the_opening_text_is_an_exact_prefix(page16: Server) -> None:
+    """Plain text before the first segment is reused from the ordinary prefix cache."""
+    prompt = assemble([("text", ids_of(88, 70)), ("segment", ids_of(89, 60)), ("text", [3])])
+    salt = fresh_salt()
+    for _ in range(2):
+        answer = page16.generate(**body(*prompt, 2, salt, seam=4))
+        assert answer["meta_info"]["pic"]["prefix_tokens"] == 64
+        check_linked(answer, *prompt, seam=4, page=16, n_new=2)
+
+
+def test_a_prompt_that_only_opens_with_a_segment_is_exact(page1: Server) -> None:
+    prompt = assemble([("segment", ids_of(90, 80)), ("text", [3, 4])])
+    answer = page1.generate(**body(*prompt, 3, fresh_salt()))
+    assert answer["meta_info"]["pic"]["exactness"] == "exact"
+    assert answer["meta_info"]["pic"]["tokens_reused"] == 79
+    check_exact(answer, prompt[0], 3)
+
+
+def test_batches_and_samples(page1: Server) -> None:
+    """A batch with one ``pic`` a prompt; several samples of one prompt."""
+    a, b = (
+        assemble([("segment", ids_of(i, 50)), ("segment", ids_of(i + 1, 50))]) for i in (91, 93)
+    )
+    salt = fresh_salt()
+    batch = {
+        "input_ids": [a[0], b[0]],
+        "sampling_params": {"max_new_tokens": 2, "temperature": 0},
+        "cache_salt": [salt, salt],
+        "pic": [{"segments": [{"start": s, "end": e} for s, e in p[1]]} for p in (a, b)],
+    }
+    answers = page1.generate(**batch)
+    assert [reasons(answer) for answer in answers] == [["hit", "hit"]] * 2
+    one = body(*a, 2, salt)
+    one["sampling_params"]["n"] = 3
+    assert [reasons(answer) for answer in page1.generate(**one)] == [["hit", "hit"]] * 3
+
+
+def test_the_same_cold_segment_is_compiled_once(page1: Server) -> None:
+    salt = fresh_salt()
+    segment = ids_of(95, 400)
+    prompts = [assemble([("text", [i]), ("segment", segment), ("text", [i + 1])]) for i in range(6)]
+    held = page1.forest()["segment_tokens"]
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda p: page1.generate(**body(*p, 1, salt, seam=4)), prompts))
+    assert all(reasons(answer) == ["hit"] for answer in answers)
+    assert page1.forest()["segment_tokens"] - held <= 400
+
+
+BAD_BODIES = [
+    ({"pic": 3}, "pic"),
+    ({"pic": {"segments": [{"start": 0, "end": 500}]}}, "pic.segments[0].end"),
+    ({"pic": {"segments": [{"start": 5, "end": 2}]}}, "pic.segments[0].end"),
+    ({"pic": {"segments": [{"start": 0, "end": 9}, {"start": 5, "end": 12}]}}, "pic.segments[1]"),
+    ({"pic": {"segments": [{"start": 0.5, "end": 9}]}}, "pic.segments[0].start"),
+    ({"pic": {"segments": [{"start": 4, "end": 4}]}}, "pic.segments[0].end"),
+    ({"pic": {"segments": [{"start": i, "end": i + 1} for i in range(10_000)]}}, "pic.segments"),
+    ({"pic": {"segments": [], "seam": "wide"}}, "pic.seam"),
+    ({"pic": {"unknown": 1}}, "pic.unknown"),
+    ({"pic": [{}]}, "pic"),
+    ({"pic": {}, "cache_salt": 17}, "cache_salt"),
+    ({"pic": {}, "cache_salt": "pic\x1fsomebody"}, "cache_salt"),
+    ({"cache_salt": "pic\x1fsomebody"}, "cache_salt"),
+    (
+        {
+            "kv_hints": {
+                "protocol_version": "1",
+                "message_id": "m",
+                "actions": [{"action_id": "0", "action_type": "pic.link", "action_version": "1"}],
+            }
+        },
+        "kv_hints",
+    ),
+    ({"pic": {"segments": []}, "input_ids": ids_of(1, 9000)}, "9000"),
+]
+
+
+@pytest.mark.parametrize(("change", "named"), BAD_BODIES, ids=lambda value: str(value)[:50])
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_input_is_named_and_survived(
+    page1: Server, change: dict[str, Any], named: str, stream: bool
+) -> None:
+    request = {
+        "input_ids": ids_of(96, 20),
+        "sampling_params": {"max_new_tokens": 1},
+        "stream": stream,
+        **change,
+    }
+    response = page1.post("/generate", request)
+    # SGLang reports what its own engine finds inside a stream that has begun.
+    if not (stream and named in ("cache_salt", "kv_hints", "9000", "pic")):
+        assert response.status_code == 400, response.text
+    assert named in response.text
+    assert "400" in response.text or response.status_code == 400
+    assert page1.generate(input_ids=[1, 2, 3], sampling_params={"max_new_tokens": 1})
+
+
+@pytest.mark.parametrize(
+    ("sent", "named"),
+    [
+        ({}, "text"),
+        ({"input_ids": [1], "text": "x"}, "text"),
+        ({"input_ids": "abc"}, "input_ids"),
+        ({"input_ids": []}, "input_ids"),
+        ({"input_ids": [[1, "2"]]}, "input_ids[0]"),
+        ({"input_ids": [[]]}, "input_ids[0]"),
+        ({"input_ids": [1, 2], "cache_salt": 4}, "cache_salt"),
+        ({"input_ids": [1, 2], "tokens": 4}, "tokens"),
+        ([1], "body"),
+    ],
+)
+def test_bad_compiles_are_named(page1: Server, sent: Any, named: str) -> None:
+    response = page1.post("/pic/compile", sent)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == named
+
+
+def test_compile_ahead(page1: Server) -> None:
+    salt = fresh_salt()
+    segment = ids_of(97, 64)
+    answer = page1.post("/pic/compile", {"input_ids": segment, "cache_salt": salt}).json()
+    (made,) = answer["segments"]
+    assert made["tokens"] == made["tokens_computed"] == 64
+    prompt = assemble([("text", [1, 2]), ("segment", segment), ("text", [3])])
+    linked = page1.generate(**body(*prompt, 1, salt, seam=4))
+    assert linked["meta_info"]["pic"]["segments"][0]["id"] == made["id"]
+    again = page1.post("/pic/compile", {"input_ids": segment, "cache_salt": salt}).json()
+    assert again["segments"][0]["tokens_computed"] == 1
+    assert {s["id"]: s["hits"] for s in page1.forest()["segments"]}[made["id"]] == 1
+
+
+def _one_random_request(server: Server, rng: random.Random, i: int) -> None:
+    parts = [
+        (rng.choice(["segment", "segment", "text"]), ids_of(rng.randrange(12), rng.randint(1, 90)))
+        for _ in range(rng.randint(1, 5))
+    ]
+    options = {"mode": rng.choice(["share", "share", "relocate"]), "seam": rng.choice([0, 4, 20])}
+    request = body(*assemble(parts), rng.randint(1, 24), rng.choice(["a", "b"]), **options)
+    request["rid"] = f"leak-{i}"
+    del request["token_ids_logprob"], request["return_logprob"]
+    fate = rng.random()
+    if fate < 0.1:
+        # Disconnect before or while the answer comes.
+        with contextlib.suppress(requests.RequestException):
+            server.post("/generate", request, timeout=rng.uniform(0.01, 0.2))
+    elif fate < 0.2:
+        threading.Timer(
+            rng.uniform(0, 0.2), server.post, ("/abort_request", {"rid": request["rid"]})
+        ).start()
+        server.post("/generate", request)
+    elif fate < 0.25:
+        with requests.post(
+            server.url + "/generate", json={**request, "stream": True}, stream=True, timeout=60
+        ) as response:
+            next(response.iter_lines(), None)  # and leave
+    else:
+        server.generate(**request)
+
+
+def test_a_thousand_requests_leak_nothing(page16: Server) -> None:
+    """Linked, relocated, aborted, disconnected and retracted requests: SGLang's
+    strict checks run all the while, and in the end every token is accounted for."""
+    total = wait_idle(page16)
+    capacity = total["available_tokens"] + total["evictable_tokens"]
+    rng = random.Random(5)
+    seeds = [random.Random(rng.random()) for _ in range(1000)]
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(lambda job: _one_random_request(page16, job[1], job[0]), enumerate(seeds)))
+    end = wait_idle(page16)
+    assert end["available_tokens"] + end["evictable_tokens"] == capacity
+    assert end["segment_tokens"] + end["prefix_tokens"] == end["evictable_tokens"]
+    assert page16.post("/flush_cache", {}).status_code == 200
+    flushed = wait_idle(page16)
+    assert flushed["available_tokens"] == capacity
+    assert flushed["segments"] == []
+    assert "leak" not in page16.log.read_text().lower()

@@ -1,0 +1,314 @@
+"""A real model behind every front: text, chat, completions, frontend language."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+import requests
+import sglang as sgl
+from linking import fresh_salt
+
+from sglang_pic import pic_segment
+from sglang_pic.eval.models.smollm2 import ensure_model
+from sglang_pic.eval.passages import load_passages
+from sglang_pic.eval.serving import Server, serve
+from sglang_pic.lang import PicRuntimeEndpoint, report_of
+
+pytestmark = pytest.mark.server
+
+DOCUMENTS = [f"{passage.title}\n{passage.text}\n" for passage in load_passages()[:4]]
+QUESTION = "\nQuestion: name one thing. Answer:"
+
+
+@pytest.fixture(scope="module")
+def smollm(logs: pathlib.Path) -> Iterator[Server]:
+    with serve(ensure_model(), logs / "smollm.log", "--max-total-tokens=16384") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(smollm: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=smollm.url + "/v1", api_key="none")
+
+
+def marked(documents: list[str]) -> dict[str, Any]:
+    return {"parts": [*({"segment": document} for document in documents), QUESTION]}
+
+
+def greedy(n: int) -> dict[str, Any]:
+    return {"max_new_tokens": n, "temperature": 0}
+
+
+def test_text_parts_and_ranges_are_one_form(smollm: Server) -> None:
+    text = "".join(DOCUMENTS) + QUESTION
+    ranges, at = [], 0
+    for document in DOCUMENTS:
+        ranges.append({"start": at, "end": at + len(document)})
+        at += len(document)
+    salt = fresh_salt()
+    options = {"sampling_params": greedy(8), "cache_salt": salt}
+    parts = smollm.generate(pic=marked(DOCUMENTS), **options)
+    spans = smollm.generate(text=text, pic={"segments": ranges}, **options)
+    reports = [answer["meta_info"]["pic"] for answer in (parts, spans)]
+    assert reports[0] == reports[1]
+    assert reports[0]["tokens_reused"] > 300
+    assert parts["output_ids"] == spans["output_ids"]
+
+
+def test_order_does_not_matter_to_reuse(smollm: Server) -> None:
+    salt = fresh_salt()
+    options = {"sampling_params": greedy(4), "cache_salt": salt}
+    forward = smollm.generate(pic=marked(DOCUMENTS), **options)["meta_info"]["pic"]
+    backward = smollm.generate(pic=marked(DOCUMENTS[::-1]), **options)["meta_info"]["pic"]
+    assert {s["id"] for s in forward["segments"]} == {s["id"] for s in backward["segments"]}
+    assert all(s["reason"] == "hit" for s in backward["segments"])
+
+
+def test_unmarked_text_is_no_segment(smollm: Server) -> None:
+    """The same document outside a mark is neither a segment nor reused as one."""
+    salt = fresh_salt()
+    document = DOCUMENTS[0]
+    pic = {"parts": [{"segment": document}, "Again: " + document + QUESTION]}
+    options = {"sampling_params": greedy(4), "cache_salt": salt}
+    smollm.generate(pic=pic, **options)
+    report = smollm.generate(pic=pic, **options)["meta_info"]["pic"]
+    assert len(report["segments"]) == 1
+    assert report["tokens_reused"] <= report["segments"][0]["end"]
+    plain = smollm.generate(text="x" + document + QUESTION, **options)
+    assert "pic" not in plain["meta_info"]
+    assert plain["meta_info"]["cached_tokens"] == 0
+
+
+def chat_messages(documents: list[str]) -> list[dict[str, Any]]:
+    parts = [{"type": "text", "text": d, "pic_segment": True} for d in documents]
+    return [
+        {"role": "system", "content": "You answer questions."},
+        {"role": "user", "content": [*parts, {"type": "text", "text": QUESTION}]},
+    ]
+
+
+def test_chat_through_the_stock_client(client: openai.OpenAI) -> None:
+    salt = fresh_salt()
+    options = {
+        "model": "default",
+        "temperature": 0,
+        "max_tokens": 12,
+        "extra_body": {"cache_salt": salt},
+    }
+    for documents in (DOCUMENTS, DOCUMENTS[::-1]):
+        answer = client.chat.completions.create(messages=chat_messages(documents), **options)
+        report = answer.usage.pic
+        assert [s["reason"] for s in report["segments"]] == ["hit"] * len(documents)
+        assert report["tokens_reused"] + report["tokens_computed"] == answer.usage.prompt_tokens
+        assert report["exactness"] == "composed"
+
+
+@pytest.mark.parametrize("usage", [False, True])
+def test_chat_stream_is_the_answer(client: openai.OpenAI, usage: bool) -> None:
+    salt = fresh_salt()
+    options = {
+        "model": "default",
+        "temperature": 0,
+        "max_tokens": 12,
+        "messages": chat_messages(DOCUMENTS[:2]),
+    }
+    body = {"cache_salt": salt, "pic": {"seam": 8}}
+    whole = client.chat.completions.create(**options, extra_body=body)
+    stream = list(
+        client.chat.completions.create(
+            **options,
+            stream=True,
+            extra_body=body,
+            **({"stream_options": {"include_usage": True}} if usage else {}),
+        )
+    )
+    text = "".join(c.choices[0].delta.content or "" for c in stream if c.choices)
+    assert text == whole.choices[0].message.content
+    report = stream[-1].usage.pic if usage else stream[-1].pic
+    assert report["seam"] == 8
+    assert report["tokens_reused"] > 100
+
+
+def test_segments_may_be_named_beside_the_messages(client: openai.OpenAI) -> None:
+    messages = chat_messages(DOCUMENTS[:2])
+    for part in messages[1]["content"]:
+        part.pop("pic_segment", None)
+    named = {"segments": [{"message": 1, "part": 0}, {"message": 1, "part": 1}]}
+    answer = client.chat.completions.create(
+        model="default", messages=messages, max_tokens=2, extra_body={"pic": named}
+    )
+    assert len(answer.usage.pic["segments"]) == 2
+
+
+def test_the_chat_prompt_is_stocks(smollm: Server) -> None:
+    """With the rule ``whole``, marks change no token of the prompt; with either
+    rule none of them reaches the model."""
+    messages = chat_messages(DOCUMENTS[:2])
+    bare = [
+        {**m, "content": [{"type": "text", "text": p["text"]} for p in m["content"]]}
+        if isinstance(m["content"], list)
+        else m
+        for m in messages
+    ]
+    body = {"model": "default", "max_tokens": 1, "return_prompt_token_ids": True}
+
+    def prompt(messages: list[dict[str, Any]], **fields: Any) -> str:
+        answer = smollm.post("/v1/chat/completions", {**body, "messages": messages, **fields})
+        assert answer.status_code == 200, answer.text
+        return json.dumps(answer.json())
+
+    def ids(answer: str) -> list[int]:
+        found: list[int] = []
+
+        def walk(value: Any) -> None:
+            if isinstance(value, dict):
+                found.extend(value.get("prompt_token_ids") or [])
+                for inner in value.values():
+                    walk(inner)
+            elif isinstance(value, list):
+                for inner in value:
+                    walk(inner)
+
+        walk(json.loads(answer))
+        return found
+
+    stock = prompt(bare)
+    whole = prompt(messages, pic={"tokenize": "whole"})
+    pieces = prompt(messages)
+    assert len(ids(stock)) > 100
+    assert ids(whole) == ids(stock)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ensure_model())
+    assert tokenizer.decode(ids(pieces)) == tokenizer.decode(ids(stock))
+    for answer in (stock, whole, pieces):
+        assert "PICOPEN" not in answer
+        assert "PICOPEN" not in tokenizer.decode(ids(answer))
+
+
+def test_completions(client: openai.OpenAI) -> None:
+    text = DOCUMENTS[0] + DOCUMENTS[1] + QUESTION
+    cut = len(DOCUMENTS[0])
+    pic = {"segments": [{"start": 0, "end": cut}, {"start": cut, "end": cut + len(DOCUMENTS[1])}]}
+    options = {"model": "default", "max_tokens": 6, "temperature": 0, "extra_body": {"pic": pic}}
+    answer = client.completions.create(prompt=text, **options)
+    assert [s["reason"] for s in answer.usage.pic["segments"]] == ["hit", "hit"]
+    stream = list(client.completions.create(prompt=text, stream=True, **options))
+    assert "".join(c.choices[0].text for c in stream) == answer.choices[0].text
+    assert stream[-1].pic["tokens_reused"] == answer.usage.pic["tokens_reused"]
+    parts = {"parts": [{"segment": DOCUMENTS[0]}, QUESTION]}
+    made = client.completions.create(model="default", prompt="", extra_body={"pic": parts})
+    assert len(made.usage.pic["segments"]) == 1
+
+
+EMPTY = {"role": "user", "content": "", "pic_segment": True}
+OUTSIDE = {"start": 0, "end": 999}
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "named"),
+    [
+        ("/v1/chat/completions", {"pic": 3}, "pic"),
+        ("/v1/chat/completions", {"pic": {"seam": -1}}, "pic.seam"),
+        ("/v1/chat/completions", {"pic": {"segments": [{"message": 9}]}}, "pic.segments"),
+        ("/v1/chat/completions", {"messages": [EMPTY]}, "messages[0].content"),
+        ("/v1/completions", {"pic": {"segments": [OUTSIDE]}}, "pic.segments[0].end"),
+        ("/v1/completions", {"pic": {"parts": ["x"]}}, "pic.parts"),
+        ("/generate", {"text": "abc", "pic": {"segments": [{"start": 1, "end": 4}]}},
+         "pic.segments[0].end"),
+    ],
+)  # fmt: skip
+def test_bad_openai_requests_are_named(
+    smollm: Server, path: str, change: dict[str, Any], named: str
+) -> None:
+    chat = path == "/v1/chat/completions"
+    base = {"messages": [{"role": "user", "content": "hi"}]} if chat else {"prompt": "hi"}
+    response = smollm.post(path, {"model": "default", "max_tokens": 1, **base, **change})
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == named
+    if chat:
+        client = openai.OpenAI(base_url=smollm.url + "/v1", api_key="none")
+        messages = change.get("messages", base["messages"])
+        pic = {key: value for key, value in change.items() if key == "pic"}
+        with pytest.raises(openai.BadRequestError, match=re.escape(named)):
+            client.chat.completions.create(model="default", messages=messages, extra_body=pic)
+
+
+def test_giant_text_is_refused(smollm: Server) -> None:
+    giant = {"pic": {"parts": [{"segment": "word " * 400_000}, "?"]}}
+    response = smollm.post("/generate", giant)
+    assert response.status_code == 400
+    assert smollm.post("/pic/compile", {"text": "word " * 400_000}).status_code == 400
+    assert smollm.generate(text="still there?", sampling_params=greedy(1))
+
+
+def test_compile_text_ahead(smollm: Server) -> None:
+    salt = fresh_salt()
+    answer = smollm.post("/pic/compile", {"text": DOCUMENTS, "cache_salt": salt}).json()
+    assert len(answer["segments"]) == 4
+    request = {"pic": marked(DOCUMENTS), "cache_salt": salt, "sampling_params": greedy(1)}
+    report = smollm.generate(**request)["meta_info"]["pic"]
+    assert [s["id"] for s in report["segments"]] == [s["id"] for s in answer["segments"]]
+
+
+def test_invalid_json_is_sglangs_to_answer(smollm: Server) -> None:
+    response = requests.post(
+        smollm.url + "/generate", data=b'{"pic": ', headers={"content-type": "application/json"}
+    )
+    assert 400 <= response.status_code < 500
+
+
+@sgl.function
+def ask(s: Any, documents: list[str], question: str) -> None:
+    s += sgl.system("You answer questions.")
+    s += sgl.user_begin()
+    for document in documents:
+        s += pic_segment(document)
+    s += question + sgl.user_end()
+    s += sgl.assistant(sgl.gen("answer", max_tokens=8, temperature=0))
+
+
+def test_frontend_language(smollm: Server) -> None:
+    backend = PicRuntimeEndpoint(smollm.url, seam=8, cache_salt=fresh_salt())
+    assert backend.pic_info() is not None
+    states = [
+        ask.run(documents=documents, question="Name one thing.", backend=backend)
+        for documents in (DOCUMENTS, DOCUMENTS[::-1])
+    ]
+    for state in states:
+        report = report_of(state, "answer")
+        assert report is not None
+        assert [s["reason"] for s in report["segments"]] == ["hit"] * 4
+        assert "__pic" not in state.text()
+    streamed = ask.run(
+        documents=DOCUMENTS, question="Name one thing.", backend=backend, stream=True
+    )
+    text = "".join(streamed.text_iter(var_name="answer"))
+    assert text == states[0]["answer"]
+
+
+def test_frontend_language_on_a_plain_backend(smollm: Server) -> None:
+    """A backend that knows nothing of segments gets the same text."""
+    plain = sgl.RuntimeEndpoint(smollm.url)
+    state = ask.run(documents=DOCUMENTS[:1], question="Name one thing.", backend=plain)
+    assert DOCUMENTS[0] in state.text()
+    assert report_of(state, "answer") is None
+
+
+def test_select_is_exact(smollm: Server) -> None:
+    @sgl.function
+    def choose(s: Any, document: str) -> None:
+        s += pic_segment(document) + "The text is about"
+        s += sgl.select("topic", [" rivers", " music theory", " a planet"])
+
+    decisions = [
+        choose.run(document=DOCUMENTS[0], backend=backend)["topic"]
+        for backend in (PicRuntimeEndpoint(smollm.url), sgl.RuntimeEndpoint(smollm.url))
+    ]
+    assert decisions[0] == decisions[1]
