@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_pic.attention.step import StepRow, build_step
-from sglang_pic.kernels.attend import _attend_dense, attend
+from sglang_pic.kernels.attend import attend, attend_dense
 from sglang_pic.kernels.merge import merge
 from sglang_pic.kernels.rotate import angles, rotate
+from sglang_pic.kernels.walk import TILE, make_tiles, walk
 from sglang_pic.link.plan import SegmentHit, make_plan
 from sglang_pic.link.policy import Seam
 
@@ -37,19 +38,35 @@ def test_rotations_add_up(neox: bool, rotary: int, mscale: float) -> None:
     torch.testing.assert_close(moved[..., rotary:], x[..., rotary:])
 
 
-@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "n", "m"), [(4, 2, 5, 9), (9, 3, 7, 7), (2, 2, 1, 3)]
 )
-def test_attend_matches_float64(causal: bool, heads: int, kv_heads: int, n: int, m: int) -> None:
-    m = n if causal else m
+def test_attend_matches_float64(heads: int, kv_heads: int, n: int, m: int) -> None:
     q, k, v = torch.randn(n, heads, 16), torch.randn(m, kv_heads, 16), torch.randn(m, kv_heads, 16)
-    out, lse = attend(q, k, v, scale=0.3, causal=causal)
+    out, lse = attend(q, k, v, scale=0.3)
     group = heads // kv_heads
     kk, vv = (x.double().repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
-    exact, exact_lse = _attend_dense(q.double().transpose(0, 1), kk, vv, 0.3, causal)
-    torch.testing.assert_close(out.double(), exact.transpose(0, 1).double(), atol=1e-5, rtol=0)
-    torch.testing.assert_close(lse.double(), exact_lse.T.double(), atol=1e-5, rtol=0)
+    exact, exact_lse = attend_dense(q.double().transpose(0, 1), kk, vv, 0.3)
+    torch.testing.assert_close(out.double(), exact.transpose(0, 1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(lse.double(), exact_lse.T, atol=1e-5, rtol=0)
+
+
+def test_walk_without_tiles_is_causal() -> None:
+    q, k, v = torch.randn(90, 4, 16), torch.randn(90, 2, 16), torch.randn(90, 2, 16)
+    tiled = walk(q, k, v, make_tiles(torch.arange(1, 91)), scale=0.3)
+    torch.testing.assert_close(walk(q, k, v, None, scale=0.3), tiled, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("n", [1, 7, TILE, 3 * TILE + 5])
+def test_walk_matches_float64(n: int) -> None:
+    heads, kv_heads, m = 4, 2, n + 50
+    visible = torch.sort(torch.randint(1, m + 1, (n,))).values
+    q, k, v = torch.randn(n, heads, 16), torch.randn(m, kv_heads, 16), torch.randn(m, kv_heads, 16)
+    out = walk(q, k, v, make_tiles(visible), scale=0.3)
+    mask = torch.zeros(n, m).masked_fill(torch.arange(m) >= visible[:, None], -torch.inf)
+    kk, vv = (x.double().repeat_interleave(2, 1).transpose(0, 1) for x in (k, v))
+    exact, _ = attend_dense(q.double().transpose(0, 1), kk, vv, 0.3, mask)
+    torch.testing.assert_close(out.double(), exact.transpose(0, 1), atol=1e-5, rtol=0)
 
 
 def linked_attention(lengths: list[int], seam: int, chunk: int) -> None:
@@ -96,16 +113,25 @@ def linked_attention(lengths: list[int], seam: int, chunk: int) -> None:
             [StepRow(plan, 0, prefix, extend, row[: prefix + extend])], torch.device("cpu")
         )
         assert step is not None
-        q = rotated[done : done + extend][step.query]
-        q = rotate(q, *angles(cos_sin, -step.offset), neox=True)
-        partial, lse = torch.empty(q.shape), torch.empty(q.shape[:2])
-        for i, causal in enumerate(step.causal):
-            rows = slice(step.qo_indptr[i], step.qo_indptr[i + 1])
-            keys_of = step.slots[step.kv_indptr[i] : step.kv_indptr[i + 1]]
-            partial[rows], lse[rows] = attend(
-                q[rows], pool_k[keys_of], pool_v[keys_of], scale=0.25, causal=causal
-            )
-        got = merge(partial, lse, step.query, extend)
+        new = rotated[done : done + extend]
+        if extend > 1:
+            (row_walk,) = step.walks
+            key = pool_k[row_walk.slots]
+            if row_walk.offset is not None:
+                key = rotate(key, *angles(cos_sin, row_walk.offset), neox=True)
+            got = walk(new, key, pool_v[row_walk.slots], row_walk.tiles, scale=0.25)
+        else:
+            parts = step.parts
+            assert parts is not None
+            q = rotate(new[parts.query], *angles(cos_sin, -parts.offset), neox=True)
+            partial, lse = torch.empty(q.shape), torch.empty(q.shape[:2])
+            for i in range(len(parts.qo_indptr) - 1):
+                of_q = slice(parts.qo_indptr[i], parts.qo_indptr[i + 1])
+                keys_of = parts.slots[parts.kv_indptr[i] : parts.kv_indptr[i + 1]]
+                partial[of_q], lse[of_q] = attend(
+                    q[of_q], pool_k[keys_of], pool_v[keys_of], scale=0.25
+                )
+            got = merge(partial, lse, parts.query, extend)
         expected = exact[done : done + extend]
         torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=0)
 
@@ -114,7 +140,7 @@ def linked_attention(lengths: list[int], seam: int, chunk: int) -> None:
 @given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5),
     seam=st.integers(0, 25),
-    chunk=st.integers(1, 30),
+    chunk=st.sampled_from([1, 1, 2, 7, 30, 200]),
 )
 def test_linking_is_attention_at_true_positions(lengths, seam, chunk) -> None:
     linked_attention(lengths, seam, chunk)
@@ -132,10 +158,10 @@ def test_a_shared_span_is_read_once() -> None:
         row = torch.arange(100 * (i + 1), 100 * (i + 1) + start + 12)
         rows.append(StepRow(plan, i, start + 11, 1, row))
     step = build_step(rows, torch.device("cpu"))
-    assert step is not None
-    assert step.qo_indptr == [0, 2, 3, 4]
-    assert step.offset.tolist() == [3, 7, 0, 0]
-    assert step.slots[:7].tolist() == slots[2:9].tolist()
+    assert step is not None and step.parts is not None
+    assert step.parts.qo_indptr == [0, 2, 3, 4]
+    assert step.parts.offset.tolist() == [3, 7, 0, 0]
+    assert step.parts.slots[:7].tolist() == slots[2:9].tolist()
 
 
 def test_segments_that_begin_alike_are_not_mixed_up() -> None:
@@ -149,5 +175,5 @@ def test_segments_that_begin_alike_are_not_mixed_up() -> None:
         )  # fmt: skip
         rows.append(StepRow(plan, i, 11, 1, torch.arange(200, 212)))
     step = build_step(rows, torch.device("cpu"))
-    assert step is not None
-    assert len(step.causal) == 4
+    assert step is not None and step.parts is not None
+    assert len(step.parts.qo_indptr) - 1 == 4

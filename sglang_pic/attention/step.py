@@ -1,19 +1,19 @@
 """One forward pass of linked rows as ragged arrays: who sees which keys.
 
-A *part* is one set of keys (a span, or the private tokens of one row) with
-the queries that see it. Queries are gathered (a query sees many parts), keys
-are slots of the KV pool:
+Two forms over the same pages. A row with several new tokens (a link, a chunk)
+is a *walk*: its keys in position order, each with the rotation that brings it
+to its true position. Rows with one new token (decode) are *parts*: one for each
+distinct span, with the queries that see it; queries are rotated, keys stay.
 
     part               0          1      2
     qo_indptr          0          3      5    6
-    query              2  3  4    3  4   7          rows of q in this batch
+    query              0  1  2    1  2   2          index into ``tokens``
     offset             s  s  s    t  t   0          rotate these by -offset
     kv_indptr          0          64     96   120
     slots              .......    ....   ...
 
-Spans that several requests of the batch share are one part: their keys are
-read once. Causality holds inside a part only where ``causal`` is set (a row's
-own new tokens); everywhere else every listed query sees every key.
+Spans that several requests share are one part: their keys are read once for
+the whole batch. A single new token precedes nothing, so parts need no mask.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections.abc import Sequence
 
 import torch
 
+from sglang_pic.kernels.walk import Tile, make_tiles
 from sglang_pic.link.plan import LinkPlan
 
 
@@ -47,18 +48,34 @@ class StepRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class SpanStep:
-    """Ragged arrays of one forward pass, valid until the next one.
+class Walk:
+    """A row with several new tokens.
 
     Attributes:
-        tokens: int64 [t], the batch's query rows that are linked.
+        first_query, extend: its queries among the batch's tokens.
+        slots: int64 [m], all its keys in position order.
+        offset: int64 [m], rotate each key by this; ``None`` if all are in place.
+        tiles: which query sees which key; ``None`` if query i sees keys 0..i.
+    """
+
+    first_query: int
+    extend: int
+    slots: torch.Tensor
+    offset: torch.Tensor | None
+    tiles: list[Tile] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Rows with one new token each.
+
+    Attributes:
+        tokens: int64 [t], their queries among the batch's tokens.
         query: int64 [n], for every gathered query its index into ``tokens``.
-        offset: int64 [n], rotation of every gathered query.
-        qo_indptr: int64 [parts + 1], on the host.
+        offset: int64 [n], rotate every gathered query by the negative of this.
+        qo_indptr: [parts + 1], on the host.
         slots: int64 [m], key slots of all parts.
-        kv_indptr: int64 [parts + 1], on the host.
-        causal: per part.
-        ordinary: indices of the batch's rows that are not linked.
+        kv_indptr: [parts + 1], on the host.
     """
 
     tokens: torch.Tensor
@@ -67,22 +84,16 @@ class SpanStep:
     qo_indptr: list[int]
     slots: torch.Tensor
     kv_indptr: list[int]
-    causal: list[bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanStep:
+    """Arrays of one forward pass, valid until the next one; ``ordinary`` are
+    the indices of the batch's rows that are not linked."""
+
+    walks: list[Walk]
+    parts: Parts | None
     ordinary: list[int]
-
-
-class _Part:
-    """Keys of one part and, still as Python lists, the queries that see them."""
-
-    def __init__(self, slots: torch.Tensor, causal: bool):
-        self.slots = slots
-        self.causal = causal
-        self.query: list[torch.Tensor] = []
-        self.offset: list[torch.Tensor] = []
-
-    def add(self, start: int, count: int, offset: int) -> None:
-        self.query.append(torch.arange(start, start + count))
-        self.offset.append(torch.full((count,), offset, dtype=torch.int64))
 
 
 def build_step(rows: Sequence[StepRow], device: torch.device) -> SpanStep | None:
@@ -95,59 +106,85 @@ def build_step(rows: Sequence[StepRow], device: torch.device) -> SpanStep | None
     Returns:
         The arrays, or ``None`` if no row is linked.
     """
+    linked = [row for row in rows if row.plan is not None]
+    if not linked:
+        return None
+    return SpanStep(
+        walks=[_walk(row, device) for row in linked if row.extend > 1],
+        parts=_parts([row for row in linked if row.extend == 1], device),
+        ordinary=[i for i, row in enumerate(rows) if row.plan is None],
+    )
+
+
+def _walk(row: StepRow, device: torch.device) -> Walk:
+    plan = row.plan
+    assert plan is not None and row.row is not None
+    total = row.prefix + row.extend
+    # Tokens generated since the plan was made: position = row index.
+    position = torch.cat([plan.order, torch.arange(plan.n_tokens, max(plan.n_tokens, total))])
+    position = position[:total]
+    ascending = torch.argsort(position)
+    offset = torch.zeros(total, dtype=torch.int64)
+    for span in plan.spans:
+        offset[span.row_start : span.row_start + span.end - span.start] = span.offset
+    tiles = None
+    if row.prefix:
+        new = position[row.prefix :].contiguous()
+        tiles = make_tiles(torch.searchsorted(position[ascending], new, right=True).to(device))
+    return Walk(
+        first_query=row.first_query,
+        extend=row.extend,
+        slots=row.row[ascending.to(row.row.device)].to(torch.int64),
+        offset=offset[ascending].to(device) if bool(offset.any()) else None,
+        tiles=tiles,
+    )
+
+
+class _Part:
+    """Keys of one part and, still as lists, the queries that see them."""
+
+    def __init__(self, slots: torch.Tensor):
+        self.slots = slots
+        self.query: list[int] = []
+        self.offset: list[int] = []
+
+
+def _parts(rows: Sequence[StepRow], device: torch.device) -> Parts | None:
+    if not rows:
+        return None
     parts: list[_Part] = []
     shared: dict[tuple[int, int], _Part] = {}
-    tokens: list[torch.Tensor] = []
-    count = 0
-    for row in rows:
+    for i, row in enumerate(rows):
         plan = row.plan
-        if plan is None:
-            continue
-        assert row.row is not None
-        tokens.append(torch.arange(row.first_query, row.first_query + row.extend))
-        # Ranks among the row's computed tokens: [done, done + extend) are new.
+        assert plan is not None and row.row is not None
         done = row.prefix - plan.reused
         for span in plan.spans:
-            first = max(done, span.first_seer)
-            seers = done + row.extend - first
-            if seers <= 0:
+            if done < span.first_seer:
                 continue
             # A slot lies on one path of the tree: same end, same length, same span.
             key = (int(span.slots[-1]), span.slots.numel())
             part = shared.get(key)
             if part is None:
-                part = shared[key] = _Part(span.slots, causal=False)
+                part = shared[key] = _Part(span.slots)
                 parts.append(part)
-            part.add(count + first - done, seers, span.offset)
-        # A single new token sees itself last: no mask is needed for it.
-        past = row.prefix + 1 if row.extend == 1 else row.prefix
-        if past > plan.reused:
-            part = _Part(row.row[plan.reused : past], causal=False)
-            part.add(count, row.extend, 0)
-            parts.append(part)
-        if row.extend > 1:
-            part = _Part(row.row[row.prefix : row.prefix + row.extend], causal=True)
-            part.add(count, row.extend, 0)
-            parts.append(part)
-        count += row.extend
-    if not parts:
-        return None
-    query = [torch.cat(part.query) for part in parts]
-    offset = [torch.cat(part.offset) for part in parts]
-    return SpanStep(
-        tokens=torch.cat(tokens).to(device),
-        query=torch.cat(query).to(device),
-        offset=torch.cat(offset).to(device),
-        qo_indptr=_indptr(query),
+            part.query.append(i)
+            part.offset.append(span.offset)
+        private = _Part(row.row[plan.reused : row.prefix + 1])
+        private.query.append(i)
+        private.offset.append(0)
+        parts.append(private)
+    return Parts(
+        tokens=torch.tensor([row.first_query for row in rows], device=device),
+        query=torch.tensor([i for part in parts for i in part.query], device=device),
+        offset=torch.tensor([i for part in parts for i in part.offset], device=device),
+        qo_indptr=_indptr([len(part.query) for part in parts]),
         slots=torch.cat([part.slots for part in parts]).to(device, torch.int64),
-        kv_indptr=_indptr([part.slots for part in parts]),
-        causal=[part.causal for part in parts],
-        ordinary=[i for i, row in enumerate(rows) if row.plan is None],
+        kv_indptr=_indptr([part.slots.numel() for part in parts]),
     )
 
 
-def _indptr(pieces: Sequence[torch.Tensor]) -> list[int]:
+def _indptr(lengths: Sequence[int]) -> list[int]:
     bounds = [0]
-    for piece in pieces:
-        bounds.append(bounds[-1] + piece.numel())
+    for length in lengths:
+        bounds.append(bounds[-1] + length)
     return bounds

@@ -1,8 +1,8 @@
 """Span attention on torch: the reference, and what a CPU serves with.
 
-Ordinary rows call the very functions stock SGLang would call for them. A loop
-over parts stands where a GPU kernel has its grid: one call per distinct span
-and row, each over all its queries at once.
+Ordinary rows call the very functions stock SGLang would call for them. Loops
+over parts, tiles and rows stand where a GPU kernel has its grid; each turn is
+one call over all its queries.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from sglang_pic.attention.rope import layer_ropes
-from sglang_pic.attention.step import SpanStep, StepRow, build_step
+from sglang_pic.attention.rope import LayerRope, layer_ropes
+from sglang_pic.attention.step import Parts, SpanStep, StepRow, build_step
 from sglang_pic.errors import PicIntegrityError
 from sglang_pic.kernels.attend import attend
 from sglang_pic.kernels.merge import merge
 from sglang_pic.kernels.rotate import angles, rotate
+from sglang_pic.kernels.walk import walk
 from sglang_pic.link.plan import LinkPlan
 
 
@@ -32,7 +33,7 @@ class PicTorchNativeBackend(TorchNativeAttnBackend):
         self._plans: list[LinkPlan | None] = []
         self._rids: list[str] = []
         self._step: SpanStep | None = None
-        self._angles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._angles: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def set_plans(self, rids: Sequence[str], plans: Sequence[LinkPlan | None]) -> None:
         """Plans of the batch that runs next; called once a forward pass."""
@@ -89,29 +90,53 @@ class PicTorchNativeBackend(TorchNativeAttnBackend):
             )
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = torch.empty_like(query)
-        if step.ordinary:
-            self._forward_ordinary(query, out, layer, batch, step.ordinary)
-        out[step.tokens] = self._forward_linked(query[step.tokens], layer, step).to(out.dtype)
-        return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
-
-    def _forward_linked(self, query: torch.Tensor, layer: Any, step: SpanStep) -> torch.Tensor:
-        """float32 [tokens, heads, head_dim] from the linked queries of this batch."""
         keys = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         values = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
         rope = self.ropes[layer.layer_id]
-        table = id(rope.cos_sin_cache)
-        if table not in self._angles:
-            self._angles[table] = angles(rope.cos_sin_cache, -step.offset)
-        gathered = rotate(query[step.query], *self._angles[table], neox=rope.neox)
-        partial = gathered.new_empty(gathered.shape, dtype=torch.float32)
+        if step.ordinary:
+            self._forward_ordinary(query, out, layer, batch, step.ordinary)
+        for i, row in enumerate(step.walks):
+            tokens = slice(row.first_query, row.first_query + row.extend)
+            key = keys[row.slots]
+            if row.offset is not None:
+                key = rotate(key, *self._angles_of(rope, i, row.offset), neox=rope.neox)
+            value = values[row.slots]
+            out[tokens] = walk(query[tokens], key, value, row.tiles, scale=layer.scaling)
+        if step.parts is not None:
+            self._forward_parts(query, out, keys, values, layer.scaling, rope, step.parts)
+        return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+
+    def _angles_of(
+        self, rope: LayerRope, array: int, offset: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Angles of one of the step's arrays, computed for the first layer that asks."""
+        key = (id(rope.cos_sin_cache), array)
+        if key not in self._angles:
+            self._angles[key] = angles(rope.cos_sin_cache, offset)
+        return self._angles[key]
+
+    def _forward_parts(
+        self,
+        query: torch.Tensor,
+        out: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        rope: LayerRope,
+        parts: Parts,
+    ) -> None:
+        """Decode: attend part by part, merge, into ``out``."""
+        gathered = query[parts.tokens[parts.query]]
+        gathered = rotate(gathered, *self._angles_of(rope, -1, -parts.offset), neox=rope.neox)
+        key, value = keys[parts.slots], values[parts.slots]
+        partial = torch.empty(gathered.shape, dtype=torch.float32, device=query.device)
         lse = partial.new_empty(partial.shape[:2])
-        for part, causal in enumerate(step.causal):
-            q_range = slice(step.qo_indptr[part], step.qo_indptr[part + 1])
-            slots = step.slots[step.kv_indptr[part] : step.kv_indptr[part + 1]]
-            partial[q_range], lse[q_range] = attend(
-                gathered[q_range], keys[slots], values[slots], scale=layer.scaling, causal=causal
-            )
-        return merge(partial, lse, step.query, query.shape[0])
+        for part in range(len(parts.qo_indptr) - 1):
+            of_q = slice(parts.qo_indptr[part], parts.qo_indptr[part + 1])
+            of_k = slice(parts.kv_indptr[part], parts.kv_indptr[part + 1])
+            partial[of_q], lse[of_q] = attend(gathered[of_q], key[of_k], value[of_k], scale=scale)
+        merged = merge(partial, lse, parts.query, parts.tokens.numel())
+        out[parts.tokens] = merged.to(out.dtype)
 
     def _forward_ordinary(
         self, query: torch.Tensor, out: torch.Tensor, layer: Any, batch: Any, rows: list[int]

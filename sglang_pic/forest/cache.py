@@ -125,6 +125,10 @@ class PicCache(UnifiedRadixCache):
         link = self._link_of(req) if req is not None else None
         if link is None:
             return super().match_prefix(params)
+        # SGLang matches what it last laid out, which a former plan permuted.
+        self._drop_plan(req, link)
+        if req.positional_embed_overrides is None:
+            params.key.token_ids = req.origin_input_ids + req.output_ids
         result = super().match_prefix(params)
         refusal = self.refusal or unlinkable(req)
         if link.request.options.require_exact:
@@ -181,7 +185,6 @@ class PicCache(UnifiedRadixCache):
         self, req: Req, link: LinkState, result: MatchResult, reason: str | None
     ) -> MatchResult:
         """Answer as stock would: ordinary prefix, ordinary row."""
-        self._drop_plan(req, link)
         bare = [Found(span.start, span.end) for span in link.request.spans]
         self._report(req, link, bare, result.device_prefix_len, reason)
         return result
@@ -220,10 +223,8 @@ class PicCache(UnifiedRadixCache):
         )
         if plan.reused == prefix_slots.numel() and options.policy != "full":
             # No core is reused: an ordinary request, and cached as one.
-            self._drop_plan(req, link)
             self._report(req, link, seen, prefix.device_prefix_len, None)
             return prefix
-        self._drop_plan(req, link)
         link.plan = plan = dataclasses.replace(plan, relocated=options.mode == "relocate")
         req.full_untruncated_fill_ids = array("q", [ids[i] for i in plan.order.tolist()])
         req.skip_radix_cache_insert = True
@@ -328,6 +329,7 @@ class PicCache(UnifiedRadixCache):
         private = allocator.alloc(plan.reused)
         if private is None:
             self.unlock(held)
+            self._drop_plan(req, link)
             self._unlinked(req, link, self._root_match(req.extra_key), "no_room_to_relocate")
             return 0, self.root_node_handle(req.extra_key)
         private = private.to(torch.int64)

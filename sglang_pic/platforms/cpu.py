@@ -65,6 +65,8 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
         if server_args.max_total_tokens is None:
             # Otherwise the KV cache takes most of the machine's memory.
             server_args.max_total_tokens = DEFAULT_MAX_TOTAL_TOKENS
+        # An idle scheduler would keep a whole core busy with polling.
+        server_args.sleep_on_idle = True
         # OpenMP's threads spin while they wait for each other. Where another
         # process wants the same cores, a matrix product takes 20 times as long.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -7,7 +7,6 @@ scheduler as a link.
 
 from __future__ import annotations
 
-import copy
 import json
 import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -107,7 +106,8 @@ class Funnel:
         """Compile what is missing, link, and tidy the report in every output."""
         prompts = self._resolve(obj, pic, exchange)
         if isinstance(pic, dict) and _samples(obj) == 1:
-            outputs = original(self._manager, _with_link(obj, *prompts[0], strict=True), request)
+            _set_link(obj, *prompts[0], strict=True)
+            outputs = original(self._manager, obj, request)
             missing = None
             try:
                 async for out in outputs:
@@ -123,14 +123,14 @@ class Funnel:
                 return
             await outputs.aclose()
             wanted = self._items(obj, *prompts[0], only=missing)
-            sent = _with_link(obj, *prompts[0], strict=False)
+            _set_link(obj, *prompts[0], strict=False)
         else:
             wanted = []
             for i, (ids, link) in enumerate(prompts):
                 wanted += self._items(obj, ids, link, only=None, index=i)
-            sent = _with_links(obj, prompts)
+            _set_links(obj, prompts)
         await self.compiler.compile(wanted)
-        async for out in original(self._manager, sent, request):
+        async for out in original(self._manager, obj, request):
             yield _tidy(out, exchange)
 
     # -- to the internal form ---------------------------------------------------
@@ -248,7 +248,7 @@ def _samples(obj: GenerateReqInput) -> int:
 def _other_actions(hints: Any) -> list[Any]:
     if not isinstance(hints, KvHintsEnvelope):
         return []
-    return [action for action in hints.actions if action.action_type != PUBLIC]
+    return [action for action in hints.actions if action.action_type not in (PUBLIC, LINK)]
 
 
 def _hints(obj_hints: Any, link: LinkRequest) -> KvHintsEnvelope:
@@ -257,31 +257,26 @@ def _hints(obj_hints: Any, link: LinkRequest) -> KvHintsEnvelope:
     return made
 
 
-def _with_link(
-    obj: GenerateReqInput, ids: list[int], link: LinkRequest, *, strict: bool
-) -> GenerateReqInput:
-    """A copy of the request with its prompt and link in internal form."""
-    sent = copy.copy(obj)
-    sent.text, sent.input_ids = None, list(ids)
-    link = LinkRequest(link.spans, link.options, strict)
-    sent.kv_hints = _hints(obj.kv_hints, link)
-    return sent
+# In place: SGLang's endpoints keep the object, to abort it if its client leaves.
 
 
-def _with_links(
-    obj: GenerateReqInput, prompts: list[tuple[list[int], LinkRequest]]
-) -> GenerateReqInput:
-    sent = copy.copy(obj)
-    sent.text = None
+def _set_link(obj: GenerateReqInput, ids: list[int], link: LinkRequest, *, strict: bool) -> None:
+    """Give the request its prompt and link in internal form."""
+    obj.text, obj.input_ids = None, list(ids)
+    obj.kv_hints = _hints(obj.kv_hints, LinkRequest(link.spans, link.options, strict))
+
+
+def _set_links(obj: GenerateReqInput, prompts: list[tuple[list[int], LinkRequest]]) -> None:
+    """The same for a batch, or for several samples of one prompt."""
+    single = not (isinstance(obj.text, list) or isinstance((obj.input_ids or [0])[0], list))
     hints = obj.kv_hints if isinstance(obj.kv_hints, list) else [obj.kv_hints] * len(prompts)
     made = [
         _hints(own, LinkRequest(link.spans, link.options, strict=False))
         for own, (_, link) in zip(hints, prompts, strict=True)
     ]
     ids = [list(ids) for ids, _ in prompts]
-    single = not (isinstance(obj.text, list) or isinstance((obj.input_ids or [0])[0], list))
-    sent.input_ids, sent.kv_hints = (ids[0], made[0]) if single else (ids, made)
-    return sent
+    obj.text = None
+    obj.input_ids, obj.kv_hints = (ids[0], made[0]) if single else (ids, made)
 
 
 # -- what comes back ------------------------------------------------------------
