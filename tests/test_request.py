@@ -18,6 +18,7 @@ from sglang_pic.request.base import LinkRequest, TokenSpan
 from sglang_pic.request.fields import MAX_SEGMENTS, check_inside, parse_fields
 from sglang_pic.request.hints import find_action, link_hints, pic_hints, read_link
 from sglang_pic.request.tokenize import encode_marked
+from sglang_pic.server.exchange import Exchange, carry, of_messages
 from sglang_pic.server.marks import ChatMarks, mark_messages
 
 DEFAULTS = LinkOptions()
@@ -204,6 +205,17 @@ def test_marks_are_cut_out_whole() -> None:
     assert text == "a b cd"
     assert ranges == (TokenSpan(2, 3), TokenSpan(5, 6))
     assert marks.strip({"x": [marks.wrap("y")]}) == {"x": ["y"]}
+
+
+def test_rendered_messages_find_their_request() -> None:
+    """A user's text that looks like a mark finds nothing, and nothing outlives its request."""
+    exchange = Exchange({}, ChatMarks.fresh())
+    assert exchange.marks is not None
+    messages = [{"role": "user", "content": [{"text": exchange.marks.wrap("x")}]}]
+    with carry(exchange):
+        assert of_messages(messages) is exchange
+        assert of_messages([{"content": "PICOPEN" + "0" * 32}]) is None
+    assert of_messages(messages) is None
 
 
 @pytest.mark.parametrize("broken", ["{close}x{open}", "{open}x", "{open}{open}x{close}{close}"])

@@ -8,7 +8,7 @@ from typing import Any
 from sglang_pic.errors import PicRequestError
 from sglang_pic.request.fields import MAX_SEGMENTS, check_length
 from sglang_pic.request.tokenize import encode_marked
-from sglang_pic.server.exchange import current
+from sglang_pic.server.exchange import of_messages
 
 
 def render_marked(
@@ -23,14 +23,10 @@ def render_marked(
     cut out, is the unmarked one, is it tokenised by segment: a template that
     reads its content is never misled by a mark.
     """
-    exchange = current.get()
+    exchange = of_messages(messages)
     if exchange is None or exchange.marks is None:
         return original(serving, messages, **kwargs)
-    if (
-        kwargs["use_cache"]
-        or serving._prompt_text_round_trip_is_lossy
-        or serving.template_manager.python_chat_template is not None
-    ):
+    if kwargs["use_cache"] or serving._prompt_text_round_trip_is_lossy:
         raise PicRequestError("messages", "this model's chat encoding cannot carry segments")
     tokenizer = serving.tokenizer_manager.tokenizer
 

@@ -16,6 +16,18 @@ from typing import Any
 from sglang_pic.errors import PicRequestError
 from sglang_pic.request.base import TokenSpan
 
+_OPEN, _CLOSE = "PICOPEN", "PICCLOSE"
+_ANY_OPEN = re.compile(_OPEN + "[0-9a-f]{32}")
+
+
+def find_open(value: Any) -> str | None:
+    """The first opening mark in the strings of a JSON value, or ``None``."""
+    if isinstance(value, str):
+        found = _ANY_OPEN.search(value)
+        return found.group() if found else None
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((mark for mark in map(find_open, inner) if mark is not None), None)
+
 
 @dataclasses.dataclass(frozen=True)
 class ChatMarks:
@@ -27,7 +39,7 @@ class ChatMarks:
     @classmethod
     def fresh(cls) -> ChatMarks:
         nonce = secrets.token_hex(16)
-        return cls(f"PICOPEN{nonce}", f"PICCLOSE{nonce}")
+        return cls(_OPEN + nonce, _CLOSE + nonce)
 
     def wrap(self, text: str) -> str:
         """Mark a text inside its surrounding white space, which templates may trim."""

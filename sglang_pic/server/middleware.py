@@ -17,7 +17,7 @@ import orjson
 from sglang_pic.config import PicConfig
 from sglang_pic.errors import PicRequestError
 from sglang_pic.request.fields import check_inside, parse_fields
-from sglang_pic.server.exchange import Exchange, current
+from sglang_pic.server.exchange import Exchange, carry
 from sglang_pic.server.marks import mark_messages
 
 PROMPT_FIELD = {"/generate": "text", "/v1/completions": "prompt"}
@@ -97,12 +97,9 @@ class PicMiddleware:
         if exchange is None:
             await self._app(_with_length(scope, raw), replay, send)
             return
-        token = current.set(exchange)
-        try:
+        with carry(exchange):
             out = send if path == "/generate" else _ReportSender(send, exchange)
             await self._app(_with_length(scope, raw), replay, out)
-        finally:
-            current.reset(token)
 
 
 async def _read(receive: Callable[..., Any]) -> bytes:
