@@ -1,0 +1,201 @@
+"""Settings, hooks' shape checks, and the compiler's promises, without a server."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_pic.config import ENV_NAME, PicConfig
+from sglang_pic.errors import PicConfigError
+from sglang_pic.forest.keys import is_reserved, namespace, segment_id
+from sglang_pic.launch_server import pic_parser, read_config
+from sglang_pic.server.compiler import CompileItem, Compiler
+from sglang_pic.server.exchange import Exchange
+from sglang_pic.server.middleware import _ReportSender
+from sglang_pic.sglang_hooks import ENGINE_HOOKS, FRONT_HOOKS, check_shape, engine_refusal
+
+
+@pytest.mark.parametrize("hook", [*ENGINE_HOOKS, *FRONT_HOOKS], ids=lambda hook: hook.target)
+def test_every_hook_fits_the_pinned_sglang(hook) -> None:
+    assert hook.reason
+    check_shape(hook.target, hook.parameters)
+
+
+@pytest.mark.parametrize(
+    ("target", "parameters"),
+    [
+        ("sglang.srt.managers.scheduler.Scheduler.no_such_method", ("self",)),
+        ("sglang.srt.managers.no_such_module.f", ()),
+        (ENGINE_HOOKS[0].target, ("cls", "batch", "renamed")),
+    ],
+)
+def test_another_shape_is_refused(target: str, parameters: tuple[str, ...]) -> None:
+    with pytest.raises(PicConfigError):
+        check_shape(target, parameters)
+
+
+def test_without_hooks_the_cache_refuses_to_plan() -> None:
+    """This process never installed them: exactly the case of a failed plug-in."""
+    assert "not in place" in (engine_refusal() or "")
+
+
+def test_flags_become_settings(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = pic_parser().parse_args(["--model-path", "x", "--pic-seam", "8", "--pic-mode=relocate"])
+    config = read_config(args)
+    assert config == PicConfig(seam=8, mode="relocate")
+    monkeypatch.setenv(ENV_NAME, "")
+    config.to_env()
+    assert PicConfig.from_env() == config
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"unknown": 1}', '{"seam": -1}', '{"policy": "x"}'])
+def test_bad_settings_are_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENV_NAME, text)
+    with pytest.raises(PicConfigError):
+        PicConfig.from_env()
+
+
+def test_help_names_every_flag() -> None:
+    out = subprocess.run(
+        [sys.executable, "-m", "sglang_pic.launch_server", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for flag in ("seam", "policy", "mode", "compile-context", "min-segment"):
+        assert f"--pic-{flag}" in out
+
+
+def test_an_unreadable_context_is_an_error(tmp_path: pathlib.Path) -> None:
+    args = pic_parser().parse_args(
+        ["--model-path", "x", "--pic-compile-context-file", str(tmp_path / "none")]
+    )
+    with pytest.raises(PicConfigError, match="compile-context-file"):
+        read_config(args)
+
+
+@given(
+    a=st.tuples(st.lists(st.integers(0, 9)), st.none() | st.text(), st.none() | st.text()),
+    b=st.tuples(st.lists(st.integers(0, 9)), st.none() | st.text(), st.none() | st.text()),
+)
+def test_names_tell_segments_apart(a: Any, b: Any) -> None:
+    """Tokens, adapter and tenant each change the id; None and "" are one tenant."""
+
+    def name(tokens: list[int], salt: str | None, extra: str | None) -> str:
+        return segment_id(namespace((), salt), extra, tokens)
+
+    def norm(x: Any) -> Any:
+        return (x[0], x[1] or "", x[2] or "")
+
+    assert (name(*a) == name(*b)) == (norm(a) == norm(b))
+    assert is_reserved(namespace((), a[1]))
+
+
+def item(n: int) -> CompileItem:
+    return CompileItem((n,) * 3, "salt", None, None)
+
+
+class FakeEngine:
+    """Answers batches like SGLang, after the test lets it."""
+
+    def __init__(self, error: Exception | None = None):
+        self.batches: list[list[list[int]]] = []
+        self.go = asyncio.Event()
+        self.error = error
+
+    async def __call__(self, batch: Any) -> Any:
+        self.batches.append(batch.input_ids)
+        await self.go.wait()
+        if self.error:
+            raise self.error
+        yield [{"meta_info": {"prompt_tokens": 3, "cached_tokens": 0}} for _ in batch.input_ids]
+
+
+def test_waiting_requests_share_one_compile() -> None:
+    async def run() -> None:
+        engine = FakeEngine()
+        compiler = Compiler(engine)
+        first = asyncio.create_task(compiler.compile([item(1), item(2), item(1)]))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(compiler.compile([item(2), item(3)]))
+        await asyncio.sleep(0.01)
+        engine.go.set()
+        assert await first == [3, 3, 3]
+        assert await second == [3, 3]
+        assert engine.batches == [[[1] * 3, [2] * 3], [[3] * 3]]
+
+    asyncio.run(run())
+
+
+def test_a_client_that_leaves_takes_no_compile_with_it() -> None:
+    async def run() -> None:
+        engine = FakeEngine()
+        compiler = Compiler(engine)
+        leaver = asyncio.create_task(compiler.compile([item(1)]))
+        await asyncio.sleep(0)
+        stayer = asyncio.create_task(compiler.compile([item(1)]))
+        await asyncio.sleep(0.01)
+        leaver.cancel()
+        engine.go.set()
+        assert await stayer == [3]
+        assert len(engine.batches) == 1
+
+    asyncio.run(run())
+
+
+def test_a_failed_compile_is_reported_and_forgotten() -> None:
+    async def run() -> None:
+        engine = FakeEngine(RuntimeError("no memory"))
+        engine.go.set()
+        compiler = Compiler(engine)
+        (result,) = await compiler.compile([item(1)])
+        assert isinstance(result, RuntimeError)
+        engine.error = None
+        assert await compiler.compile([item(1)]) == [3]
+
+    asyncio.run(run())
+
+
+@given(
+    cuts=st.lists(st.integers(0, 200), max_size=6),
+    usage=st.booleans(),
+    events=st.integers(1, 4),
+)
+def test_a_stream_keeps_its_events_however_it_is_cut(cuts, usage, events) -> None:
+    """The report lands in the last chunk; nothing else changes."""
+    chunks: list[Any] = [{"choices": [{"delta": {"content": str(i)}}]} for i in range(events)]
+    if usage:
+        chunks.append({"choices": [], "usage": {"prompt_tokens": 3}})
+    raw = b"".join(b"data: " + json.dumps(c).encode() + b"\n\n" for c in chunks)
+    raw += b"data: [DONE]\n\n"
+    bounds = sorted({0, len(raw), *(cut for cut in cuts if cut < len(raw))})
+    sent = bytearray()
+
+    async def send(message: Any) -> None:
+        sent.extend(message.get("body", b""))
+
+    async def run() -> None:
+        sender = _ReportSender(send, Exchange({}, report={"exactness": "composed"}))
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await sender({"type": "http.response.start", "status": 200, "headers": headers})
+        for start, end in itertools.pairwise(bounds):
+            piece = {"type": "http.response.body", "body": raw[start:end], "more_body": True}
+            await sender(piece)
+        await sender({"type": "http.response.body", "body": b"", "more_body": False})
+
+    asyncio.run(run())
+    lines = [line for line in bytes(sent).split(b"\n\n") if line]
+    assert lines[-1] == b"data: [DONE]"
+    got = [json.loads(line[6:]) for line in lines[:-1]]
+    holder = got[-1]["usage"] if usage else got[-1]
+    assert holder.pop("pic") == {"exactness": "composed"}
+    assert got == chunks
