@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -312,3 +314,16 @@ def test_select_is_exact(smollm: Server) -> None:
         for backend in (PicRuntimeEndpoint(smollm.url), sgl.RuntimeEndpoint(smollm.url))
     ]
     assert decisions[0] == decisions[1]
+
+
+@pytest.mark.parametrize("program", ["rag", "multi_agent"])
+def test_example_programs_reuse(smollm: Server, program: str) -> None:
+    out = subprocess.run(
+        [sys.executable, "-m", f"sglang_pic.eval.examples.{program}", "--url", smollm.url],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert out.returncode == 0, out.stderr
+    reused = [int(n) for n in re.findall(r"\[(\d+) tokens reused", out.stdout)]
+    assert max(reused) > 100

@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.base_prefix_cache import (
@@ -226,7 +227,8 @@ class PicCache(UnifiedRadixCache):
             self._report(req, link, seen, prefix.device_prefix_len, None)
             return prefix
         link.plan = plan = dataclasses.replace(plan, relocated=options.mode == "relocate")
-        req.full_untruncated_fill_ids = array("q", [ids[i] for i in plan.order.tolist()])
+        in_row_order = np.frombuffer(ids, dtype=np.int64)[plan.order.numpy()]
+        req.full_untruncated_fill_ids = array("q", in_row_order.tobytes())
         req.skip_radix_cache_insert = True
         self._report(req, link, seen, prefix.device_prefix_len, None)
         if not plan.reused:
