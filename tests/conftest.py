@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from tiny_models import tiny_llama
 
-from sglang_pic.eval.serving import Server, serve
+from sglang_pic.eval import serving
+from sglang_pic.eval.serving import Server
 
 CHECKS = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
@@ -20,6 +23,23 @@ TINY = (
     "--max-total-tokens=8192",
     "--max-running-requests=16",
 )
+
+
+_started: dict[str, float] = {}
+
+
+@contextlib.contextmanager
+def serve(model: Any, log: pathlib.Path, *args: str, **options: Any) -> Iterator[Server]:
+    """``eval.serving.serve``, its start-up time noted under the log's name."""
+    with serving.serve(model, log, *args, **options) as server:
+        _started[log.stem] = server.start_s
+        yield server
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if _started:
+        times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in _started.items())
+        terminalreporter.write_line(f"server start-up: {times}")
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from conftest import CHECKS, TINY
+from conftest import CHECKS, TINY, serve
 from linking import assemble, body, check_linked, fresh_salt, ids_of
 
-from sglang_pic.eval.serving import Server, serve
+from sglang_pic.eval.serving import Server
 
 pytestmark = pytest.mark.server
 

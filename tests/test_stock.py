@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from conftest import TINY
+from conftest import TINY, serve
 from linking import assemble, body, distributions, fresh_salt, ids_of
 
-from sglang_pic.eval.serving import Server, serve
+from sglang_pic.eval.serving import Server
 
 pytestmark = pytest.mark.server
 

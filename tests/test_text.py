@@ -14,12 +14,13 @@ import openai
 import pytest
 import requests
 import sglang as sgl
+from conftest import serve
 from linking import fresh_salt
 
 from sglang_pic import pic_segment
 from sglang_pic.eval.models.smollm2 import ensure_model
 from sglang_pic.eval.passages import load_passages
-from sglang_pic.eval.serving import Server, serve
+from sglang_pic.eval.serving import Server
 from sglang_pic.lang import PicRuntimeEndpoint, report_of
 
 pytestmark = pytest.mark.server

@@ -9,7 +9,6 @@ runs, and it is never inserted as if it were a prefix.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import weakref
 from array import array
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang_pic.config import PicConfig
 from sglang_pic.errors import PicIntegrityError
 from sglang_pic.forest.forest import Lookup, SegmentForest
+from sglang_pic.forest.state import LinkHandle, LinkState, unlinkable
 from sglang_pic.link.plan import LinkPlan, SegmentHit, make_plan, unlinked_plan
 from sglang_pic.link.policy import floor_to
 from sglang_pic.link.report import Found, make_report
@@ -40,47 +40,6 @@ from sglang_pic.request.hints import COMPILE, find_action, read_link
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
-
-logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LinkHandle:
-    """Stands where SGLang expects the node that ends a request's prefix: one
-    node for each distinct path whose pages the row reuses, and the ids of the
-    segments found."""
-
-    nodes: tuple[Any, ...]
-    plan: LinkPlan
-    segments: tuple[str, ...]
-
-
-@dataclasses.dataclass
-class LinkState:
-    """A linked request's decoded link, current plan and private copies.
-
-    ``private`` holds the slots of relocated pages between load-back and
-    allocation; from then on the row owns them.
-    """
-
-    request: LinkRequest
-    plan: LinkPlan | None = None
-    private: torch.Tensor | None = None
-
-
-def unlinkable(req: Req) -> str | None:
-    """Why this request must be answered as stock would, or ``None``."""
-    if req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids):
-        return "input_logprobs"
-    if req.return_hidden_states:
-        return "hidden_states"
-    if req.multimodal_inputs is not None:
-        return "multimodal"
-    if req.input_embeds is not None or req.positional_embed_overrides is not None:
-        return "input_embeds"
-    if req.session is not None:
-        return "session"
-    return None
 
 
 class PicCache(UnifiedRadixCache):
