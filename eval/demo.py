@@ -52,7 +52,7 @@ def say(line: str) -> None:
     print(f"demo: {line}", flush=True)
 
 
-def ask(server: Server, messages: list[dict[str, Any]]) -> Answer:
+def ask(server: Server, messages: Any) -> Answer:
     """Stream one answer from the chat endpoint.
 
     Raises:
@@ -62,7 +62,7 @@ def ask(server: Server, messages: list[dict[str, Any]]) -> Answer:
     start = time.perf_counter()
     stream = client.chat.completions.create(
         model="default",
-        messages=messages,  # type: ignore[arg-type]
+        messages=messages,
         max_tokens=ANSWER_TOKENS,
         temperature=0,
         stream=True,
@@ -130,9 +130,12 @@ def run(ours: Server, stock: Server) -> list[dict[str, Any]]:
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print one line a request, then the answers side by side."""
-    times = Table(title=f"{DOCUMENTS} documents, seconds to the first token")
+    times = Table(
+        title=f"{DOCUMENTS} documents: tokens of the prompt, seconds to the first token",
+        caption="cold: every document is compiled first, then reused",
+    )
     times.add_column("request")
-    for name in ("reused", "computed", "cold", "linked", "plain SGLang", "plain / ours"):
+    for name in ("reused", "computed", "cold", "linked", "plain SGLang", "ratio"):
         times.add_column(name, justify="right")
     answers = Table(title="answers")
     for name in ("question", "ours", "plain SGLang"):
@@ -141,7 +144,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         cold = ours["method"] == "cold"
         seconds = f"{ours['ttft_s']:.2f}"
         times.add_row(
-            f"{ours['request'] + 1}: {'first order' if cold else 'shuffled'}",
+            f"{ours['request'] + 1} {'in order' if cold else 'shuffled'}",
             str(ours["tokens_reused"]),
             str(ours["tokens_computed"]),
             seconds if cold else "",
@@ -168,9 +171,9 @@ def main() -> None:
         flags = (pool, f"--pic-seam={SEAM}", "--pic-compile-context", OPENING)
         ours = stack.enter_context(serve(model, logs / "ours.log", *flags))
         say(f"up after {ours.start_s:.0f} s; starting stock SGLang beside it")
-        flags = (pool, "--enable-cache-report")
+        module = "sglang.launch_server"
         stock = stack.enter_context(
-            serve(model, logs / "stock.log", *flags, module="sglang.launch_server")
+            serve(model, logs / "stock.log", pool, "--enable-cache-report", module=module)
         )
         say(f"up after {stock.start_s:.0f} s; asking {len(ASKED)} questions on both")
         rows = run(ours, stock)
