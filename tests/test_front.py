@@ -172,10 +172,14 @@ def test_a_failed_compile_is_reported_and_forgotten() -> None:
 )
 def test_a_stream_keeps_its_events_however_it_is_cut(cuts, usage, events) -> None:
     """The report lands in the last chunk; nothing else changes."""
-    chunks: list[Any] = [{"choices": [{"delta": {"content": str(i)}}]} for i in range(events)]
+    chunks: list[Any] = [
+        {"choices": [{"delta": {"content": str(i)}, "finish_reason": None}]} for i in range(events)
+    ]
+    chunks[-1]["choices"][0]["finish_reason"] = "stop"
     if usage:
         chunks.append({"choices": [], "usage": {"prompt_tokens": 3}})
-    raw = b"".join(b"data: " + json.dumps(c).encode() + b"\n\n" for c in chunks)
+    lines_of = [json.dumps(c, separators=(",", ":")).encode() for c in chunks]
+    raw = b"".join(b"data: " + line + b"\n\n" for line in lines_of)
     raw += b"data: [DONE]\n\n"
     bounds = sorted({0, len(raw), *(cut for cut in cuts if cut < len(raw))})
     sent = bytearray()
@@ -199,3 +203,20 @@ def test_a_stream_keeps_its_events_however_it_is_cut(cuts, usage, events) -> Non
     holder = got[-1]["usage"] if usage else got[-1]
     assert holder.pop("pic") == {"exactness": "composed"}
     assert got == chunks
+
+
+def test_a_token_leaves_a_stream_at_once() -> None:
+    sent = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def run() -> None:
+        sender = _ReportSender(send, Exchange({}, report={}))
+        headers = [(b"content-type", b"text/event-stream")]
+        await sender({"type": "http.response.start", "status": 200, "headers": headers})
+        event = b'data: {"choices":[{"finish_reason":null}]}\n\n'
+        await sender({"type": "http.response.body", "body": event, "more_body": True})
+        assert sent[-1]["body"] == event
+
+    asyncio.run(run())

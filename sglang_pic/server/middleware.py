@@ -148,14 +148,23 @@ async def _refuse(send: Any, error: PicRequestError) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
+# What the event that is to carry the report looks like: an answer's end, or usage.
+_MAY_BE_LAST = (b'"finish_reason":"', b'"usage":{')
+
+
 class _ReportSender:
-    """Adds the report to an OpenAI response on its way out."""
+    """Adds the report to an OpenAI response on its way out.
+
+    Of a stream, only an event that may be the last one is held back until the
+    next one tells; every token leaves as soon as it comes.
+    """
 
     def __init__(self, send: Any, exchange: Exchange):
         self._send = send
         self._exchange = exchange
         self._start: Any = None
         self._stream = False
+        self._body = b""  # of JSON, or of a stream's event that is not complete
         self._held = b""
 
     async def __call__(self, message: Any) -> None:
@@ -169,15 +178,19 @@ class _ReportSender:
         if message["type"] != "http.response.body":
             await self._send(message)
             return
-        self._held += message.get("body", b"")
+        self._body += message.get("body", b"")
         more = message.get("more_body", False)
         if self._stream:
-            await self._send_events(more)
+            out = self._events()
+            if not more:
+                out, self._held, self._body = out + self._held + self._body, b"", b""
+            if out or not more:
+                await self._send({"type": "http.response.body", "body": out, "more_body": more})
         elif not more:
             await self._send_json()
 
     async def _send_json(self) -> None:
-        body = self._held
+        body = self._body
         if self._start["status"] == 200 and self._exchange.report is not None:
             content = orjson.loads(body)
             content.setdefault("usage", {})["pic"] = self._exchange.report
@@ -187,27 +200,25 @@ class _ReportSender:
         await self._send({**self._start, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
 
-    async def _send_events(self, more: bool) -> None:
-        """Pass on all events but the last, which is held until it is known
-        whether the end of the stream follows it."""
-        events = self._held.split(b"\n\n")
-        if not more:
-            self._held = b""
-            body = b"\n\n".join(self._reported(events))
-        elif len(events) > 2 and not events[-2].endswith(_DONE):
-            self._held = b"\n\n".join(events[-2:])
-            body = b"\n\n".join([*events[:-2], b""])
-        else:
-            return
-        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+    def _events(self) -> bytes:
+        """The complete events that may leave now."""
+        *events, self._body = self._body.split(b"\n\n")
+        out = b""
+        for event in events:
+            if event.endswith(_DONE):
+                self._held = self._with_report(self._held)
+            out, self._held = out + self._held, b""
+            if any(mark in event for mark in _MAY_BE_LAST):
+                self._held = event + b"\n\n"
+            else:
+                out += event + b"\n\n"
+        return out
 
-    def _reported(self, events: list[bytes]) -> list[bytes]:
-        for i in range(len(events) - 1, -1, -1):
-            data = events[i].removeprefix(b"data: ")
-            if data.startswith(b"{") and self._exchange.report is not None:
-                content = orjson.loads(data)
-                holder = content.get("usage") or content
-                holder["pic"] = self._exchange.report
-                events[i] = b"data: " + orjson.dumps(content)
-                break
-        return events
+    def _with_report(self, event: bytes) -> bytes:
+        data = event.removeprefix(b"data: ")
+        if not data.startswith(b"{") or self._exchange.report is None:
+            return event
+        content = orjson.loads(data)
+        holder = content.get("usage") or content
+        holder["pic"] = self._exchange.report
+        return b"data: " + orjson.dumps(content) + b"\n\n"
