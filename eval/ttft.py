@@ -134,7 +134,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{full['ttft_s'] / linked['ttft_s']:.1f}x",
             f"{full['tokens_computed']} -> {linked['tokens_computed']}",
         )
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
