@@ -37,7 +37,8 @@ def set_positions(batch: Any, cls: Any, schedule_batch: Any, model_runner: Any, 
     from sglang_pic.forest.cache import PicCache
 
     cache = schedule_batch.tree_cache
-    if not isinstance(cache, PicCache):
+    # A cache that must not link makes no plans, and its backend may take none.
+    if not isinstance(cache, PicCache) or cache.refusal is not None:
         return
     plans = cache.plans_of(schedule_batch.reqs)
     model_runner.attn_backend.set_plans(batch.rids, plans)

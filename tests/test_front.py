@@ -8,6 +8,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 from typing import Any
 
 import pytest
@@ -21,7 +22,13 @@ from sglang_pic.launch_server import pic_parser, read_config
 from sglang_pic.server.compiler import CompileItem, Compiler
 from sglang_pic.server.exchange import Exchange
 from sglang_pic.server.middleware import _ReportSender
-from sglang_pic.sglang_hooks import ENGINE_HOOKS, FRONT_HOOKS, check_shape, engine_refusal
+from sglang_pic.sglang_hooks import (
+    ENGINE_HOOKS,
+    FRONT_HOOKS,
+    check_shape,
+    engine_refusal,
+    set_positions,
+)
 
 
 @pytest.mark.parametrize("hook", [*ENGINE_HOOKS, *FRONT_HOOKS], ids=lambda hook: hook.target)
@@ -46,6 +53,17 @@ def test_another_shape_is_refused(target: str, parameters: tuple[str, ...]) -> N
 def test_without_hooks_the_cache_refuses_to_plan() -> None:
     """This process never installed them: exactly the case of a failed plug-in."""
     assert "not in place" in (engine_refusal() or "")
+
+
+def test_a_server_that_must_not_link_leaves_any_backend_alone() -> None:
+    """Whatever attention backend runs, its forward passes are stock's."""
+    from sglang_pic.forest.cache import PicCache
+
+    cache = object.__new__(PicCache)
+    cache.refusal = "attention backend cannot attend over spans"
+    schedule_batch = types.SimpleNamespace(tree_cache=cache)
+    stock_runner = types.SimpleNamespace(attn_backend=object())
+    assert set_positions(None, None, schedule_batch, stock_runner) is None
 
 
 def test_flags_become_settings(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
