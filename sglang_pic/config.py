@@ -13,9 +13,10 @@ import json
 import os
 
 from sglang_pic.errors import PicConfigError
-from sglang_pic.link.policy import MODES, POLICIES, LinkOptions
+from sglang_pic.link.policy import MODES, POLICIES, STATE_POLICIES, LinkOptions
 
 ENV_NAME = "SGLANG_PIC_CONFIG"
+STATE_DTYPES = ("float32", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,11 @@ class PicConfig:
             empty compiles a segment from nothing.
         min_segment: a segment shorter than this many tokens is computed, not
             compiled.
+        state: default state policy of hybrid models, ``compose`` or ``last``.
+        state_dtype: how operators and end states are stored.
+        state_mib: budget for them, in MiB; the least recently used go first.
+        operator_threshold: an operator whose norm is below this is not stored
+            but taken for zero: the segment outlived the layer's memory.
     """
 
     seam: int = 16
@@ -40,6 +46,10 @@ class PicConfig:
     mode: str = "share"
     compile_context: tuple[int, ...] = ()
     min_segment: int = 32
+    state: str = "compose"
+    state_dtype: str = "float32"
+    state_mib: int = 1024
+    operator_threshold: float = 1e-6
 
     def __post_init__(self) -> None:
         if self.seam < 0:
@@ -48,13 +58,21 @@ class PicConfig:
             raise PicConfigError(f"min_segment must be at least 1, got {self.min_segment}")
         if self.policy not in POLICIES:
             raise PicConfigError(f"policy must be one of {sorted(POLICIES)}, got {self.policy!r}")
+        if self.state not in STATE_POLICIES:
+            raise PicConfigError(f"state must be one of {STATE_POLICIES}, got {self.state!r}")
+        if self.state_dtype not in STATE_DTYPES:
+            raise PicConfigError(
+                f"state_dtype must be one of {STATE_DTYPES}, got {self.state_dtype!r}"
+            )
+        if self.state_mib < 1 or self.operator_threshold < 0:
+            raise PicConfigError("state_mib must be at least 1, operator_threshold at least 0")
         if self.mode not in MODES:
             raise PicConfigError(f"mode must be one of {sorted(MODES)}, got {self.mode!r}")
 
     @property
     def link_defaults(self) -> LinkOptions:
         """What a request gets that names no option of its own."""
-        return LinkOptions(policy=self.policy, seam=self.seam, mode=self.mode)
+        return LinkOptions(policy=self.policy, seam=self.seam, mode=self.mode, state=self.state)
 
     def to_env(self) -> None:
         """Publish the settings to this process and the children it will start."""

@@ -12,9 +12,9 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from sglang_pic.config import PicConfig
+from sglang_pic.config import STATE_DTYPES, PicConfig
 from sglang_pic.errors import PicConfigError
-from sglang_pic.link.policy import MODES, POLICIES
+from sglang_pic.link.policy import MODES, POLICIES, STATE_POLICIES
 
 
 def pic_parser() -> argparse.ArgumentParser:
@@ -66,6 +66,34 @@ def pic_parser() -> argparse.ArgumentParser:
         metavar="TOKENS",
         help="shorter segments are computed, not compiled (%(default)s)",
     )
+    hybrid = parser.add_argument_group("hybrid models (linear attention)")
+    hybrid.add_argument(
+        "--pic-state",
+        choices=STATE_POLICIES,
+        default=defaults.state,
+        help="compose a segment's state with what precedes it, or let the last one stand alone "
+        "(%(default)s)",
+    )
+    hybrid.add_argument(
+        "--pic-state-dtype",
+        choices=STATE_DTYPES,
+        default=defaults.state_dtype,
+        help="how operators and end states are stored (%(default)s)",
+    )
+    hybrid.add_argument(
+        "--pic-state-mib",
+        type=int,
+        default=defaults.state_mib,
+        metavar="MIB",
+        help="memory for them (%(default)s)",
+    )
+    hybrid.add_argument(
+        "--pic-operator-threshold",
+        type=float,
+        default=defaults.operator_threshold,
+        metavar="NORM",
+        help="operators of a smaller norm are taken for zero (%(default)s)",
+    )
     return parser
 
 
@@ -93,6 +121,10 @@ def read_config(args: argparse.Namespace) -> PicConfig:
         mode=args.pic_mode,
         compile_context=context,
         min_segment=args.pic_min_segment,
+        state=args.pic_state,
+        state_dtype=args.pic_state_dtype,
+        state_mib=args.pic_state_mib,
+        operator_threshold=args.pic_operator_threshold,
     )
 
 

@@ -41,7 +41,7 @@ def set_positions(batch: Any, cls: Any, schedule_batch: Any, model_runner: Any, 
     if not isinstance(cache, PicCache) or cache.refusal is not None:
         return
     plans = cache.plans_of(schedule_batch.reqs)
-    model_runner.attn_backend.set_plans(batch.rids, plans)
+    cache.hand_over(model_runner.attn_backend, batch.rids, schedule_batch.reqs)
     if not batch.forward_mode.is_extend():
         return
     at = 0
@@ -50,7 +50,11 @@ def set_positions(batch: Any, cls: Any, schedule_batch: Any, model_runner: Any, 
         if plan is not None:
             # Tokens generated since the plan was made keep position = row index.
             order = plan.order[int(prefix) : int(prefix) + int(extend)]
-            batch.positions[at : at + len(order)] = order.to(batch.positions)
+            order = order.to(batch.positions)
+            batch.positions[at : at + len(order)] = order
+            if batch.mrope_positions is not None:
+                # On text all three axes of MRoPE count tokens.
+                batch.mrope_positions[:, at : at + len(order)] = order
         at += int(extend)
 
 
@@ -116,6 +120,18 @@ def install_http(server_args: Any, *_: Any, **__: Any) -> None:
     app.include_router(router)
 
 
+def wrap_hybrid(original: Callable[..., Any], runner: Any, full_attn_backend: Any) -> Any:
+    """Around ``attn_backend_wrapper``: a hybrid's linear layers compose."""
+    backend = original(runner, full_attn_backend)
+    from sglang.srt.runtime_context import get_memory
+
+    if get_memory().radix_cache_backend != CACHE_BACKEND:
+        return backend
+    from sglang_pic.linear.wiring import wire
+
+    return wire(runner, backend)
+
+
 # -- the list ---------------------------------------------------------------------
 
 
@@ -151,6 +167,13 @@ ENGINE_HOOKS = (
         add_forest_state,
         ("self", "recv_req"),
         "SGLang's own channel for state of the scheduler's process",
+    ),
+    Hook(
+        _SRT + "layers.attention.attention_registry.attn_backend_wrapper",
+        HookType.AROUND,
+        wrap_hybrid,
+        ("runner", "full_attn_backend"),
+        "SGLang picks a hybrid's linear backend here by model, without a registry",
     ),
 )
 
@@ -261,8 +284,26 @@ def install() -> None:
         for target, parameters in RELIED_ON.items():
             check_shape(target, parameters)
         _register_backends()
+        _install_cpu_kernels()
     for hook in hooks:
         HookRegistry.register(hook.target, hook.function, hook.type)
+
+
+def _install_cpu_kernels() -> None:
+    """Torch forms of the kernels that gated delta nets need, on the plain CPU only."""
+    from sglang.srt.platforms import current_platform
+
+    from sglang_pic.platforms.cpu import PlainCpuPlatform
+
+    if not isinstance(current_platform, PlainCpuPlatform):
+        return
+    from sglang_pic.platforms.linear_kernels import KERNELS
+
+    for target, function in KERNELS.items():
+        names = list(inspect.signature(function).parameters.values())
+        named = tuple(p.name for p in names if p.kind is not inspect.Parameter.VAR_KEYWORD)
+        check_shape(target, named)
+        HookRegistry.register(target, function, HookType.REPLACE)
 
 
 def _register_backends() -> None:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 # Large enough that attention, not the residual stream, decides the output.
 _STD = {"q_proj": 0.25, "k_proj": 0.25, "v_proj": 0.3, "o_proj": 0.3, "embed_tokens": 1.0}
@@ -57,4 +65,74 @@ def tiny_llama(tmp_dir: str | Path, seed: int = 0) -> Path:
     """
     path = Path(tmp_dir) / f"tiny-llama-{seed}"
     tiny_llama_model(seed).save_pretrained(path)
+    return path
+
+
+_HYBRID = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "attn_implementation": "eager",
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+    },
+}
+
+
+def tiny_hybrid_model(kind: str, seed: int = 0) -> PreTrainedModel:
+    """Random hybrid, float32: a linear layer, a full one, twice.
+
+    ``kind`` is ``qwen3_5`` or ``qwen3_next``. Gates remember for hundreds of
+    tokens, so that a state lost or counted twice shows.
+    """
+    if kind == "qwen3_5":
+        model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**_HYBRID))
+    else:
+        experts = {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64,
+        }
+        model = Qwen3NextForCausalLM(Qwen3NextConfig(**_HYBRID, **experts))
+    model = model.float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2 or "experts" in name:
+                std = next((std for part, std in _STD.items() if part in name), _OTHER_STD)
+                weight.normal_(std=std, generator=generator)
+            elif "conv1d" in name:
+                weight.normal_(std=0.5, generator=generator)
+            elif "A_log" in name:
+                weight.uniform_(-5.0, -1.0, generator=generator)
+            elif "dt_bias" in name:
+                weight.uniform_(-3.0, 0.0, generator=generator)
+    return model
+
+
+def tiny_hybrid(tmp_dir: str | Path, kind: str, seed: int = 0) -> Path:
+    """Save a random hybrid, as ``tiny_llama``. SGLang derives the layers' kinds
+    from ``full_attention_interval``."""
+    path = Path(tmp_dir) / f"tiny-{kind}-{seed}"
+    model = tiny_hybrid_model(kind, seed)
+    model.config.full_attention_interval = 2
+    model.save_pretrained(path)
     return path

@@ -11,6 +11,7 @@ from sglang_pic.attention.relocate import Relocator
 from sglang_pic.config import PicConfig
 from sglang_pic.errors import PicConfigError
 from sglang_pic.forest.cache import PicCache
+from sglang_pic.forest.hybrid import PicHybridCache
 
 logger = logging.getLogger(__name__)
 
@@ -22,13 +23,12 @@ def _refusal(ctx: Any, backend: Any) -> str | None:
     args = ctx.server_args
     reasons = {
         "the radix cache is disabled": args.disable_radix_cache,
-        "hybrid models with linear attention are not wired yet": ctx.is_hybrid_ssm,
         "sliding-window models are not supported": ctx.is_hybrid_swa,
         "speculative decoding is not supported": args.speculative_algorithm is not None,
         "pipeline parallelism is not supported": args.pp_size > 1,
         "prefill/decode disaggregation is not supported": args.disaggregation_mode != "null",
-        f"attention backend {type(backend).__name__} cannot attend over spans": not hasattr(
-            backend, "set_plans"
+        f"attention backend {type(backend).__name__} cannot link": not hasattr(
+            backend, "set_rows" if ctx.is_hybrid_ssm else "set_plans"
         ),
     }
     for reason, holds in reasons.items():
@@ -43,7 +43,8 @@ def build_cache(ctx: Any) -> PicCache:
     Args:
         ctx: SGLang's ``TreeCacheBuildContext``.
     """
-    cache = create_unified_radix_cache(ctx, cache_class=PicCache)
+    cache_class = PicHybridCache if ctx.is_hybrid_ssm else PicCache
+    cache = create_unified_radix_cache(ctx, cache_class=cache_class)
     assert isinstance(cache, PicCache)
     config = PicConfig.from_env()
     runner = ctx.tp_worker.model_runner

@@ -34,7 +34,7 @@ from sglang_pic.forest.forest import Lookup, SegmentForest
 from sglang_pic.forest.state import LinkHandle, LinkState, unlinkable
 from sglang_pic.link.plan import LinkPlan, SegmentHit, make_plan, unlinked_plan
 from sglang_pic.link.policy import floor_to
-from sglang_pic.link.report import Found, make_report
+from sglang_pic.link.report import NO_STATE, Found, make_report
 from sglang_pic.request.base import OPENING, LinkRequest
 from sglang_pic.request.hints import COMPILE, find_action, read_link
 
@@ -50,6 +50,8 @@ class PicCache(UnifiedRadixCache):
         self._links: weakref.WeakKeyDictionary[Req, LinkState] = weakref.WeakKeyDictionary()
         self._load_back_is_private = False
         self.relocate: Any = None
+        # Compiled segments are paths of this tree, under namespaces of their own.
+        self.segment_tree: UnifiedRadixCache = self
 
     def configure(self, config: PicConfig, refusal: str | None) -> None:
         """Set up linking.
@@ -68,11 +70,12 @@ class PicCache(UnifiedRadixCache):
     def find_path(
         self, tokens: array, extra_key: str | None, salt: str
     ) -> tuple[Any, torch.Tensor]:
-        result = super().match_prefix(
-            MatchPrefixParams(key=RadixKey(tokens, extra_key, cache_salt=salt))
+        # Not our own match_prefix, where the segments' tree is this one.
+        result = UnifiedRadixCache.match_prefix(
+            self.segment_tree, MatchPrefixParams(key=RadixKey(tokens, extra_key, cache_salt=salt))
         )
         node = result.last_device_node
-        slots = self.path_device_indices(node)[: result.device_prefix_len]
+        slots = self.segment_tree.path_device_indices(node)[: result.device_prefix_len]
         return node, slots.to(torch.int64)
 
     def all_slots(self) -> torch.Tensor:
@@ -100,6 +103,11 @@ class PicCache(UnifiedRadixCache):
             link.plan = unlinked_plan(len(params.key.token_ids))
             return result
         return self._linked(req, link, params, result)
+
+    def _opens_at(self, ids: array) -> int:
+        """Where a segment would stand exactly as it was compiled, or -1."""
+        context = self.forest.context
+        return len(context) if ids[: len(context)] == context else -1
 
     def missing(self, req: Req) -> list[int]:
         """Indices of the segments that would have to be compiled before linking;
@@ -163,7 +171,7 @@ class PicCache(UnifiedRadixCache):
         prefix_slots = self.path_device_indices(prefix.last_device_node)
         prefix_slots = prefix_slots[: prefix.device_prefix_len].to(torch.int64)
         context = self.forest.context
-        opens_at = len(context) if ids[: len(context)] == context else -1
+        opens_at = self._opens_at(ids)
         hits, seen = [], []
         for span, lookup in zip(spans, found, strict=True):
             opening = span.start == opens_at
@@ -171,7 +179,9 @@ class PicCache(UnifiedRadixCache):
                 seen.append(Found(span.start, span.end))
                 continue
             offset = span.start - len(context)
-            hits.append(SegmentHit(span.start, span.end, offset, lookup.slots, opening))
+            if lookup.miss != NO_STATE:
+                state = lookup.state
+                hits.append(SegmentHit(span.start, span.end, offset, lookup.slots, opening, state))
             seen.append(Found(span.start, span.end, lookup.id, lookup.miss, opening))
         plan = make_plan(
             len(ids),
@@ -195,7 +205,7 @@ class PicCache(UnifiedRadixCache):
         held = [lookup for lookup in found if lookup is not None and lookup.slots.numel()]
         nodes = dict.fromkeys(lookup.node for lookup in held)
         handle = LinkHandle(
-            (prefix.last_device_node, *nodes), plan, tuple(lookup.id for lookup in held)
+            prefix.last_device_node, tuple(nodes), plan, tuple(lookup.id for lookup in held)
         )
         if plan.relocated:
             return MatchResult(0, handle, handle, handle, host_hit_length=plan.reused)
@@ -240,14 +250,16 @@ class PicCache(UnifiedRadixCache):
     def lock(self, node_id: Any, *args: Any, **kwargs: Any) -> TreeLock | None:
         if not isinstance(node_id, LinkHandle):
             return super().lock(node_id, *args, **kwargs)
-        held = [super(PicCache, self).lock(node, *args, **kwargs) for node in node_id.nodes]
+        held = [(self, super().lock(node_id.prefix, *args, **kwargs))]
+        tree = self.segment_tree
+        held += [(tree, UnifiedRadixCache.lock(tree, node)) for node in node_id.nodes]
         return TreeLock(node_id, held)
 
     def unlock(self, lock: TreeLock | None) -> None:
         if lock is None or not isinstance(lock.node, LinkHandle):
             return super().unlock(lock)
-        for held in lock.receipt:
-            super().unlock(held)
+        for tree, held in lock.receipt:
+            UnifiedRadixCache.unlock(tree, held)
         return None
 
     def prefix_device_indices(self, req: Req) -> torch.Tensor:
@@ -306,7 +318,8 @@ class PicCache(UnifiedRadixCache):
         )
         link.plan = dataclasses.replace(plan, spans=spans)
         link.private = private
-        return plan.reused, LinkHandle((), link.plan, handle.segments)
+        root = self.root_node_handle(req.extra_key)
+        return plan.reused, LinkHandle(root, (), link.plan, handle.segments)
 
     def load_back_is_cache_owned(self) -> bool:
         return not self._load_back_is_private and super().load_back_is_cache_owned()
@@ -314,14 +327,8 @@ class PicCache(UnifiedRadixCache):
     # -- handles where SGLang expects nodes -----------------------------------
 
     def dfs_weight_order(self, node_handles: Sequence[Any]) -> list[int]:
-        root = self.root_node_handle()
         return super().dfs_weight_order(
-            [
-                (handle.nodes[0] if handle.nodes else root)
-                if isinstance(handle, LinkHandle)
-                else handle
-                for handle in node_handles
-            ]
+            [handle.prefix if isinstance(handle, LinkHandle) else handle for handle in node_handles]
         )
 
     def is_root(self, node_id: Any) -> bool:
@@ -370,6 +377,10 @@ class PicCache(UnifiedRadixCache):
             "bytes_per_token": int(key_bytes + value_bytes) // pool.size,
             "live_plans": sum(link.plan is not None for link in self._links.values()),
         }
+
+    def hand_over(self, backend: Any, rids: Sequence[str], reqs: Sequence[Req]) -> None:
+        """Give the attention backend the plans of the batch that runs next."""
+        backend.set_plans(rids, self.plans_of(reqs))
 
     def plans_of(self, reqs: Sequence[Req]) -> list[LinkPlan | None]:
         """Current plan of each request; ``None`` for ordinary ones."""

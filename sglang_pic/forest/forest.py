@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from array import array
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from cachetools import LRUCache
@@ -21,6 +21,9 @@ from cachetools import LRUCache
 from sglang_pic.errors import PicIntegrityError
 from sglang_pic.forest.keys import namespace, segment_id
 from sglang_pic.link import report
+
+if TYPE_CHECKING:
+    from sglang_pic.linear.state import CoreState
 
 MAX_RECORDS = 65536
 
@@ -69,12 +72,14 @@ class Lookup:
         node: handle to lock the segment's path with.
         slots: int64 [held], slots of its first ``held`` tokens, whole pages.
         miss: why less than all whole pages are held, or ``None``.
+        state: what the segment's core does to linear layers, in hybrids.
     """
 
     id: str
     node: Any
     slots: torch.Tensor
     miss: str | None
+    state: CoreState | None = None
 
 
 class SegmentForest:

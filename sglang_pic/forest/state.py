@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LinkHandle:
-    """Stands where SGLang expects the node that ends a request's prefix: one
-    node for each distinct path whose pages the row reuses, and the ids of the
-    segments found."""
+    """Stands where SGLang expects the node that ends a request's prefix: that
+    node, those of the segments' tree whose pages the row reuses, each once, and
+    the ids of the segments found."""
 
+    prefix: Any
     nodes: tuple[Any, ...]
     plan: LinkPlan
     segments: tuple[str, ...]

@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from sglang_pic.errors import PicIntegrityError
 from sglang_pic.link.policy import RecomputePolicy, ceil_to, floor_to
+
+if TYPE_CHECKING:
+    from sglang_pic.linear.state import CoreState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +33,9 @@ class SegmentHit:
         slots: int64 [held], KV slots of the segment's first ``held`` tokens,
             whole pages. ``held`` may be less than the segment (partly evicted).
         opening: the segment stands at the prompt's start exactly as compiled.
+        state: what its core does to the linear layers of a hybrid; a state
+            stands for the core as a whole, which is then reused whole or not at
+            all. ``None`` in models without linear layers.
     """
 
     start: int
@@ -36,6 +43,7 @@ class SegmentHit:
     offset: int
     slots: torch.Tensor
     opening: bool = False
+    state: CoreState | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +56,8 @@ class Span:
         row_start: index of the span's first token in the KV row.
         slots: int64 [end - start], KV slots, whole pages.
         first_seer: rank, among computed tokens, of the first one behind the span.
+        state: as in ``SegmentHit``; ``None`` for an ordinary prefix, whose state
+            SGLang itself has put into the request's slot.
     """
 
     start: int
@@ -56,6 +66,7 @@ class Span:
     row_start: int
     slots: torch.Tensor
     first_seer: int
+    state: CoreState | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,27 +143,27 @@ def make_plan(
         The plan. Segments, or parts of them, that cannot be reused are simply
         part of the computed tokens.
     """
-    pieces: list[tuple[int, int, int, torch.Tensor]] = []
+    pieces: list[tuple[int, int, int, torch.Tensor, CoreState | None]] = []
     covered = prefix.numel()
     if covered:
-        pieces.append((0, covered, 0, prefix))
+        pieces.append((0, covered, 0, prefix, None))
     for hit in hits:
         length = hit.end - hit.start
-        first, last = policy.core(length, page=page, opening=hit.opening)
-        first = max(first, ceil_to(max(0, covered - hit.start), page))
-        last = min(last, hit.slots.numel(), floor_to(max(0, limit - hit.start), page))
-        if first < last:
+        core = policy.core(length, page=page, opening=hit.opening)
+        first = max(core[0], ceil_to(max(0, covered - hit.start), page))
+        last = min(core[1], hit.slots.numel(), floor_to(max(0, limit - hit.start), page))
+        if first < last and (hit.state is None or (first, last) == core):
             start, end = hit.start + first, hit.start + last
-            pieces.append((start, end, hit.offset, hit.slots[first:last]))
+            pieces.append((start, end, hit.offset, hit.slots[first:last], hit.state))
             covered = end
 
     spans = []
     live = torch.ones(n_tokens, dtype=torch.bool)
     reused = 0
-    for start, end, offset, slots in pieces:
+    for start, end, offset, slots, state in pieces:
         live[start:end] = False
         first_seer = start - reused
-        spans.append(Span(start, end, offset, reused, slots, first_seer))
+        spans.append(Span(start, end, offset, reused, slots, first_seer, state))
         reused += end - start
     computed = torch.nonzero(live).squeeze(1)
     cores = [torch.arange(span.start, span.end) for span in spans]

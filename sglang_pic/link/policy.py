@@ -17,6 +17,15 @@ from typing import Protocol
 
 MODES = ("share", "relocate")
 
+# What a core does to a linear layer's state S (hybrid models):
+# "compose", S <- A S + B; "last", S <- B, what stood before is forgotten.
+STATE_POLICIES = ("compose", "last")
+
+# Deliberately wrong links, to show what each part is for: S <- S + B; no
+# history for the convolution behind a core; operators and end states rounded
+# to float16.
+ABLATIONS = ("identity_operator", "no_conv_tail", "float16_pairs")
+
 
 def ceil_to(n: int, page: int) -> int:
     """Smallest multiple of ``page`` that is at least ``n``."""
@@ -93,6 +102,8 @@ class LinkOptions:
         require_exact: answer exactly as stock SGLang would; nothing is linked.
         link: ``False`` keeps ordinary prefix caching but runs the request on
             our attention, the honest baseline for speed.
+        state: one of ``STATE_POLICIES``; models without linear layers ignore it.
+        ablation: one of ``ABLATIONS``, for evaluation only, or ``None``.
     """
 
     policy: str = "seam"
@@ -100,6 +111,8 @@ class LinkOptions:
     mode: str = "share"
     require_exact: bool = False
     link: bool = True
+    state: str = "compose"
+    ablation: str | None = None
 
     def recompute_policy(self) -> RecomputePolicy:
         if self.policy == "seam":

@@ -20,6 +20,7 @@ SHORT = "shorter_than_min_segment"
 MISSING = "not_compiled"
 EVICTED = "evicted"
 PARTLY_EVICTED = "partly_evicted"
+NO_STATE = "state_not_held"
 POLICY_FULL = "policy_full"
 NOT_LINKED = "request_not_linked"
 

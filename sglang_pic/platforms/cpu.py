@@ -70,13 +70,22 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
         # OpenMP's threads spin while they wait for each other. Where another
         # process wants the same cores, a matrix product takes 20 times as long.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        # Histories of the convolution before a linear layer, bfloat16 otherwise.
+        os.environ.setdefault("SGLANG_MAMBA_CONV_DTYPE", "float32")
+
+    def support_mamba_cache_extra_buffer(self) -> bool:
+        """States of hybrids may be kept on a grid of tokens, as page sizes above 1 need."""
+        return True
 
     def init_backend(self) -> None:
         """Let models that ask torch for the current device module get the CPU's.
 
-        A CUDA build of torch answers ``torch.cuda`` even without a driver.
+        A CUDA build of torch answers ``torch.cuda`` even without a driver. SGLang
+        pins one mask of a hybrid's decode whatever the platform says; memory
+        that is used where it lies needs no pinning.
         """
         torch.get_device_module = get_device_module
+        torch.Tensor.pin_memory = pin_memory
 
 
 _torch_get_device_module = torch.get_device_module
@@ -85,3 +94,8 @@ _torch_get_device_module = torch.get_device_module
 def get_device_module(device: torch.device | str | None = None) -> ModuleType:
     """``torch.get_device_module``, except that no device means the CPU."""
     return _torch_get_device_module("cpu" if device is None else device)
+
+
+def pin_memory(tensor: torch.Tensor, device: torch.device | str | None = None) -> torch.Tensor:
+    """``torch.Tensor.pin_memory`` where there is nothing to transfer to."""
+    return tensor

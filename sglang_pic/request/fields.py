@@ -7,13 +7,15 @@
         "policy": "seam" | "none" | "full",
         "seam": 16,
         "mode": "share" | "relocate",
+        "state": "compose" | "last",
         "require_exact": false,
         "link": true
     }
 
 ``segments`` counts tokens where the prompt is given as token ids, characters
 (Unicode code points) where it is given as text. ``parts`` replaces the text:
-the prompt is their concatenation, the marked ones are its segments.
+the prompt is their concatenation, the marked ones are its segments. ``ablation``
+(``link.policy.ABLATIONS``) breaks a link on purpose, for evaluation.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import dataclasses
 from typing import Any
 
 from sglang_pic.errors import PicRequestError
-from sglang_pic.link.policy import MODES, POLICIES, LinkOptions
+from sglang_pic.link.policy import ABLATIONS, MODES, POLICIES, STATE_POLICIES, LinkOptions
 from sglang_pic.request.base import TokenSpan
 
 MAX_SEGMENTS = 1024
@@ -37,6 +39,8 @@ _KNOWN = {
     "policy",
     "seam",
     "mode",
+    "state",
+    "ablation",
     "require_exact",
     "link",
 }
@@ -172,6 +176,10 @@ def parse_fields(pic: Any, defaults: LinkOptions) -> PicFields:
             mode=_choice(pic.get("mode", defaults.mode), "mode", MODES),
             require_exact=_flag(pic.get("require_exact", defaults.require_exact), "require_exact"),
             link=_flag(pic.get("link", defaults.link), "link"),
+            state=_choice(pic.get("state", defaults.state), "state", STATE_POLICIES),
+            ablation=None
+            if pic.get("ablation") is None
+            else _choice(pic["ablation"], "ablation", ABLATIONS),
         ),
         tokenize=_choice(pic.get("tokenize", "pieces"), "tokenize", TOKENIZE_RULES),
         text=text,

@@ -8,6 +8,7 @@ outside.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from sglang.srt.managers.kv_hints import KvHintAction, KvHintsEnvelope
@@ -52,9 +53,10 @@ def link_hints(request: LinkRequest) -> KvHintsEnvelope:
     return _envelope(LINK, payload)
 
 
-def compile_hints() -> KvHintsEnvelope:
-    """Mark an internal request as the compilation of one segment."""
-    return _envelope(COMPILE, {})
+def compile_hints(seams: Sequence[int]) -> KvHintsEnvelope:
+    """Mark an internal request as the compilation of one segment, whose linear
+    states are wanted for these seam widths in tokens (0: no head)."""
+    return _envelope(COMPILE, {"seams": list(seams)})
 
 
 def find_action(hints: KvHintsEnvelope | None, action: str) -> dict[str, Any] | None:

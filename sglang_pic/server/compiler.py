@@ -22,7 +22,7 @@ class CompileItem:
     """One path to compute: token ids, and the namespace to keep it in.
 
     ``segment`` is false for the plain text that opens a prompt: it is computed
-    and cached as SGLang's ordinary prefix.
+    and cached as SGLang's ordinary prefix. ``seams`` as in ``compile_hints``.
     """
 
     ids: tuple[int, ...]
@@ -30,6 +30,7 @@ class CompileItem:
     extra_key: str | None
     lora_path: str | None
     segment: bool = True
+    seams: tuple[int, ...] = ()
 
 
 def _batches(items: Sequence[CompileItem]) -> list[list[CompileItem]]:
@@ -80,7 +81,7 @@ class Compiler:
             cache_salt=[item.salt or "" for item in items],
             extra_key=items[0].extra_key,
             lora_path=items[0].lora_path,
-            kv_hints=[compile_hints() if item.segment else None for item in items],
+            kv_hints=[compile_hints(item.seams) if item.segment else None for item in items],
         )
         try:
             outputs = await anext(self._generate(batch))

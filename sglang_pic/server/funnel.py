@@ -220,7 +220,9 @@ class Funnel:
         for i, span in enumerate(link.spans):
             short = span.end - span.start < self.config.min_segment
             if i in only if only is not None else not short:
-                items.append(self.segment_item(ids[span.start : span.end], salt, extra_key, lora))
+                segment = ids[span.start : span.end]
+                seam = 0 if options.policy == "none" else options.seam
+                items.append(self.segment_item(segment, salt, extra_key, lora, seam=seam))
         return items
 
     def encode_segment(self, text: str) -> list[int]:
@@ -233,11 +235,19 @@ class Funnel:
         return self._manager.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def segment_item(
-        self, ids: Sequence[int], salt: str | None, extra_key: str | None, lora: str | None = None
+        self,
+        ids: Sequence[int],
+        salt: str | None,
+        extra_key: str | None,
+        lora: str | None = None,
+        *,
+        seam: int | None = None,
     ) -> CompileItem:
-        """The internal request that compiles one segment for one tenant."""
+        """The internal request that compiles one segment for one tenant, in a
+        hybrid for links of one seam width: the server's own by default."""
         space = namespace(self.context, salt)
-        return CompileItem((*self.context, *ids), space, extra_key, lora)
+        seams = (self.config.seam if seam is None else seam,)
+        return CompileItem((*self.context, *ids), space, extra_key, lora, seams=seams)
 
 
 def _samples(obj: GenerateReqInput) -> int:

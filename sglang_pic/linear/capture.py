@@ -1,0 +1,166 @@
+"""Capture: operators and end states of a segment while it is compiled.
+
+A compile is an ordinary prefill of ``compile context + segment`` in chunks of
+any length. Beside it every linear layer runs its own kernel once more over the
+core's tokens, with values [v | 0] on a state [B | A] begun at [0 | I]: the
+recurrence is linear in both, so that one pass yields the pair (see
+``kernels.operators.gated_delta``). A chunk goes on where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from sglang_pic.kernels.operators.pair import Pair
+from sglang_pic.linear.state import LinearShape
+
+# Key of the state at the core's end with everything before it, beside those of
+# pairs, which are the core's first token.
+END = -1
+
+
+class Capture:
+    """Running states of one compile request.
+
+    Args:
+        shape: of the linear layers.
+        start: tokens of the compile context, in front of the segment.
+        heads: first tokens of the cores wanted, relative to the segment.
+        core_end: where all of them end, relative to the segment.
+    """
+
+    def __init__(self, shape: LinearShape, *, start: int, heads: Sequence[int], core_end: int):
+        self.shape = shape
+        self.start = start
+        self.heads = tuple(heads)
+        self.core_end = core_end
+        self.conv_tail: torch.Tensor | None = None
+        self.running: dict[int, torch.Tensor] = {}
+
+    def restart(self, device: torch.device) -> None:
+        """Begin with the prompt's first token."""
+        shape = self.shape
+        blank = torch.zeros(shape.layers, shape.heads, shape.dv + shape.dk, shape.dk)
+        begun = blank.clone()
+        begun[:, :, shape.dv :] = torch.eye(shape.dk)
+        self.running = {head: begun.to(device) for head in self.heads}
+        self.running[END] = blank.to(device)
+        self.conv_tail = None
+
+    @property
+    def complete(self) -> bool:
+        return self.conv_tail is not None
+
+    def pairs(self) -> dict[int, Pair]:
+        """By first token: ``A`` [layers, heads, dk, dk], ``B`` [layers, heads, dk, dv]."""
+        dv = self.shape.dv
+        found = {}
+        for head in self.heads:
+            state = self.running[head].transpose(-1, -2)
+            found[head] = Pair(state[..., dv:].contiguous(), state[..., :dv].contiguous())
+        return found
+
+    def end(self) -> torch.Tensor:
+        """[layers, heads, dk, dv]."""
+        return self.running[END][:, :, : self.shape.dv].transpose(-1, -2).contiguous()
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptureRow:
+    """A compile request's part of one forward pass: its tokens ``[prefix,
+    prefix + extend)`` begin at ``first_query`` among the batch's."""
+
+    capture: Capture
+    first_query: int
+    prefix: int
+    extend: int
+    slot: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptureStep:
+    """Arrays of one forward pass for all its compile requests.
+
+    Attributes:
+        tokens: int64 [t], their tokens among the batch's, row by row.
+        lengths: tokens of each row.
+        slots: int64 [rows], state slots.
+        picked: int64 [p], tokens of every captured stretch among ``tokens``.
+        stretch_lengths: tokens of each stretch.
+        running: float32 [stretches, layers, heads, dv + dk, dk], updated in place.
+        from_slot: int64 [e], stretches that run from the request's own state.
+        from_slot_row: int64 [e], their rows.
+        tail_index: int64 [tails, width - 1], where the inputs before a core's
+            end lie in [all rows' histories | tokens].
+        tails: float32 [tails, layers, channels, width - 1], filled layer by layer.
+    """
+
+    tokens: torch.Tensor
+    lengths: list[int]
+    slots: torch.Tensor
+    picked: torch.Tensor
+    stretch_lengths: list[int]
+    running: torch.Tensor
+    from_slot: torch.Tensor
+    from_slot_row: torch.Tensor
+    tail_index: torch.Tensor
+    tails: torch.Tensor
+
+
+def build_capture(rows: Sequence[CaptureRow], device: torch.device) -> CaptureStep | None:
+    """Arrange one batch; ``None`` if no row has anything to capture in it."""
+    stretches: list[tuple[Capture, int, int, int, int]] = []  # capture, key, row, from, to
+    ending: list[tuple[Capture, int, int]] = []  # capture, row, core end within the chunk
+    starts, at = [], 0
+    for i, row in enumerate(rows):
+        starts.append(at)
+        at += row.extend
+        capture = row.capture
+        if row.prefix == 0:
+            capture.restart(device)
+        begin, stop = row.prefix, row.prefix + row.extend
+        core_end = capture.start + capture.core_end
+        for key in capture.running:
+            first = capture.start + key if key != END else 0
+            low, high = max(begin, first), min(stop, core_end)
+            # The end state is the request's own until the last chunk with core tokens.
+            if low < high and (key != END or core_end <= stop):
+                stretches.append((capture, key, i, low - begin, high - begin))
+        if begin < core_end <= stop:
+            ending.append((capture, i, core_end - begin))
+    if not stretches:
+        return None
+    running = torch.stack([capture.running[key] for capture, key, *_ in stretches])
+    for i, (capture, key, *_) in enumerate(stretches):
+        capture.running[key] = running[i]
+    shape = rows[0].capture.shape
+    tails = torch.zeros(len(ending), shape.layers, shape.channels, shape.history, device=device)
+    tail_index = torch.empty(len(ending), shape.history, dtype=torch.int64)
+    for i, (capture, row_index, stop) in enumerate(ending):
+        capture.conv_tail = tails[i]
+        place = torch.arange(stop - shape.history, stop)
+        in_history = row_index * shape.history + shape.history + place
+        in_tokens = len(rows) * shape.history + starts[row_index] + place
+        tail_index[i] = torch.where(place < 0, in_history, in_tokens)
+    own = [i for i, (_, key, *_) in enumerate(stretches) if key == END]
+    return CaptureStep(
+        tokens=torch.cat([torch.arange(r.first_query, r.first_query + r.extend) for r in rows]).to(
+            device
+        ),
+        lengths=[row.extend for row in rows],
+        slots=torch.tensor([row.slot for row in rows], device=device),
+        picked=torch.cat(
+            [torch.arange(starts[r] + low, starts[r] + high) for _, _, r, low, high in stretches]
+        ).to(device),
+        stretch_lengths=[high - low for *_, low, high in stretches],
+        running=running,
+        from_slot=torch.tensor(own, dtype=torch.int64, device=device),
+        from_slot_row=torch.tensor(
+            [stretches[i][2] for i in own], dtype=torch.int64, device=device
+        ),
+        tail_index=tail_index.to(device),
+        tails=tails,
+    )

@@ -1,0 +1,35 @@
+"""SGLang's wrapper over a full and a linear backend, handing both their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sglang.srt.layers.attention.hybrid_linear_attn_backend import HybridLinearAttnBackend
+
+from sglang_pic.linear.capture import Capture
+from sglang_pic.link.plan import LinkPlan
+from sglang_pic.link.policy import LinkOptions
+
+
+class PicHybridBackend(HybridLinearAttnBackend):
+    """A full backend over spans and a linear backend that composes."""
+
+    @property
+    def ropes(self) -> Any:
+        return self.full_attn_backend.ropes
+
+    @property
+    def refusal(self) -> str | None:
+        return self.full_attn_backend.refusal
+
+    def set_rows(
+        self,
+        rids: Sequence[str],
+        plans: Sequence[LinkPlan | None],
+        options: Sequence[LinkOptions | None],
+        captures: Sequence[Capture | None],
+    ) -> None:
+        """Rows of the batch that runs next; called once a forward pass."""
+        self.full_attn_backend.set_plans(rids, plans)
+        self.linear_attn_backend.set_rows(rids, plans, options, captures)

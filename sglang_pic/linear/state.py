@@ -1,0 +1,149 @@
+"""What the linear layers keep of a compiled segment, and where.
+
+All layers in one tensor, the family's own order of dimensions: operators
+[layers, heads, dk, dk], states [layers, heads, dk, dv], histories of the
+convolution [layers, channels, width - 1]. SGLang's pools hold states
+transposed, [heads, dv, dk].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from cachetools import LRUCache
+
+from sglang_pic.config import PicConfig
+from sglang_pic.kernels.operators.pair import Pair
+from sglang_pic.kernels.operators.storage import PackedPair, pack
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearShape:
+    """Sizes of a model's linear layers, read off SGLang's state pool."""
+
+    layers: int
+    heads: int
+    dk: int
+    dv: int
+    channels: int
+    history: int
+
+    @classmethod
+    def of_pool(cls, mamba_pool: Any) -> LinearShape:
+        conv = mamba_pool.mamba_cache.conv[0]
+        layers, _, heads, dv, dk = mamba_pool.mamba_cache.temporal.shape
+        return cls(layers, heads, dk, dv, conv.shape[2], conv.shape[3])
+
+
+@dataclasses.dataclass(frozen=True)
+class CoreState:
+    """What one core does to the linear layers: ``S <- A S + B``.
+
+    Attributes:
+        pair: operator and end state of the core alone; ``None`` for an opening
+            core.
+        end: float [layers, heads, dk, dv], state at the core's end with all that
+            precedes it, for a core that opens the prompt: ``S <- end``.
+        conv_tail: float [layers, channels, width - 1], the convolution's inputs
+            before the core's end.
+    """
+
+    pair: PackedPair | None
+    end: torch.Tensor | None
+    conv_tail: torch.Tensor
+
+
+@dataclasses.dataclass
+class SegmentState:
+    """What the linear layers keep of one compiled segment.
+
+    Attributes:
+        core_end: where its cores end, in tokens of the segment.
+        conv_tail: as in ``CoreState``; the same for every core.
+        end: as in ``CoreState``, for links that the segment opens.
+        pairs: by the core's first token: a pair holds for one seam width.
+    """
+
+    core_end: int
+    conv_tail: torch.Tensor
+    end: torch.Tensor
+    pairs: dict[int, PackedPair]
+
+    @property
+    def nbytes(self) -> int:
+        plain = (self.conv_tail, self.end)
+        return sum(t.numel() * t.element_size() for t in plain) + sum(
+            pair.nbytes for pair in self.pairs.values()
+        )
+
+    def core(self, first: int, last: int, *, opening: bool) -> CoreState | None:
+        """State of the core [first, last), or ``None`` if it is not held."""
+        if last != self.core_end:
+            return None
+        if opening:
+            return CoreState(None, self.end, self.conv_tail)
+        pair = self.pairs.get(first)
+        return CoreState(pair, None, self.conv_tail) if pair is not None else None
+
+
+class StateStore:
+    """States of compiled segments by segment id, within a budget of bytes.
+
+    The least recently used go first. A link holds the states of its segments
+    itself, so that nothing in use disappears; the budget counts what the store
+    holds.
+    """
+
+    def __init__(self, config: PicConfig):
+        self._dtype = getattr(torch, config.state_dtype)
+        self._threshold = config.operator_threshold
+        self._states: LRUCache[str, SegmentState] = LRUCache(
+            config.state_mib << 20, getsizeof=lambda state: state.nbytes
+        )
+
+    def find(self, segment: str) -> SegmentState | None:
+        """States of a segment; marks them as used."""
+        return self._states.get(segment)
+
+    def add(
+        self,
+        segment: str,
+        *,
+        core_end: int,
+        conv_tail: torch.Tensor,
+        end: torch.Tensor,
+        pairs: dict[int, Pair],
+    ) -> None:
+        """Keep what a compile captured, beside the pairs of other seam widths."""
+        packed = {
+            first: pack(pair, dtype=self._dtype, threshold=self._threshold)
+            for first, pair in pairs.items()
+        }
+        held = self._states.pop(segment, None)
+        if held is not None and held.core_end == core_end:
+            packed = {**held.pairs, **packed}
+        state = SegmentState(core_end, conv_tail, end, packed)
+        if state.nbytes <= self._states.maxsize:
+            self._states[segment] = state
+
+    def drop(self, segment: str) -> None:
+        """Forget a segment, whose pages are gone."""
+        self._states.pop(segment, None)
+
+    def clear(self) -> None:
+        self._states.clear()
+
+    def bytes_by_segment(self) -> dict[str, int]:
+        """Bytes held for each segment."""
+        return {name: state.nbytes for name, state in self._states.items()}
+
+    @property
+    def nbytes(self) -> int:
+        return int(self._states.currsize)
+
+    @property
+    def budget(self) -> int:
+        """Bytes the store may hold."""
+        return int(self._states.maxsize)

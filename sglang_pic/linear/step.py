@@ -1,0 +1,210 @@
+"""One forward pass of linked rows through the linear layers, as ragged arrays.
+
+In position order a linked row is cores, which are composed, and *runs* of
+computed tokens between them, which the layer's own kernel walks:
+
+    core  run  core  run  ...  core  run
+    S <- A S + B      S <- kernel(S)
+
+Every core ends in front of a live token (its segment's tail), so that at most
+one core stands before a run. What a run does to the state is a pair as well,
+so all states in front of all runs come out of one scan (HYPIC's composition),
+and the kernel then walks every run from its true state in one launch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from sglang_pic.kernels.operators.pair import Pair, apply, compose, scan
+from sglang_pic.linear.state import CoreState
+from sglang_pic.link.plan import LinkPlan
+from sglang_pic.link.policy import LinkOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class LinkRow:
+    """A linked request's part of one forward pass: row entries ``[prefix,
+    prefix + extend)``, which begin at ``first_query`` among the batch's tokens."""
+
+    plan: LinkPlan
+    options: LinkOptions
+    first_query: int
+    prefix: int
+    extend: int
+    slot: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """``length`` computed tokens in a row, and the core in front of them."""
+
+    length: int
+    core: CoreState | None
+
+
+def runs_of(plan: LinkPlan, prefix: int, extend: int) -> list[Run]:
+    """Runs of a row's entries ``[prefix, prefix + extend)``, with the cores that
+    stand between them and behind what was computed before."""
+    done = prefix - plan.reused
+    cores = [span for span in plan.spans if span.state is not None]
+    # Tokens generated since the plan was made follow all cores.
+    bounds = [span.first_seer for span in cores if done <= span.first_seer < done + extend]
+    before = {span.first_seer: span.state for span in cores}
+    edges = [*sorted({done, *bounds}), done + extend]
+    return [Run(stop - start, before.get(start)) for start, stop in itertools.pairwise(edges)]
+
+
+def has_core(plan: LinkPlan, prefix: int, extend: int) -> bool:
+    """Whether a core must be composed among these row entries; without one the
+    request's slot holds the right state and the row is an ordinary one."""
+    return any(run.core is not None for run in runs_of(plan, prefix, extend))
+
+
+@dataclasses.dataclass(frozen=True)
+class Cores:
+    """States of all cores of a pass: ``pairs`` [cores, layers, heads, ...] and
+    ``conv_tail`` [cores, layers, channels, width - 1]."""
+
+    pairs: Pair
+    conv_tail: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class LinkStep:
+    """Arrays of one forward pass for all its linked rows.
+
+    Attributes:
+        tokens: int64 [t], their tokens among the batch's, row by row.
+        slots: int64 [rows], state slots.
+        lengths: tokens of each run.
+        row: int64 [runs], row of each run.
+        rank: int64 [runs], which of its row's runs it is.
+        last: int64 [rows], last run of each row.
+        after_core: int64 [k], runs that follow a core; the cores in the same order.
+        from_slot: int64 [m], runs that go on from their slot's convolution.
+        inner: int64 [p], tokens among ``tokens`` of all runs but the rows' last.
+        inner_runs: int64 [i], those runs.
+        cores: their states.
+        ranks: runs of the row that has most.
+    """
+
+    tokens: torch.Tensor
+    slots: torch.Tensor
+    lengths: list[int]
+    row: torch.Tensor
+    rank: torch.Tensor
+    last: torch.Tensor
+    after_core: torch.Tensor
+    from_slot: torch.Tensor
+    inner: torch.Tensor
+    inner_runs: torch.Tensor
+    cores: Cores
+    ranks: int
+
+    @property
+    def inner_lengths(self) -> list[int]:
+        return [self.lengths[run] for run in self.inner_runs.tolist()]
+
+    def incoming(self, layer: int, slot_states: torch.Tensor, inner: Pair | None) -> torch.Tensor:
+        """States in front of all runs.
+
+        Args:
+            layer: index among the linear layers.
+            slot_states: float32 [rows, heads, dk, dv], states of the slots.
+            inner: pairs of the inner runs, ``None`` where there is none.
+
+        Returns:
+            float32 [runs, heads, dk, dv].
+        """
+        rows, heads, dk, _ = slot_states.shape
+        shape = (self.ranks, rows, heads, dk)
+        eye = torch.eye(dk, device=slot_states.device).expand(*shape, dk)
+        nothing = slot_states.new_zeros((*shape, slot_states.shape[-1]))
+        # [rank, row]: the core in front of a run, the identity where there is none.
+        core = Pair(eye.clone(), nothing.clone())
+        place = (self.rank[self.after_core], self.row[self.after_core])
+        core.A[place] = self.cores.pairs.A[:, layer]
+        core.B[place] = self.cores.pairs.B[:, layer]
+        if inner is not None:
+            run = Pair(eye.clone(), nothing.clone())
+            place = (self.rank[self.inner_runs] + 1, self.row[self.inner_runs])
+            run.A[place], run.B[place] = inner.A, inner.B
+            core = compose(run, core)
+        states = apply(scan(core), slot_states)
+        return states[self.rank, self.row]
+
+
+def build_link(rows: Sequence[LinkRow], device: torch.device) -> LinkStep:
+    """Arrange one batch of rows that each compose at least one core."""
+    runs = [
+        (i, rank, run)
+        for i, row in enumerate(rows)
+        for rank, run in enumerate(runs_of(row.plan, row.prefix, row.extend))
+    ]
+    last = [i for i, (row, *_) in enumerate(runs) if i + 1 == len(runs) or runs[i + 1][0] != row]
+    inner = sorted(set(range(len(runs))) - set(last))
+    starts = [0]
+    for *_, run in runs:
+        starts.append(starts[-1] + run.length)
+    after_core = [i for i, (*_, run) in enumerate(runs) if run.core is not None]
+
+    def index(values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    def places(which: Sequence[int]) -> torch.Tensor:
+        parts = [torch.arange(starts[i], starts[i + 1]) for i in which]
+        return torch.cat(parts).to(device) if parts else index([])
+
+    return LinkStep(
+        tokens=torch.cat([torch.arange(r.first_query, r.first_query + r.extend) for r in rows]).to(
+            device
+        ),
+        slots=index([row.slot for row in rows]),
+        lengths=[run.length for *_, run in runs],
+        row=index([row for row, *_ in runs]),
+        rank=index([rank for _, rank, _ in runs]),
+        last=index(last),
+        after_core=index(after_core),
+        from_slot=index([i for i, (*_, run) in enumerate(runs) if run.core is None]),
+        inner=places(inner),
+        inner_runs=index(inner),
+        cores=_stack([(runs[i][2].core, rows[runs[i][0]].options) for i in after_core], device),
+        ranks=1 + max(rank for _, rank, _ in runs),
+    )
+
+
+def _stack(cores: Sequence[tuple[CoreState | None, LinkOptions]], device: torch.device) -> Cores:
+    pairs, tails = [], []
+    for core, options in cores:
+        assert core is not None
+        pairs.append(_pair(core, options))
+        tail = core.conv_tail.float()
+        tails.append(torch.zeros_like(tail) if options.ablation == "no_conv_tail" else tail)
+    return Cores(
+        Pair(
+            torch.stack([pair.A for pair in pairs]).to(device),
+            torch.stack([pair.B for pair in pairs]).to(device),
+        ),
+        torch.stack(tails).to(device),
+    )
+
+
+def _pair(core: CoreState, options: LinkOptions) -> Pair:
+    """A core's pair, float32, under the request's state policy."""
+    if core.pair is None:
+        assert core.end is not None
+        end = core.end.float()
+        return Pair(end.new_zeros((*end.shape[:-1], end.shape[-2])), end)
+    pair = core.pair.unpack()
+    if options.ablation == "float16_pairs":
+        pair = Pair(pair.A.half().float(), pair.B.half().float())
+    if options.state == "last":
+        return Pair(torch.zeros_like(pair.A), pair.B)
+    if options.ablation == "identity_operator":
+        return Pair(torch.eye(pair.A.shape[-1]).to(pair.A).expand_as(pair.A), pair.B)
+    return pair

@@ -1,0 +1,34 @@
+"""Which linear backends of SGLang can compose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.layers.attention.hybrid_linear_attn_backend import HybridLinearAttnBackend
+from sglang.srt.layers.attention.linear.gdn_backend import GDNAttnBackend
+
+from sglang_pic.linear.gdn import PicGDNBackend
+from sglang_pic.linear.hybrid import PicHybridBackend
+
+
+def wire(runner: Any, backend: Any) -> Any:
+    """SGLang's hybrid backend with its linear part replaced by ours.
+
+    Args:
+        runner: SGLang's model runner.
+        backend: what its wrapper made of the full backend.
+
+    Returns:
+        A ``PicHybridBackend`` where both parts can link; ``backend`` itself
+        otherwise, which ``forest.build`` then refuses to link on.
+    """
+    # By exact class: what a subclass changes we do not know.
+    if type(backend) is not HybridLinearAttnBackend:
+        return backend
+    if type(backend.linear_attn_backend) is not GDNAttnBackend:
+        return backend
+    if not hasattr(backend.full_attn_backend, "set_plans"):
+        return backend
+    return PicHybridBackend(
+        backend.full_attn_backend, PicGDNBackend(runner), backend.full_attn_layers
+    )

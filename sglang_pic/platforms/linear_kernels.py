@@ -1,0 +1,292 @@
+"""Torch forms of the Triton kernels that SGLang's gated delta nets call.
+
+SGLang has these kernels for GPUs and for AMX only. Each function here takes
+the place of the one whose path ``KERNELS`` names, with its signature, layouts
+and in-place effects; ``sglang_hooks`` installs them where the plain CPU
+platform is active. What they compute is in ``kernels/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from sglang_pic.kernels.operators import gated_delta
+from sglang_pic.kernels.short_conv import convolve
+
+_SILU = ("silu", "swish", True)
+
+
+def causal_conv1d_fn(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    conv_states: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens_cpu: list[int],
+    cache_indices: torch.Tensor,
+    has_initial_state: torch.Tensor,
+    activation: str | None = "silu",
+    **_: Any,
+) -> torch.Tensor:
+    """x [channels, tokens] packed; reads and writes ``conv_states[cache_indices]``."""
+    slots = cache_indices.long()
+    history = conv_states[slots] * has_initial_state[:, None, None]
+    lengths = query_start_loc.diff().tolist()
+    y, after = convolve(x.T, weight, bias, history, lengths, silu=activation in _SILU)
+    conv_states[slots] = after.to(conv_states.dtype)
+    return y.T
+
+
+def causal_conv1d_update(
+    x: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | bool | None = None,
+    cache_seqlens: torch.Tensor | None = None,
+    conv_state_indices: torch.Tensor | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    """x [batch, channels], one token each."""
+    assert conv_state_indices is not None
+    slots = conv_state_indices.long()
+    window = torch.cat([conv_state[slots].to(x.dtype), x[..., None]], -1)
+    y = (window * weight).sum(-1)
+    if bias is not None:
+        y = y + bias
+    conv_state[slots] = window[..., 1:].to(conv_state.dtype)
+    return F.silu(y) if activation in _SILU else y
+
+
+def fused_gdn_gating(
+    A_log: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    dt_bias: torch.Tensor,
+    beta: float = 1.0,
+    threshold: float = 20.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log decay (float32) and write strength, both [1, tokens, heads]."""
+    g = -A_log.float().exp() * F.softplus(a.float() + dt_bias.float(), beta, threshold)
+    return g[None], b.sigmoid()[None]
+
+
+def _normalised(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
+
+
+def _prepare(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, normalise: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[1, tokens, heads, d] to float32 [tokens, value heads, d], q scaled."""
+    q, k, v = q[0].float(), k[0].float(), v[0].float()
+    if normalise:
+        q, k = _normalised(q), _normalised(k)
+    group = v.shape[1] // k.shape[1]
+    q = q * (k.shape[-1] ** -0.5 if scale is None else scale)
+    return q.repeat_interleave(group, 1), k.repeat_interleave(group, 1), v
+
+
+def chunk_gated_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    initial_state_indices: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    head_first: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    inplace_update: bool = True,
+) -> tuple[torch.Tensor, None, torch.Tensor]:
+    """Outputs [1, tokens, heads, dv] and the states at chunk starts
+    [1, chunks, heads, dv, dk]; the pool's states are [heads, dv, dk]."""
+    assert initial_state is not None and initial_state_indices is not None
+    assert cu_seqlens is not None and not head_first
+    slots = initial_state_indices.long()
+    query, key, value = _prepare(q, k, v, scale, use_qk_l2norm_in_kernel)
+    out, end, starts = gated_delta.chunk(
+        query,
+        key,
+        value,
+        g[0].float(),
+        beta[0].float(),
+        initial_state[slots].float().transpose(-1, -2),
+        cu_seqlens.diff().tolist(),
+    )
+    if inplace_update:
+        initial_state[slots] = end.transpose(-1, -2).to(initial_state.dtype)
+    return out[None].to(v.dtype), None, starts[None].transpose(-1, -2)
+
+
+def packed_decode(
+    mixed_qkv: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    scale: float,
+    initial_state: torch.Tensor,
+    out: torch.Tensor,
+    ssm_state_indices: torch.Tensor,
+    use_qk_l2norm_in_kernel: bool = False,
+) -> None:
+    """One token of every sequence; writes ``out`` [batch, 1, heads, dv]."""
+    heads, dv, dk = initial_state.shape[1:]
+    keys = (mixed_qkv.shape[-1] - heads * dv) // 2
+    parts = mixed_qkv[None].split([keys, keys, heads * dv], -1)
+    q, k, v = (part.unflatten(-1, (-1, d)) for part, d in zip(parts, (dk, dk, dv), strict=True))
+    g, beta = fused_gdn_gating(A_log, a, b, dt_bias)
+    slots = ssm_state_indices.long()
+    query, key, value = _prepare(q, k, v, scale, use_qk_l2norm_in_kernel)
+    state = initial_state[slots].float().transpose(-1, -2)
+    result, end = gated_delta.step(query, key, value, g[0], beta[0].float(), state)
+    initial_state[slots] = end.transpose(-1, -2).to(initial_state.dtype)
+    out.copy_(result[:, None])
+
+
+def _gated_norm(
+    x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float, activation: str
+) -> torch.Tensor:
+    normed = F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps)
+    opened = gate.float().sigmoid() if activation == "sigmoid" else F.silu(gate.float())
+    return (normed * opened).to(x.dtype)
+
+
+def fused_norm_gate(
+    x: torch.Tensor,
+    g: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str = "swish",
+    residual: torch.Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """Qwen3-Next's gated RMS norm."""
+    assert bias is None and residual is None and not prenorm
+    return _gated_norm(x, g, weight, eps, activation)
+
+
+def layernorm_gated(
+    *,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    z: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    is_rms_norm: bool = False,
+    activation: str = "swish",
+) -> torch.Tensor:
+    """Qwen3.5's gated RMS norm."""
+    assert is_rms_norm and norm_before_gate and bias is None and z is not None
+    assert group_size in (None, x.shape[-1])
+    return _gated_norm(x, z, weight, eps, activation)
+
+
+def split_interleaved(
+    mixed_qkvz: torch.Tensor,
+    mixed_ba: torch.Tensor,
+    num_heads_qk: int,
+    num_heads_v: int,
+    head_qk: int,
+    head_v: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Qwen3-Next's projections, interleaved by key head: qkv, z, b, a."""
+    tokens, group = mixed_qkvz.shape[0], num_heads_v // num_heads_qk
+    parts = mixed_qkvz.view(tokens, num_heads_qk, -1).split(
+        [head_qk, head_qk, group * head_v, group * head_v], -1
+    )
+    q, k, v, z = (part.reshape(tokens, -1) for part in parts)
+    b, a = mixed_ba.view(tokens, num_heads_qk, -1).split([group, group], -1)
+    return (
+        torch.cat([q, k, v], -1),
+        z.view(tokens, num_heads_v, head_v),
+        b.reshape(tokens, num_heads_v),
+        a.reshape(tokens, num_heads_v),
+    )
+
+
+def split_contiguous(
+    mixed_qkvz: torch.Tensor,
+    mixed_ba: torch.Tensor,
+    num_heads_qk: int,
+    num_heads_v: int,
+    head_qk: int,
+    head_v: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Qwen3.5's projections, one behind the other: qkv, z, b, a."""
+    tokens, value = mixed_qkvz.shape[0], num_heads_v * head_v
+    qkv, z = mixed_qkvz.split([2 * num_heads_qk * head_qk + value, value], -1)
+    b, a = mixed_ba.split([num_heads_v, num_heads_v], -1)
+    return (
+        qkv.contiguous(),
+        z.reshape(tokens, num_heads_v, head_v),
+        b.contiguous(),
+        a.contiguous(),
+    )
+
+
+def fused_sigmoid_mul(
+    attn_output: torch.Tensor, gate: torch.Tensor, inplace: bool = False, quant: bool = False
+) -> torch.Tensor:
+    """The output gate of full attention."""
+    assert not quant
+    return attn_output * gate.reshape(attn_output.shape).sigmoid()
+
+
+def fused_gate_sigmoid_mul_add(
+    hidden_states: torch.Tensor,
+    gate_weight: torch.Tensor,
+    shared_output: torch.Tensor,
+    final_hidden_states: torch.Tensor,
+) -> None:
+    """Add the shared expert, gated, to the routed experts' output (Qwen3-Next)."""
+    gate = (hidden_states @ gate_weight).sigmoid()
+    final_hidden_states += gate[:, None] * shared_output
+
+
+def track_states(
+    conv_states_pool: torch.Tensor,
+    ssm_states_pool: torch.Tensor,
+    cache_indices: torch.Tensor,
+    mamba_track_mask: torch.Tensor,
+    mamba_track_indices: torch.Tensor,
+    batch_size: int,
+    check_freed_slots: bool = False,
+) -> None:
+    """Copy decode states of all layers [layers, slots, ...] to their track slots."""
+    rows = mamba_track_mask[:batch_size].nonzero().squeeze(1)
+    source, target = cache_indices[rows].long(), mamba_track_indices[rows].long()
+    for pool in (conv_states_pool, ssm_states_pool):
+        pool[:, target] = pool[:, source]
+
+
+_OPS = "sglang.kernels.ops."
+KERNELS: dict[str, Callable[..., Any]] = {
+    _OPS + "mamba.causal_conv1d_triton.causal_conv1d_fn": causal_conv1d_fn,
+    _OPS + "mamba.causal_conv1d_triton.causal_conv1d_update": causal_conv1d_update,
+    _OPS + "mamba.mamba_state_scatter_triton.track_mamba_states_all_layers": track_states,
+    _OPS + "attention.linear.fused_gdn_gating.fused_gdn_gating": fused_gdn_gating,
+    _OPS + "attention.fla.chunk.chunk_gated_delta_rule": chunk_gated_delta_rule,
+    _OPS
+    + "attention.fla.fused_recurrent."
+    + "fused_recurrent_gated_delta_rule_packed_decode": packed_decode,
+    _OPS + "attention.fla.fused_norm_gate.rms_norm_gated": fused_norm_gate,
+    _OPS + "attention.fla.layernorm_gated.rms_norm_gated": layernorm_gated,
+    _OPS + "attention.triton_gdn_fused_proj.fused_qkvzba_split_reshape_cat": split_interleaved,
+    _OPS
+    + "attention.triton_gdn_fused_proj."
+    + "fused_qkvzba_split_reshape_cat_contiguous": split_contiguous,
+    _OPS + "elementwise.elementwise.fused_sigmoid_mul": fused_sigmoid_mul,
+    _OPS + "elementwise.elementwise.fused_gate_sigmoid_mul_add": fused_gate_sigmoid_mul_add,
+}

@@ -1,0 +1,161 @@
+"""What a linked request to a hybrid must answer, without the code under test.
+
+Rows and visibility are the dense oracle's (``oracle.arrange``): isolated copies
+of the reused segments, then the prompt's live tokens. Full attention is the
+model's own, under that mask. A linear layer knows no pairs here: an isolated
+copy is a sequence of its own, and the prompt is one walk over its positions,
+token by token in float64, in which a position inside a core contributes the
+key, value and gates that its copy computed. That this equals the composition
+of operators is what the server is tested for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import oracle
+import torch
+import torch.nn.functional as F
+from oracle import LIVE, Segment
+from torch import Tensor
+
+
+def _project(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows [n, hidden] to convolution inputs [n, channels], z, log decay, strength."""
+    if hasattr(layer, "in_proj_qkv"):
+        mixed, z = layer.in_proj_qkv(x), layer.in_proj_z(x)
+        a, b = layer.in_proj_a(x), layer.in_proj_b(x)
+    else:
+        qkvz, ba = layer.in_proj_qkvz(x)[None], layer.in_proj_ba(x)[None]
+        q, k, v, z, b, a = layer.fix_query_key_value_ordering(qkvz, ba)
+        mixed = torch.cat([part[0].flatten(1) for part in (q, k, v)], -1)
+        z, a, b = z[0], a[0], b[0]
+    g = -layer.A_log.exp() * F.softplus(a + layer.dt_bias)
+    return mixed, z.reshape(x.shape[0], -1), g, b.sigmoid()
+
+
+def _convolve(layer: Any, x: Tensor) -> Tensor:
+    """One sequence of inputs [n, channels] behind zeros."""
+    weight = layer.conv1d.weight.squeeze(1)
+    padded = F.pad(x, (0, 0, weight.shape[1] - 1, 0))
+    taps = [padded[j : j + len(x)] * weight[:, j] for j in range(weight.shape[1])]
+    return F.silu(sum(taps))
+
+
+def _split(layer: Any, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Convolved rows to q, k [n, value heads, dk] and v [n, value heads, dv]."""
+    q, k, v = y.split([layer.key_dim, layer.key_dim, layer.value_dim], -1)
+    group = layer.num_v_heads // layer.num_k_heads
+
+    def normal(t: Tensor) -> Tensor:
+        t = t.unflatten(-1, (-1, layer.head_k_dim))
+        t = t / (t.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+        return t.repeat_interleave(group, 1)
+
+    return normal(q) * layer.head_k_dim**-0.5, normal(k), v.unflatten(-1, (-1, layer.head_v_dim))
+
+
+def _recur(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, resets: frozenset[int]
+) -> Tensor:
+    """Gated delta rule, float64; the state is forgotten in front of ``resets``."""
+    q, k, v, g, beta = (t.double() for t in (q, k, v, g, beta))
+    state = k.new_zeros((k.shape[1], k.shape[2], v.shape[2]))
+    outputs = []
+    for t in range(len(k)):
+        if t in resets:
+            state = torch.zeros_like(state)
+        state = state * g[t].exp()[:, None, None]
+        error = beta[t][:, None] * (v[t] - torch.einsum("hk,hkv->hv", k[t], state))
+        state = state + k[t][:, :, None] * error[:, None, :]
+        outputs.append(torch.einsum("hk,hkv->hv", q[t], state))
+    return torch.stack(outputs).float()
+
+
+def _linear(
+    layer: Any, x: Tensor, rows: oracle.Rows, source: Tensor, resets: frozenset[int]
+) -> Tensor:
+    """A linear layer over all rows. ``source`` [prompt tokens]: the row whose
+    computation stands at each prompt position."""
+    mixed, z, g, beta = _project(layer, x)
+    core = torch.empty(len(x), layer.num_v_heads, layer.head_v_dim)
+    convolved = torch.empty_like(mixed)
+    for copy in rows.copy.unique().tolist():
+        if copy != LIVE:
+            own = (rows.copy == copy).nonzero().squeeze(1)
+            convolved[own] = _convolve(layer, mixed[own])
+            parts = _split(layer, convolved[own])
+            core[own] = _recur(*parts, g[own], beta[own], frozenset())
+    walked = _convolve(layer, mixed[source])
+    live = rows.copy[source] == LIVE
+    walked = torch.where(live[:, None], walked, convolved[source])
+    outputs = _recur(*_split(layer, walked), g[source], beta[source], resets)
+    core[source[live]] = outputs[live]
+    gated = layer.norm(core.flatten(0, 1), z.reshape(-1, layer.head_v_dim))
+    return layer.out_proj(gated.reshape(len(x), -1))
+
+
+@torch.no_grad()
+def linked_logprobs(
+    model: Any,
+    prompt_ids: Sequence[int],
+    segments: Sequence[Segment],
+    *,
+    seam: int,
+    page: int,
+    policy: str = "seam",
+    state: str = "compose",
+    context: Sequence[int] = (),
+    min_segment: int = 1,
+    forced: Sequence[int],
+) -> Tensor:
+    """Distributions along a forced continuation of a linked prompt.
+
+    Args:
+        model: Qwen3.5 or Qwen3-Next of transformers, float32, eager attention.
+        state: ``compose`` or ``last``.
+        forced: the continuation.
+        The others: see ``oracle.layout``.
+
+    Returns:
+        float32 [len(forced), vocab], log-probabilities.
+    """
+    chosen = oracle.layout(
+        len(prompt_ids),
+        segments,
+        seam=seam,
+        page=page,
+        policy=policy,
+        context=context,
+        min_segment=min_segment,
+        prompt_ids=prompt_ids,
+    )
+    ids = [*prompt_ids, *forced[:-1]]
+    rows = oracle.arrange(ids, segments, chosen.cores, context=context)
+    shift = int(rows.position[-1]) - (len(ids) - 1)
+    source = torch.empty(len(ids), dtype=torch.int64)
+    for row in range(len(rows.tokens)):
+        position, copy = int(rows.position[row]) - shift, int(rows.copy[row])
+        if copy == LIVE or position in chosen.cores[copy]:
+            source[position] = row
+    resets = frozenset(min(core) for core in chosen.cores if core) if state == "last" else ()
+    mask = torch.zeros(rows.visible.shape).masked_fill(~rows.visible, float("-inf"))
+    x = model.model.embed_tokens(rows.tokens)
+    positions = rows.position[None]
+    if type(model).__name__.startswith("Qwen3_5"):
+        positions = positions[None].expand(3, 1, -1)
+    rotary = model.model.rotary_emb(x[None], positions)
+    for layer in model.model.layers:
+        h = layer.input_layernorm(x)
+        if hasattr(layer, "linear_attn"):
+            x = x + _linear(layer.linear_attn, h, rows, source, frozenset(resets))
+        else:
+            out, _ = layer.self_attn(
+                h[None], position_embeddings=rotary, attention_mask=mask[None, None]
+            )
+            x = x + out[0]
+        out = layer.mlp(layer.post_attention_layernorm(x)[None])
+        x = x + (out[0] if isinstance(out, tuple) else out)[0]
+    logits = model.lm_head(model.model.norm(x[-len(forced) :]))
+    return torch.log_softmax(logits.float(), -1)
