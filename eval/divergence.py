@@ -35,7 +35,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -44,6 +43,7 @@ from sglang_pic.eval.models.smollm2 import ensure_model
 from sglang_pic.eval.passages import OPENING, Passage, Question, load_passages, prompt_pieces
 from sglang_pic.eval.results import write_json
 from sglang_pic.eval.serving import Server, serve
+from sglang_pic.link.divergence import kl_with_remainder
 
 DOCUMENTS = 4
 STEPS = 8
@@ -52,8 +52,6 @@ ANSWER_TOKENS = 24
 QUICK_QUESTIONS = 12
 SEAMS = (4, 16, 32)
 POOL_TOKENS = 24000
-# Below this a probability is rounding of float32 log-probabilities.
-FLOOR = 1e-7
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,26 +102,6 @@ class Followed:
     top1: float
     answer: str
     report: dict[str, Any]
-
-
-def kl_with_remainder(p: Sequence[float], q: Sequence[float]) -> float:
-    """KL divergence of two distributions of which some classes are listed.
-
-    Args:
-        p, q: log-probabilities of the same listed classes, [n]; what they leave
-            of 1 is one further class.
-
-    Returns:
-        KL(p || q) in nats over the n + 1 classes.
-    """
-
-    def completed(listed: Sequence[float]) -> np.ndarray:
-        values = np.asarray(listed, dtype=np.float64)
-        rest = max(1.0 - float(np.exp(values).sum()), FLOOR)
-        return np.append(values, np.log(rest))
-
-    log_p, log_q = completed(p), completed(q)
-    return float(np.sum(np.exp(log_p) * (log_p - log_q)))
 
 
 def tokenize(tokenizer: Any, pieces: Sequence[tuple[str, bool]]) -> Prompt:

@@ -13,7 +13,7 @@ import json
 import os
 
 from sglang_pic.errors import PicConfigError
-from sglang_pic.link.policy import MODES, POLICIES, STATE_POLICIES, LinkOptions
+from sglang_pic.link.policy import AUTO, MODES, POLICIES, STATE_POLICIES, LinkOptions
 
 ENV_NAME = "SGLANG_PIC_CONFIG"
 STATE_DTYPES = ("float32", "float16")
@@ -34,7 +34,8 @@ class PicConfig:
             empty compiles a segment from nothing.
         min_segment: a segment shorter than this many tokens is computed, not
             compiled.
-        state: default state policy of hybrid models, ``compose`` or ``last``.
+        state: default state policy of hybrid models: ``compose``, ``last``, or
+            ``auto`` to choose by ``server.calibrate``.
         state_dtype: how operators and end states are stored.
         state_mib: budget for them, in MiB; the least recently used go first.
         operator_threshold: an operator whose norm is below this is not stored
@@ -58,8 +59,9 @@ class PicConfig:
             raise PicConfigError(f"min_segment must be at least 1, got {self.min_segment}")
         if self.policy not in POLICIES:
             raise PicConfigError(f"policy must be one of {sorted(POLICIES)}, got {self.policy!r}")
-        if self.state not in STATE_POLICIES:
-            raise PicConfigError(f"state must be one of {STATE_POLICIES}, got {self.state!r}")
+        if self.state not in (*STATE_POLICIES, AUTO):
+            choices = (*STATE_POLICIES, AUTO)
+            raise PicConfigError(f"state must be one of {choices}, got {self.state!r}")
         if self.state_dtype not in STATE_DTYPES:
             raise PicConfigError(
                 f"state_dtype must be one of {STATE_DTYPES}, got {self.state_dtype!r}"

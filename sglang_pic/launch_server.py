@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from sglang_pic.config import STATE_DTYPES, PicConfig
 from sglang_pic.errors import PicConfigError
-from sglang_pic.link.policy import MODES, POLICIES, STATE_POLICIES
+from sglang_pic.link.policy import AUTO, MODES, POLICIES, STATE_POLICIES
 
 
 def pic_parser() -> argparse.ArgumentParser:
@@ -69,10 +69,10 @@ def pic_parser() -> argparse.ArgumentParser:
     hybrid = parser.add_argument_group("hybrid models (linear attention)")
     hybrid.add_argument(
         "--pic-state",
-        choices=STATE_POLICIES,
+        choices=(*STATE_POLICIES, AUTO),
         default=defaults.state,
-        help="compose a segment's state with what precedes it, or let the last one stand alone "
-        "(%(default)s)",
+        help="compose a segment's state with what precedes it, let the last one stand alone, or "
+        "measure both on the first linked prompts and take the better (%(default)s)",
     )
     hybrid.add_argument(
         "--pic-state-dtype",

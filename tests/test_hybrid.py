@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import pathlib
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,20 +23,23 @@ from sglang_pic.eval.serving import Server
 
 pytestmark = pytest.mark.server
 
-CONTEXT = ids_of(99, 8)
 KINDS = {"page1": "qwen3_5", "page16": "qwen3_next"}
+SEEDS = {"page1": 3, "page16": 0}
 
 
 @functools.cache
-def model(kind: str) -> Any:
-    return tiny_hybrid_model(kind)
+def model(page: int) -> Any:
+    """The model of a server, in transformers."""
+    name = f"page{page}"
+    return tiny_hybrid_model(KINDS[name], SEEDS[name])
 
 
 @pytest.fixture(scope="module")
 def hybrid1(tmp_path_factory: pytest.TempPathFactory, logs: pathlib.Path) -> Iterator[Server]:
-    """Qwen3.5, page size 1, SGLang's states at the end of sequences."""
-    path = tiny_hybrid(tmp_path_factory.mktemp("hybrid"), "qwen3_5")
-    plain = ("--page-size=1", "--mamba-radix-cache-strategy=no_buffer")
+    """Qwen3.5, page size 1, SGLang's states at the end of sequences, the state
+    policy of requests that name none chosen by calibration."""
+    path = tiny_hybrid(tmp_path_factory.mktemp("hybrid"), "qwen3_5", SEEDS["page1"])
+    plain = ("--page-size=1", "--mamba-radix-cache-strategy=no_buffer", "--pic-state=auto")
     args = (*TINY, *plain, "--disable-overlap-schedule")
     with serve(path, logs / "hybrid1.log", *args, env=CHECKS) as server:
         yield server
@@ -74,7 +78,7 @@ def check_linked(
     assert report["tokens_reused"] - report["prefix_tokens"] == planned.n_reused, report
     chosen = answer["output_ids"]
     expected = hybrid_oracle.linked_logprobs(
-        model(KINDS[f"page{page}"]),
+        model(page),
         ids,
         segments,
         seam=seam,
@@ -92,7 +96,7 @@ def check_linked(
 def check_exact(answer: dict[str, Any], ids: list[int], page: int) -> None:
     """The answer is the plain model's."""
     expected = oracle.full_logprobs(
-        model(KINDS[f"page{page}"]),
+        model(page),
         ids,
         len(answer["output_ids"]),
         forced=answer["output_ids"],
@@ -148,7 +152,8 @@ def test_concurrent_requests_of_every_kind(paged: tuple[Server, int]) -> None:
     for order in itertools.islice(itertools.permutations(range(4)), 0, 24, 3):
         parts = [("segment", documents[i]) for i in order]
         ids, segments = assemble([*parts, ("text", ids_of(sum(order) + order[0], 7))])
-        for pic in ({}, {"mode": "relocate"}, {"state": "last"}):
+        compose = {"state": "compose"}
+        for pic in (compose, {**compose, "mode": "relocate"}, {"state": "last"}):
             jobs.append((ids, segments, pic, salt))
         jobs.append((ids, segments, {"link": False}, f"{salt}-unlinked"))
     with ThreadPoolExecutor(12) as pool:
@@ -162,7 +167,91 @@ def test_concurrent_requests_of_every_kind(paged: tuple[Server, int]) -> None:
         if pic.get("link") is False:
             check_exact(answer, ids, page)
         else:
-            state = pic.get("state", "compose")
-            check_linked(answer, ids, segments, seam=5, page=page, state=state)
+            check_linked(answer, ids, segments, seam=5, page=page, state=pic["state"])
     if page == 16:
         assert any(answer["meta_info"]["num_retractions"] for answer in answers)
+
+
+def four_documents(page: int, seed: int) -> tuple[list[int], list[tuple[int, int]]]:
+    documents = [("segment", ids_of(seed + i, 64)) for i in range(4)]
+    return assemble([("text", ids_of(seed + 8, 6)), *documents, ("text", ids_of(seed + 9, 10))])
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"state": "last"},
+        {"ablation": "identity_operator"},
+        {"ablation": "no_conv_tail"},
+        {"policy": "none"},
+        {"ablation": "float16_pairs"},
+    ],
+    ids=str,
+)
+def test_every_part_of_a_state_shows(paged: tuple[Server, int], broken: dict[str, str]) -> None:
+    """A link that lacks a part differs by far more than the tolerance: the other
+    tests would notice. Rounding alone stays near it."""
+    server, page = paged
+    ids, segments = four_documents(page, 200)
+    salt = fresh_salt()
+    whole, lacking = (
+        server.generate(**body(ids, segments, 1, salt, seam=4, **pic))
+        for pic in ({"state": "compose"}, {"state": "compose", **broken})
+    )
+    apart = (distributions(whole) - distributions(lacking)).abs().max().item()
+    if broken.get("ablation") == "float16_pairs":
+        assert 0 < apart < 0.01
+    else:
+        assert apart > 50 * TOLERANCE
+
+
+def test_calibration_chooses_the_better_policy(hybrid1: Server) -> None:
+    """The first linked requests decide; the choice agrees with the oracle's."""
+    kl: dict[str, list[float]] = {"compose": [], "last": []}
+    salt = fresh_salt()
+    for seed in range(300, 304):
+        ids, segments = four_documents(1, 10 * seed)
+        answer = hybrid1.generate(**body(ids, segments, 1, salt, seam=4))
+        full = oracle.full_logprobs(model(1), ids, 1)
+        p = full.full_logprobs
+        for state, found in kl.items():
+            where = {"seam": 4, "page": 1, "state": state, "forced": full.tokens}
+            q = hybrid_oracle.linked_logprobs(model(1), ids, segments, **where)
+            found.append((p.exp() * (p - q)).sum().item())
+        assert answer["meta_info"]["pic"]["exactness"] == "composed"
+    better = min(kl, key=lambda state: sum(kl[state]))
+    for _ in range(100):
+        calibration = hybrid1.get("/pic/info").json()["state_calibration"]
+        if calibration["calibrated"]:
+            break
+        time.sleep(0.2)
+    assert calibration["calibrated"] and calibration["policy"] == better
+    assert calibration["kl"][better] < calibration["kl"][next(s for s in kl if s != better)]
+    print(calibration, {state: sum(found) / 4 for state, found in kl.items()})
+
+
+def test_state_memory_is_reported_and_bounded(paged: tuple[Server, int]) -> None:
+    server, page = paged
+    ids, segments = four_documents(page, 400)
+    server.generate(**body(ids, segments, 1, fresh_salt(), seam=4, state="compose"))
+    (forest,) = server.get("/pic/forest").json()
+    assert forest["integrity"] == "ok"
+    last = forest["segments"][-1]
+    # Two layers of four heads: an operator and two states of 16 x 16, float32,
+    # three inputs of 128 channels, and which operators are kept.
+    assert last["state_bytes"] == 2 * (4 * 3 * 16 * 16 + 3 * 128) * 4 + 2 * 4 * 8
+    assert 0 < forest["state_bytes"] <= forest["state_budget"]
+    assert forest["state_bytes"] == sum(s["state_bytes"] for s in forest["segments"])
+
+
+def test_another_seam_width_compiles_its_own_pair(paged: tuple[Server, int]) -> None:
+    server, page = paged
+    ids, segments = four_documents(page, 500)
+    salt = fresh_salt()
+    for seam in (4, 20):
+        answer = server.generate(**body(ids, segments, 2, salt, seam=seam, state="compose"))
+        check_linked(answer, ids, segments, seam=seam, page=page)
+    explicit = server.post(
+        "/pic/compile", {"input_ids": [ids_of(600, 80)], "cache_salt": salt}
+    ).json()
+    assert explicit["segments"][0]["tokens_computed"] == 80

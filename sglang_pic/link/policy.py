@@ -20,6 +20,8 @@ MODES = ("share", "relocate")
 # What a core does to a linear layer's state S (hybrid models):
 # "compose", S <- A S + B; "last", S <- B, what stood before is forgotten.
 STATE_POLICIES = ("compose", "last")
+# Let ``server.calibrate`` choose; what reaches the scheduler is one of the above.
+AUTO = "auto"
 
 # Deliberately wrong links, to show what each part is for: S <- S + B; no
 # history for the convolution behind a core; operators and end states rounded

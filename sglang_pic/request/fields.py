@@ -7,7 +7,7 @@
         "policy": "seam" | "none" | "full",
         "seam": 16,
         "mode": "share" | "relocate",
-        "state": "compose" | "last",
+        "state": "compose" | "last" | "auto",
         "require_exact": false,
         "link": true
     }
@@ -24,7 +24,7 @@ import dataclasses
 from typing import Any
 
 from sglang_pic.errors import PicRequestError
-from sglang_pic.link.policy import ABLATIONS, MODES, POLICIES, STATE_POLICIES, LinkOptions
+from sglang_pic.link.policy import ABLATIONS, AUTO, MODES, POLICIES, STATE_POLICIES, LinkOptions
 from sglang_pic.request.base import TokenSpan
 
 MAX_SEGMENTS = 1024
@@ -176,7 +176,7 @@ def parse_fields(pic: Any, defaults: LinkOptions) -> PicFields:
             mode=_choice(pic.get("mode", defaults.mode), "mode", MODES),
             require_exact=_flag(pic.get("require_exact", defaults.require_exact), "require_exact"),
             link=_flag(pic.get("link", defaults.link), "link"),
-            state=_choice(pic.get("state", defaults.state), "state", STATE_POLICIES),
+            state=_choice(pic.get("state", defaults.state), "state", (*STATE_POLICIES, AUTO)),
             ablation=None
             if pic.get("ablation") is None
             else _choice(pic["ablation"], "ablation", ABLATIONS),

@@ -7,11 +7,13 @@ scheduler as a link.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
+from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.kv_hints import KvHintsEnvelope
 from sglang.srt.runtime_context import get_memory, get_schedule
@@ -19,11 +21,13 @@ from sglang.srt.runtime_context import get_memory, get_schedule
 from sglang_pic.config import PicConfig
 from sglang_pic.errors import PicRequestError
 from sglang_pic.forest.keys import is_reserved, namespace
-from sglang_pic.link.policy import floor_to
+from sglang_pic.link.policy import AUTO, floor_to
+from sglang_pic.link.report import COMPOSED
 from sglang_pic.request.base import OPENING, LinkRequest
 from sglang_pic.request.fields import check_inside, check_length, parse_fields
 from sglang_pic.request.hints import COMPILE, LINK, PUBLIC, find_action, link_hints
 from sglang_pic.request.tokenize import encode_marked
+from sglang_pic.server.calibrate import Calibration, Prompt
 from sglang_pic.server.compiler import CompileItem, Compiler
 from sglang_pic.server.exchange import Exchange, current
 
@@ -92,8 +96,10 @@ class Funnel:
         context = self.config.compile_context
         page = get_schedule().page_size
         self.context = tuple(context[: floor_to(len(context), page)])
+        self._is_hybrid = mambaish_config(manager.model_config) is not None
         unhooked = type(manager).generate_request.__wrapped__
         self.compiler = Compiler(lambda obj: unhooked(manager, obj))
+        self.calibration = Calibration(lambda obj: anext(unhooked(manager, obj)))
 
     async def run(
         self,
@@ -104,7 +110,9 @@ class Funnel:
         exchange: Exchange | None,
     ) -> AsyncGenerator[Any, None]:
         """Compile what is missing, link, and tidy the report in every output."""
-        prompts = self._resolve(obj, pic, exchange)
+        asked = self._resolve(obj, pic, exchange)
+        prompts = [self._with_state(*one) for one in asked]
+        auto = self._is_hybrid and len(asked) == 1 and asked[0][1].options.state == AUTO
         if isinstance(pic, dict) and _samples(obj) == 1:
             _set_link(obj, *prompts[0], strict=True)
             outputs = original(self._manager, obj, request)
@@ -114,7 +122,8 @@ class Funnel:
                     missing = _missing_of(out)
                     if missing is not None:
                         break
-                    yield _tidy(out, exchange)
+                    out = _tidy(out, exchange)
+                    yield self._calibrate(obj, prompts[0], out) if auto else out
             except ValueError as error:
                 missing = _parse_missing(str(error))
                 if missing is None:
@@ -131,7 +140,28 @@ class Funnel:
             _set_links(obj, prompts)
         await self.compiler.compile(wanted)
         async for out in original(self._manager, obj, request):
-            yield _tidy(out, exchange)
+            out = _tidy(out, exchange)
+            yield self._calibrate(obj, prompts[0], out) if auto else out
+
+    # -- the state policy of hybrids ------------------------------------------------
+
+    def _with_state(self, ids: list[int], link: LinkRequest) -> tuple[list[int], LinkRequest]:
+        """Settle the state policy of a request that leaves it to us."""
+        options = link.options
+        if options.state != AUTO:
+            return ids, link
+        options = dataclasses.replace(options, state=self.calibration.policy)
+        return ids, LinkRequest(link.spans, options)
+
+    def _calibrate(
+        self, obj: GenerateReqInput, prompt: tuple[list[int], LinkRequest], out: Any
+    ) -> Any:
+        """Offer an answered prompt to the calibration, if one is under way; returns
+        ``out``. Before it is handed on: nobody asks a generator for more than it needs."""
+        meta = out["meta_info"] if isinstance(out, dict) else {}
+        if meta.get("finish_reason") and meta.get("pic", {}).get("exactness") == COMPOSED:
+            self.calibration.consider(Prompt(*prompt, obj.cache_salt, obj.extra_key, obj.lora_path))
+        return out
 
     # -- to the internal form ---------------------------------------------------
 

@@ -12,6 +12,7 @@ from sglang.srt.entrypoints.http_server import get_global_state
 from sglang_pic import __version__
 from sglang_pic.errors import PicRequestError
 from sglang_pic.forest.keys import is_reserved, namespace, segment_id
+from sglang_pic.link.policy import AUTO
 from sglang_pic.request.fields import MAX_SEGMENTS
 from sglang_pic.server.funnel import Funnel, funnel_of
 
@@ -24,7 +25,8 @@ async def info() -> dict[str, Any]:
     funnel = funnel_of(get_global_state().tokenizer_manager)
     settings = dataclasses.asdict(funnel.config)
     settings["compile_context"] = list(funnel.context)
-    return {"version": __version__, "config": settings}
+    state = funnel.calibration.to_json() if funnel.config.state == AUTO else None
+    return {"version": __version__, "config": settings, "state_calibration": state}
 
 
 @router.get("/forest")

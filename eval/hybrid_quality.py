@@ -1,0 +1,359 @@
+"""Which links of a hybrid answer rightly: every method against full recompute.
+
+    python -m eval.hybrid_quality [--quick] [--json FILE] [--plot FILE]
+
+Asks questions of the shipped hybrid's held-out task (``eval.models.hybrid``),
+each alone behind a prefix and segments, and compares what the servers answer:
+
+    full            stock SGLang, nothing cached: the reference
+    stock_prefix    stock SGLang, the same prompts again, its prefix cache warm
+    seam            the default: operators composed, the first w tokens of each
+                    segment computed anew
+    last            S <- B at each core: what stood before is forgotten there
+    naive           nothing computed anew, the convolution included (policy none)
+    identity        S <- S + B: operators left out
+    no_conv_tail    no history for the convolution behind a core
+    float16_pairs   operators and end states rounded to float16
+    context         segments compiled behind the prompt's fixed prefix
+    page16          pages of 16 tokens, hence heads of 16
+
+``exact_match``: the greedy answer is the right one, word for word. ``kl``:
+KL(full || method) in nats a token over the whole vocabulary, both made to follow
+the reference's own answer. ``loss`` is the exact match that a method loses
+against full recompute, with a paired bootstrap interval of 95 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+from tqdm import tqdm
+
+from sglang_pic.eval.models.hybrid import task
+from sglang_pic.eval.models.hybrid.weights import hybrid_path
+from sglang_pic.eval.results import write_json
+from sglang_pic.eval.serving import Server, serve
+
+DEFAULT_SEAM = 4
+SEAMS = (1, 2, 4, 8, 16)
+QUESTIONS = 2000
+QUICK_QUESTIONS = 300
+EACH = 10  # questions an example
+BATCH = 40
+POOL_TOKENS = 60000
+ALL = "all"
+VOCABULARY = list(range(task.VOCABULARY))
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """``server``: one of ``SERVERS``; ``pic``: its fields, ``None`` on stock SGLang."""
+
+    name: str
+    server: str
+    seam: int = DEFAULT_SEAM
+    pic: dict[str, Any] | None = None
+
+    @property
+    def label(self) -> str:
+        return f"seam {self.seam}" if self.name == "seam" else self.name
+
+
+SERVERS: dict[str, tuple[str, ...]] = {
+    "stock": (),
+    "linked": (),
+    "context": ("--pic-compile-context", task.decode(task.PREFIX)),
+    "page16": ("--page-size=16",),
+}
+FULL = Method("full", "stock", 0)
+METHODS = (
+    FULL,
+    Method("stock_prefix", "stock", 0),
+    *(Method("seam", "linked", width, {}) for width in SEAMS),
+    Method("last", "linked", pic={"state": "last"}),
+    Method("naive", "linked", 0, {"policy": "none"}),
+    Method("identity", "linked", pic={"ablation": "identity_operator"}),
+    Method("no_conv_tail", "linked", pic={"ablation": "no_conv_tail"}),
+    Method("float16_pairs", "linked", pic={"ablation": "float16_pairs"}),
+    Method("context", "context", pic={}),
+    Method("page16", "page16", 16, {}),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """One question as the servers get it: prompt, the segments' token ranges, the
+    namespace of its example, and what is right."""
+
+    category: str
+    ids: list[int]
+    segments: list[dict[str, int]]
+    salt: str
+    answer: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """A greedy answer, and the distributions along the reference's: float32
+    [answer tokens, vocabulary], log-probabilities."""
+
+    answer: list[int]
+    logprobs: np.ndarray
+
+
+def make_questions(count: int, segments: int, length: int) -> list[Asked]:
+    """Questions of the held-out task, some to an example."""
+    rng = task.generator(held_out=True)
+    asked: list[Asked] = []
+    while len(asked) < count:
+        example = task.example(rng, segments, length, EACH)
+        ids = example.context()
+        first = len(example.prefix)
+        ranges = [
+            {"start": first + i * length, "end": first + (i + 1) * length} for i in range(segments)
+        ]
+        salt = f"example-{len(asked)}"
+        asked += [
+            Asked(question.category, [*ids, *question.prompt], ranges, salt, question.answer)
+            for question in example.questions
+        ]
+    return asked[:count]
+
+
+def _batches(items: Sequence[int]) -> Iterator[Sequence[int]]:
+    for start in range(0, len(items), BATCH):
+        yield items[start : start + BATCH]
+
+
+def _generate(
+    server: Server, method: Method, asked: Sequence[Asked], forced: Sequence[list[int]]
+) -> Any:
+    """One batch: each question behind ``forced`` tokens of its answer."""
+    body: dict[str, Any] = {
+        "input_ids": [[*one.ids, *prefix] for one, prefix in zip(asked, forced, strict=True)],
+        "cache_salt": [f"{one.salt}-{method.label if method is FULL else ''}" for one in asked],
+        "sampling_params": [
+            {
+                "max_new_tokens": len(one.answer) - len(prefix),
+                "temperature": 0,
+                "ignore_eos": True,
+            }
+            for one, prefix in zip(asked, forced, strict=True)
+        ],
+        "return_logprob": True,
+        "token_ids_logprob": [VOCABULARY for _ in asked],
+    }
+    if method.pic is not None:
+        fields = {"seam": method.seam, **method.pic}
+        body["pic"] = [{"segments": one.segments, **fields} for one in asked]
+    return server.generate(**body)
+
+
+def ask(
+    server: Server, method: Method, questions: Sequence[Asked], reference: Sequence[Said] | None
+) -> list[Said]:
+    """Ask everything; without a reference the method follows its own answers.
+
+    As long as a method picks the reference's token by itself its own answer
+    follows; where it picks another it is asked again behind that token.
+    """
+    own: list[list[int]] = [[] for _ in questions]
+    seen: list[list[np.ndarray]] = [[] for _ in questions]
+    pending = list(range(len(questions)))
+    bar = tqdm(total=len(questions), desc=f"{method.label:14s}", unit="question")
+    while pending:
+        again = []
+        for batch in _batches(pending):
+            asked = [questions[i] for i in batch]
+            forced = [
+                reference[i].answer[: len(seen[i])] if reference is not None else [] for i in batch
+            ]
+            for i, output in zip(batch, _generate(server, method, asked, forced), strict=True):
+                meta = output["meta_info"]
+                own[i] = own[i] or output["output_ids"]
+                follow = reference[i].answer if reference is not None else output["output_ids"]
+                for token, row in zip(
+                    output["output_ids"], meta["output_token_ids_logprobs"], strict=True
+                ):
+                    seen[i].append(np.array([value for value, *_ in row], dtype=np.float32))
+                    if token != follow[len(seen[i]) - 1]:
+                        break
+                if len(seen[i]) < len(follow):
+                    again.append(i)
+                else:
+                    bar.update()
+        pending = again
+    bar.close()
+    return [Said(answer, np.stack(rows)) for answer, rows in zip(own, seen, strict=True)]
+
+
+def _kl(full: Said, linked: Said) -> float:
+    p = full.logprobs.astype(np.float64)
+    return float((np.exp(p) * (p - linked.logprobs)).sum(-1).mean())
+
+
+def rows_of(
+    model: str,
+    method: Method,
+    questions: Sequence[Asked],
+    full: Sequence[Said],
+    said: Sequence[Said],
+) -> list[dict[str, Any]]:
+    """Flat rows, one a category and one for all."""
+    right = np.array([one.answer == q.answer for one, q in zip(said, questions, strict=True)])
+    base = np.array([one.answer == q.answer for one, q in zip(full, questions, strict=True)])
+    kl = np.array([_kl(one, other) for one, other in zip(full, said, strict=True)])
+    categories = np.array([q.category for q in questions])
+    rows = []
+    for category in (ALL, *task.CATEGORIES):
+        chosen = categories == category if category != ALL else np.ones(len(questions), bool)
+        if not chosen.any():
+            continue
+        lost = base[chosen].astype(float) - right[chosen]
+        low = high = float(lost.mean())
+        if lost.std() > 0:
+            interval = stats.bootstrap(
+                (lost,), np.mean, method="percentile", n_resamples=2000, random_state=0
+            ).confidence_interval
+            low, high = float(interval.low), float(interval.high)
+        rows.append(
+            {
+                "model": model,
+                "method": method.name,
+                "seam": method.seam,
+                "category": category,
+                "exact_match": float(right[chosen].mean()),
+                "kl": float(kl[chosen].mean()),
+                "questions": int(chosen.sum()),
+                "loss": float(lost.mean()),
+                "loss_low": low,
+                "loss_high": high,
+            }
+        )
+    return rows
+
+
+def run_model(
+    model: str, questions: Sequence[Asked], logs: pathlib.Path, common: Sequence[str]
+) -> list[dict[str, Any]]:
+    """All methods on one model, a server after the other."""
+    rows: list[dict[str, Any]] = []
+    full: list[Said] = []
+    for name, flags in SERVERS.items():
+        module = "sglang.launch_server" if name == "stock" else "sglang_pic.launch_server"
+        ours = () if name == "stock" else ("--pic-min-segment=1", *flags)
+        print(f"{model}: starting the {name} server ...", flush=True)
+        path = hybrid_path(model)  # type: ignore[arg-type]
+        log = logs / f"{model}-{name}.log"
+        with serve(path, log, *common, *ours, module=module) as server:
+            for method in METHODS:
+                if method.server != name:
+                    continue
+                said = ask(server, method, questions, full or None)
+                full = full or said
+                rows += rows_of(model, method, questions, full, said)
+    return rows
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Print exact match by category and KL, one line a method."""
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        total = own[0]["questions"]
+        table = Table(title=f"hybrid '{model}', {total} questions: exact match in %")
+        table.add_column("method")
+        for name in (ALL, *task.CATEGORIES, "KL (nats)", "lost points [95 %]"):
+            table.add_column(name, justify="right")
+        for key in dict.fromkeys((row["method"], row["seam"]) for row in own):
+            found = {r["category"]: r for r in own if (r["method"], r["seam"]) == key}
+            every = found[ALL]
+            table.add_row(
+                f"{key[0]} {key[1]}" if key[0] == "seam" else key[0],
+                *(
+                    f"{100 * found[c]['exact_match']:.1f}" if c in found else ""
+                    for c in (ALL, *task.CATEGORIES)
+                ),
+                f"{every['kl']:.2g}",
+                f"{100 * every['loss']:.1f} [{100 * every['loss_low']:.1f}, "
+                f"{100 * every['loss_high']:.1f}]",
+            )
+        Console(width=130).print(table)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+    """Exact match by category, one bar a method, one panel a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    shown = ("full", "seam", "last", "naive", "identity", "no_conv_tail")
+    figure, axes = plt.subplots(
+        1, len(models), figsize=(6 * len(models), 4), sharey=True, squeeze=False
+    )
+    for axis, model in zip(axes[0], models, strict=True):
+        for i, method in enumerate(shown):
+            found = {
+                r["category"]: 100 * r["exact_match"]
+                for r in rows
+                if r["model"] == model and r["method"] == method and r["seam"] in (0, DEFAULT_SEAM)
+            }
+            x = [j + (i - len(shown) / 2) * 0.13 for j, c in enumerate(task.CATEGORIES)]
+            axis.bar(x, [found.get(c, 0) for c in task.CATEGORIES], width=0.13, label=method)
+        axis.set(title=model, xticks=range(len(task.CATEGORIES)), xticklabels=task.CATEGORIES)
+        axis.grid(alpha=0.3, axis="y")
+    axes[0][0].set_ylabel("exact match, %")
+    axes[0][-1].legend(fontsize="small")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--quick", action="store_true", help=f"{QUICK_QUESTIONS} questions, one model"
+    )
+    parser.add_argument("--model", choices=("base", "block"), help="only these weights")
+    parser.add_argument("--questions", type=int, help=f"how many ({QUESTIONS})")
+    parser.add_argument("--segments", type=int, default=4, help="per prompt (%(default)s)")
+    parser.add_argument("--length", type=int, default=32, help="tokens each (%(default)s)")
+    parser.add_argument("--json", type=pathlib.Path, help="write the rows here")
+    parser.add_argument("--plot", type=pathlib.Path, help="write a PNG here")
+    args = parser.parse_args()
+    models = [args.model] if args.model else ["block"] if args.quick else ["base", "block"]
+    count = args.questions or (QUICK_QUESTIONS if args.quick else QUESTIONS)
+    questions = make_questions(count, args.segments, args.length)
+    common = (f"--max-total-tokens={POOL_TOKENS}", "--disable-overlap-schedule")
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as logs:
+        for model in models:
+            rows += run_model(model, questions, pathlib.Path(logs), common)
+    show(rows)
+    if args.json:
+        config = {
+            "segments": args.segments,
+            "segment_tokens": args.length,
+            "questions": count,
+            "held_out_seed": task.HELD_OUT_SEED,
+            "default_seam": DEFAULT_SEAM,
+            "dtype": "float32",
+        }
+        write_json(args.json, config, rows)
+    if args.plot:
+        plot(rows, args.plot)
+
+
+if __name__ == "__main__":
+    main()
