@@ -1,6 +1,8 @@
 """Time to first token: stock SGLang and ours, side by side in one run.
 
-    python -m eval.ttft [--quick] [--json FILE] [--plot FILE]
+    python -m eval.ttft [--quick] [--hybrid] [--json FILE] [--plot FILE]
+
+Of SmolLM2-135M or, with ``--hybrid``, of the shipped hybrid.
 
 Methods, interleaved within each repetition, on fresh random documents:
 
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import pathlib
 import random
 import statistics
@@ -28,7 +31,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+from transformers import AutoConfig
 
+from sglang_pic.eval.models.hybrid.weights import hybrid_path
 from sglang_pic.eval.models.smollm2 import ensure_model
 from sglang_pic.eval.results import write_json
 from sglang_pic.eval.serving import Server, serve
@@ -36,7 +41,6 @@ from sglang_pic.eval.serving import Server, serve
 METHODS = ("stock", "stock_prefix", "unlinked", "unlinked_prefix", "cold", "linked")
 MAX_TOKENS = 7500
 QUESTION_TOKENS = 32
-VOCABULARY = range(1000, 48000)
 POOL_TOKENS = 24000
 QUICK = [(2, 64), (4, 128), (16, 64), (8, 256)]
 FULL = [(s, t) for t in (64, 128, 256, 512) for s in (1, 2, 4, 8, 16) if s * t <= MAX_TOKENS]
@@ -51,19 +55,36 @@ def _body(ids: list[int], salt: str, pic: dict[str, Any] | None = None) -> dict[
     return body if pic is None else {**body, "pic": pic}
 
 
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What all repetitions share: two servers, seam width in tokens, and the
+    vocabulary that documents are drawn from."""
+
+    stock: Server
+    ours: Server
+    seam: int
+    vocabulary: range
+
+
+def ordinary_tokens(size: int) -> range:
+    """Token ids of a vocabulary without the first and last ones, which are often special."""
+    return range(size // 32, size - size // 32)
+
+
 def measure(
-    stock: Server, ours: Server, rng: random.Random, segments: int, length: int, seam: int
+    bench: Bench, rng: random.Random, segments: int, length: int
 ) -> dict[str, tuple[float, int, int]]:
     """One repetition: (seconds to first token, tokens reused, computed) by method."""
+    stock, ours = bench.stock, bench.ours
 
     def ids(n: int) -> list[int]:
-        return rng.choices(VOCABULARY, k=n)
+        return rng.choices(bench.vocabulary, k=n)
 
     documents = [ids(length) for _ in range(segments)]
     shuffled = rng.sample(documents, segments)
     total = segments * length + QUESTION_TOKENS
     ranges = [{"start": i * length, "end": (i + 1) * length} for i in range(segments)]
-    link = {"segments": ranges, "seam": seam}
+    link = {"segments": ranges, "seam": bench.seam}
 
     def prompt(documents: list[list[int]]) -> list[int]:
         return [token for document in documents for token in document] + ids(QUESTION_TOKENS)
@@ -88,16 +109,16 @@ def measure(
     return results
 
 
-def run(stock: Server, ours: Server, grid: list[tuple[int, int]], seam: int, repeats: int) -> Any:
+def run(bench: Bench, grid: list[tuple[int, int]], repeats: int) -> Any:
     """Measure the grid; returns flat rows, one a method and point."""
     rng = random.Random(0)
-    measure(stock, ours, rng, 1, 64, seam)  # first calls pay for lazy set-up
+    measure(bench, rng, 1, 64)  # first calls pay for lazy set-up
     rows = []
     with tqdm(total=len(grid) * repeats, desc="ttft", unit="rep") as bar:
         for segments, length in grid:
             reps = []
             for _ in range(repeats):
-                reps.append(measure(stock, ours, rng, segments, length, seam))
+                reps.append(measure(bench, rng, segments, length))
                 bar.update()
             for method in METHODS:
                 seconds = [rep[method][0] for rep in reps]
@@ -106,7 +127,7 @@ def run(stock: Server, ours: Server, grid: list[tuple[int, int]], seam: int, rep
                         "method": method,
                         "segments": segments,
                         "segment_tokens": length,
-                        "seam": seam,
+                        "seam": bench.seam,
                         "ttft_s": statistics.median(seconds),
                         "ttft_s_min": min(seconds),
                         "ttft_s_max": max(seconds),
@@ -173,12 +194,17 @@ def main() -> None:
     parser.add_argument("--seam", type=int, default=16, help="seam width in tokens (%(default)s)")
     parser.add_argument("--page-size", type=int, default=1, help="tokens per page (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="repetitions (%(default)s)")
-    parser.add_argument("--model", type=pathlib.Path, help="model directory (SmolLM2-135M)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", type=pathlib.Path, help="model directory (SmolLM2-135M)")
+    which.add_argument("--hybrid", action="store_true", help="the shipped hybrid")
     parser.add_argument("--json", type=pathlib.Path, help="write the rows here")
     parser.add_argument("--plot", type=pathlib.Path, help="write a PNG here")
     args = parser.parse_args()
     grid, repeats = (QUICK, 3) if args.quick else (FULL, args.repeats)
-    model = args.model or ensure_model()
+    model = args.model or (hybrid_path() if args.hybrid else ensure_model())
+    config = AutoConfig.from_pretrained(model)
+    room = config.max_position_embeddings - QUESTION_TOKENS
+    grid = [(segments, length) for segments, length in grid if segments * length < room]
     common = (f"--max-total-tokens={POOL_TOKENS}", f"--page-size={args.page_size}")
     with contextlib.ExitStack() as stack:
         logs = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -188,10 +214,11 @@ def main() -> None:
         )
         ours = stack.enter_context(serve(model, logs / "ours.log", *common))
         print(f"up after {stock.start_s:.0f} s and {ours.start_s:.0f} s", flush=True)
-        rows = run(stock, ours, grid, args.seam, repeats)
+        bench = Bench(stock, ours, args.seam, ordinary_tokens(config.vocab_size))
+        rows = run(bench, grid, repeats)
     show(rows)
     if args.json:
-        config = {
+        settings = {
             "model": str(model),
             "dtype": "float32",
             "page_size": args.page_size,
@@ -199,7 +226,7 @@ def main() -> None:
             "repeats": repeats,
             "start_s": {"stock": stock.start_s, "ours": ours.start_s},
         }
-        write_json(args.json, config, rows)
+        write_json(args.json, settings, rows)
     if args.plot:
         plot(rows, args.plot)
 

@@ -290,16 +290,17 @@ def install() -> None:
 
 
 def _install_cpu_kernels() -> None:
-    """Torch forms of the kernels that gated delta nets need, on the plain CPU only."""
+    """Torch forms of the kernels that linear layers need, on the plain CPU only."""
     from sglang.srt.platforms import current_platform
 
     from sglang_pic.platforms.cpu import PlainCpuPlatform
 
     if not isinstance(current_platform, PlainCpuPlatform):
         return
-    from sglang_pic.platforms.linear_kernels import KERNELS
+    from sglang_pic.platforms import linear_kernels, mamba2_kernels
 
-    for target, function in KERNELS.items():
+    mamba2_kernels.bind()
+    for target, function in {**linear_kernels.KERNELS, **mamba2_kernels.KERNELS}.items():
         names = list(inspect.signature(function).parameters.values())
         named = tuple(p.name for p in names if p.kind is not inspect.Parameter.VAR_KEYWORD)
         check_shape(target, named)

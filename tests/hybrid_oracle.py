@@ -11,14 +11,94 @@ of operators is what the server is tested for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import oracle
 import torch
 import torch.nn.functional as F
 from oracle import LIVE, Segment
 from torch import Tensor
+
+
+class Walk(NamedTuple):
+    """Rows of a linked prompt and its continuation, as a linear layer sees them.
+
+    ``source`` [tokens]: the row whose computation stands at each prompt position.
+    ``resets``: positions in front of which the state is forgotten. ``mask``
+    [n, n]: 0 or -inf, for full attention.
+    """
+
+    rows: oracle.Rows
+    source: Tensor
+    resets: frozenset[int]
+    mask: Tensor
+
+
+def walk(
+    prompt_ids: Sequence[int],
+    segments: Sequence[Segment],
+    *,
+    seam: int,
+    page: int,
+    policy: str = "seam",
+    state: str = "compose",
+    context: Sequence[int] = (),
+    min_segment: int = 1,
+    forced: Sequence[int],
+) -> Walk:
+    """Lay out a linked prompt and its continuation ``forced``. ``state`` is
+    ``compose`` or ``last``; for the others see ``oracle.layout``."""
+    chosen = oracle.layout(
+        len(prompt_ids),
+        segments,
+        seam=seam,
+        page=page,
+        policy=policy,
+        context=context,
+        min_segment=min_segment,
+        prompt_ids=prompt_ids,
+    )
+    ids = [*prompt_ids, *forced[:-1]]
+    rows = oracle.arrange(ids, segments, chosen.cores, context=context)
+    shift = int(rows.position[-1]) - (len(ids) - 1)
+    source = torch.empty(len(ids), dtype=torch.int64)
+    for row in range(len(rows.tokens)):
+        position, copy = int(rows.position[row]) - shift, int(rows.copy[row])
+        if copy == LIVE or position in chosen.cores[copy]:
+            source[position] = row
+    resets = frozenset(min(core) for core in chosen.cores if core) if state == "last" else ()
+    mask = torch.zeros(rows.visible.shape).masked_fill(~rows.visible, float("-inf"))
+    return Walk(rows, source, frozenset(resets), mask)
+
+
+def over_rows(
+    walked: Walk,
+    inputs: Tensor,
+    convolve: Callable[[Tensor], Tensor],
+    recur: Callable[[Tensor, Tensor, frozenset[int]], Tensor],
+) -> Tensor:
+    """A linear layer's recurrence over all rows.
+
+    Args:
+        inputs: [n, channels], the convolution's.
+        convolve: one sequence of them, behind zeros.
+        recur: outputs of one sequence, given its convolved inputs, the rows
+            [tokens] that they belong to, and its resets.
+    """
+    rows, source = walked.rows, walked.source
+    outputs: dict[int, Tensor] = {}
+    convolved = torch.empty_like(inputs)
+    for copy in rows.copy.unique().tolist():
+        if copy != LIVE:
+            own = (rows.copy == copy).nonzero().squeeze(1)
+            convolved[own] = convolve(inputs[own])
+            outputs |= zip(own.tolist(), recur(convolved[own], own, frozenset()), strict=True)
+    live = rows.copy[source] == LIVE
+    mixed = torch.where(live[:, None], convolve(inputs[source]), convolved[source])
+    own = recur(mixed, source, walked.resets)[live]
+    outputs |= zip(source[live].tolist(), own, strict=True)
+    return torch.stack([outputs[row] for row in range(len(inputs))])
 
 
 def _project(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -73,25 +153,14 @@ def _recur(
     return torch.stack(outputs).float()
 
 
-def _linear(
-    layer: Any, x: Tensor, rows: oracle.Rows, source: Tensor, resets: frozenset[int]
-) -> Tensor:
-    """A linear layer over all rows. ``source`` [prompt tokens]: the row whose
-    computation stands at each prompt position."""
+def _linear(layer: Any, x: Tensor, walked: Walk) -> Tensor:
+    """A linear layer over all rows."""
     mixed, z, g, beta = _project(layer, x)
-    core = torch.empty(len(x), layer.num_v_heads, layer.head_v_dim)
-    convolved = torch.empty_like(mixed)
-    for copy in rows.copy.unique().tolist():
-        if copy != LIVE:
-            own = (rows.copy == copy).nonzero().squeeze(1)
-            convolved[own] = _convolve(layer, mixed[own])
-            parts = _split(layer, convolved[own])
-            core[own] = _recur(*parts, g[own], beta[own], frozenset())
-    walked = _convolve(layer, mixed[source])
-    live = rows.copy[source] == LIVE
-    walked = torch.where(live[:, None], walked, convolved[source])
-    outputs = _recur(*_split(layer, walked), g[source], beta[source], resets)
-    core[source[live]] = outputs[live]
+
+    def recur(y: Tensor, at: Tensor, resets: frozenset[int]) -> Tensor:
+        return _recur(*_split(layer, y), g[at], beta[at], resets)
+
+    core = over_rows(walked, mixed, lambda inputs: _convolve(layer, inputs), recur)
     gated = layer.norm(core.flatten(0, 1), z.reshape(-1, layer.head_v_dim))
     return layer.out_proj(gated.reshape(len(x), -1))
 
@@ -102,45 +171,21 @@ def linked_logprobs(
     prompt_ids: Sequence[int],
     segments: Sequence[Segment],
     *,
-    seam: int,
-    page: int,
-    policy: str = "seam",
-    state: str = "compose",
-    context: Sequence[int] = (),
-    min_segment: int = 1,
     forced: Sequence[int],
+    **layout: Any,
 ) -> Tensor:
     """Distributions along a forced continuation of a linked prompt.
 
     Args:
         model: Qwen3.5 or Qwen3-Next of transformers, float32, eager attention.
-        state: ``compose`` or ``last``.
         forced: the continuation.
-        The others: see ``oracle.layout``.
+        layout: see ``walk``.
 
     Returns:
         float32 [len(forced), vocab], log-probabilities.
     """
-    chosen = oracle.layout(
-        len(prompt_ids),
-        segments,
-        seam=seam,
-        page=page,
-        policy=policy,
-        context=context,
-        min_segment=min_segment,
-        prompt_ids=prompt_ids,
-    )
-    ids = [*prompt_ids, *forced[:-1]]
-    rows = oracle.arrange(ids, segments, chosen.cores, context=context)
-    shift = int(rows.position[-1]) - (len(ids) - 1)
-    source = torch.empty(len(ids), dtype=torch.int64)
-    for row in range(len(rows.tokens)):
-        position, copy = int(rows.position[row]) - shift, int(rows.copy[row])
-        if copy == LIVE or position in chosen.cores[copy]:
-            source[position] = row
-    resets = frozenset(min(core) for core in chosen.cores if core) if state == "last" else ()
-    mask = torch.zeros(rows.visible.shape).masked_fill(~rows.visible, float("-inf"))
+    walked = walk(prompt_ids, segments, forced=forced, **layout)
+    rows = walked.rows
     x = model.model.embed_tokens(rows.tokens)
     positions = rows.position[None]
     if type(model).__name__.startswith("Qwen3_5"):
@@ -149,10 +194,10 @@ def linked_logprobs(
     for layer in model.model.layers:
         h = layer.input_layernorm(x)
         if hasattr(layer, "linear_attn"):
-            x = x + _linear(layer.linear_attn, h, rows, source, frozenset(resets))
+            x = x + _linear(layer.linear_attn, h, walked)
         else:
             out, _ = layer.self_attn(
-                h[None], position_embeddings=rotary, attention_mask=mask[None, None]
+                h[None], position_embeddings=rotary, attention_mask=walked.mask[None, None]
             )
             x = x + out[0]
         out = layer.mlp(layer.post_attention_layernorm(x)[None])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from linking import TOLERANCE, assemble, body, distributions, fresh_salt, ids_of
 from tiny_models import tiny_hybrid, tiny_hybrid_model
+from traffic import check_no_leak
 
 from sglang_pic.eval.serving import Server
 
@@ -255,3 +257,78 @@ def test_another_seam_width_compiles_its_own_pair(paged: tuple[Server, int]) -> 
         "/pic/compile", {"input_ids": [ids_of(600, 80)], "cache_salt": salt}
     ).json()
     assert explicit["segments"][0]["tokens_computed"] == 80
+
+
+def test_requests_of_every_fate_leak_nothing(hybrid16: Server) -> None:
+    """Pages and state slots: SGLang checks both whenever it is idle."""
+    check_no_leak(hybrid16, 300)
+
+
+CONTEXT = ids_of(99, 8)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, logs: pathlib.Path) -> Iterator[Server]:
+    """Qwen3.5, page size 4, behind a compile context; pages and states run short."""
+    path = tiny_hybrid(tmp_path_factory.mktemp("hybrid"), "qwen3_5")
+    config = {"compile_context": CONTEXT, "min_segment": 1, "state_mib": 1}
+    args = [arg for arg in TINY if not arg.startswith(("--pic", "--max-total"))]
+    args += ["--radix-cache-backend=pic", "--page-size=4", "--max-total-tokens=2048"]
+    env = {**CHECKS, "SGLANG_PIC_CONFIG": json.dumps(config)}
+    with serve(path, logs / "hybrid4.log", *args, module="sglang.launch_server", env=env) as server:
+        yield server
+
+
+def check_behind_context(
+    answer: dict[str, Any], ids: list[int], segments: Sequence[tuple[int, int]], seam: int
+) -> None:
+    chosen = answer["output_ids"]
+    expected = hybrid_oracle.linked_logprobs(
+        tiny_hybrid_model("qwen3_5"),
+        ids,
+        segments,
+        seam=seam,
+        page=4,
+        context=CONTEXT,
+        forced=chosen,
+    )
+    assert (distributions(answer) - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("seam", [0, 3, 9])
+@pytest.mark.parametrize("opening", [[], [5, 6], CONTEXT, ids_of(501, 33)], ids=len)
+def test_linking_behind_a_context(small: Server, seam: int, opening: list[int]) -> None:
+    ids, segments = assemble(
+        [
+            ("text", opening),
+            ("segment", ids_of(502, 45)),
+            ("text", [8]),
+            ("segment", ids_of(503, 30)),
+            ("text", [9]),
+        ]
+    )
+    for _ in range(2):
+        answer = small.generate(**body(ids, segments, 4, fresh_salt(), seam=seam))
+        assert answer["meta_info"]["pic"]["tokens_reused"] > 40
+        check_behind_context(answer, ids, segments, seam)
+
+
+def test_segments_give_way_with_their_states_and_come_back(small: Server) -> None:
+    """More segments than pages and states can hold: budgets hold, evicted ones are
+    compiled anew, answers stay right."""
+    salt = fresh_salt()
+    prompts = []
+    for i in range(40):
+        parts = [("segment", ids_of(700 + i, 70)), ("segment", ids_of(700 + (i * 7) % 40, 70))]
+        prompts.append(assemble([*parts, ("text", ids_of(i, 5))]))
+    for ids, segments in prompts:
+        small.generate(**body(ids, segments, 1, salt, seam=4))
+        (forest,) = small.get("/pic/forest").json()
+        assert forest["integrity"] == "ok"
+        assert forest["state_bytes"] <= forest["state_budget"] == 1 << 20
+    held = [segment for segment in forest["segments"] if segment["held"] == 68]
+    assert 0 < len(held) < 40
+    for ids, segments in (prompts[0], prompts[-1]):
+        answer = small.generate(**body(ids, segments, 2, salt, seam=4))
+        assert [s["hit"] for s in answer["meta_info"]["pic"]["segments"]] == [True, True]
+        check_behind_context(answer, ids, segments, 4)

@@ -20,7 +20,14 @@ from hypothesis import strategies as st
 
 from sglang_pic.kernels import short_conv
 from sglang_pic.kernels.operators import gated_delta, gla, kda, lightning, ssd
-from sglang_pic.kernels.operators.pair import Pair, apply, compose, identity_like, scan
+from sglang_pic.kernels.operators.pair import (
+    Pair,
+    apply,
+    compose,
+    identity_like,
+    scan,
+    states_behind,
+)
 from sglang_pic.kernels.operators.storage import pack
 
 HEADS, GROUPS, DK, DV = 4, 2, 8, 5
@@ -251,6 +258,10 @@ def test_scan_is_one_after_the_other(
     for i in range(len(lengths)):
         state = apply(Pair(pairs.A[i], pairs.B[i]), state)
         assert far(states[i], state) < 1e-10
+    # Two pieces in turn, walked as on a CPU, and composed and scanned as elsewhere.
+    other = Pair(pairs.A.flip(0), pairs.B.flip(0))
+    walked = states_behind([pairs, other], zero_state() + 1)
+    assert far(walked, apply(scan(compose(pairs, other)), zero_state() + 1)) < 1e-10
 
 
 @families

@@ -3,16 +3,14 @@ pages, nothing leaked, clear errors, tenants apart, exact where asked."""
 
 from __future__ import annotations
 
-import contextlib
 import random
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-import requests
 from linking import assemble, body, check_exact, check_linked, fresh_salt, ids_of
+from traffic import check_no_leak
 
 from sglang_pic.eval.serving import Server
 
@@ -21,16 +19,6 @@ pytestmark = pytest.mark.server
 
 def reasons(answer: dict[str, Any]) -> list[str]:
     return [segment["reason"] for segment in answer["meta_info"]["pic"]["segments"]]
-
-
-def wait_idle(server: Server) -> dict[str, Any]:
-    """The forest once nothing runs any more."""
-    for _ in range(100):
-        state = server.forest()
-        if state["protected_tokens"] == 0 and state["live_plans"] == 0:
-            return state
-        time.sleep(0.2)
-    raise AssertionError(f"requests hold pages or plans for ever: {state}")
 
 
 def test_concurrent_requests_hold_one_copy(page1: Server) -> None:
@@ -274,48 +262,7 @@ def test_compile_ahead(page1: Server) -> None:
     assert {s["id"]: s["hits"] for s in page1.forest()["segments"]}[made["id"]] == 1
 
 
-def _one_random_request(server: Server, rng: random.Random, i: int) -> None:
-    parts = [
-        (rng.choice(["segment", "segment", "text"]), ids_of(rng.randrange(12), rng.randint(1, 90)))
-        for _ in range(rng.randint(1, 5))
-    ]
-    options = {"mode": rng.choice(["share", "share", "relocate"]), "seam": rng.choice([0, 4, 20])}
-    request = body(*assemble(parts), rng.randint(1, 24), rng.choice(["a", "b"]), **options)
-    request["rid"] = f"leak-{i}"
-    del request["token_ids_logprob"], request["return_logprob"]
-    fate = rng.random()
-    if fate < 0.1:
-        # Disconnect before or while the answer comes.
-        with contextlib.suppress(requests.RequestException):
-            server.post("/generate", request, timeout=rng.uniform(0.01, 0.2))
-    elif fate < 0.2:
-        threading.Timer(
-            rng.uniform(0, 0.2), server.post, ("/abort_request", {"rid": request["rid"]})
-        ).start()
-        server.post("/generate", request)
-    elif fate < 0.25:
-        with requests.post(
-            server.url + "/generate", json={**request, "stream": True}, stream=True, timeout=60
-        ) as response:
-            next(response.iter_lines(), None)  # and leave
-    else:
-        server.generate(**request)
-
-
 def test_a_thousand_requests_leak_nothing(page16: Server) -> None:
     """Linked, relocated, aborted, disconnected and retracted requests: SGLang's
     strict checks run all the while, and in the end every token is accounted for."""
-    total = wait_idle(page16)
-    capacity = total["available_tokens"] + total["evictable_tokens"]
-    rng = random.Random(5)
-    seeds = [random.Random(rng.random()) for _ in range(1000)]
-    with ThreadPoolExecutor(12) as pool:
-        list(pool.map(lambda job: _one_random_request(page16, job[1], job[0]), enumerate(seeds)))
-    end = wait_idle(page16)
-    assert end["available_tokens"] + end["evictable_tokens"] == capacity
-    assert end["segment_tokens"] + end["prefix_tokens"] == end["evictable_tokens"]
-    assert page16.post("/flush_cache", {}).status_code == 200
-    flushed = wait_idle(page16)
-    assert flushed["available_tokens"] == capacity
-    assert flushed["segments"] == []
-    assert "leak" not in page16.log.read_text().lower()
+    check_no_leak(page16, 1000)

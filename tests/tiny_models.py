@@ -6,6 +6,10 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -119,13 +123,19 @@ def tiny_hybrid_model(kind: str, seed: int = 0) -> PreTrainedModel:
             if weight.dim() == 2 or "experts" in name:
                 std = next((std for part, std in _STD.items() if part in name), _OTHER_STD)
                 weight.normal_(std=std, generator=generator)
-            elif "conv1d" in name:
-                weight.normal_(std=0.5, generator=generator)
-            elif "A_log" in name:
-                weight.uniform_(-5.0, -1.0, generator=generator)
-            elif "dt_bias" in name:
-                weight.uniform_(-3.0, 0.0, generator=generator)
+            else:
+                _randomize_gates(name, weight, generator)
     return model
+
+
+def _randomize_gates(name: str, weight: torch.Tensor, generator: torch.Generator) -> None:
+    """What a linear layer has beside matrices."""
+    if "conv1d" in name:
+        weight.normal_(std=0.5, generator=generator)
+    elif "A_log" in name:
+        weight.uniform_(-5.0, -1.0, generator=generator)
+    elif "dt_bias" in name:
+        weight.uniform_(-3.0, 0.0, generator=generator)
 
 
 def tiny_hybrid(tmp_dir: str | Path, kind: str, seed: int = 0) -> Path:
@@ -135,4 +145,73 @@ def tiny_hybrid(tmp_dir: str | Path, kind: str, seed: int = 0) -> Path:
     model = tiny_hybrid_model(kind, seed)
     model.config.full_attention_interval = 2
     model.save_pretrained(path)
+    return path
+
+
+_MAMBA2 = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_chunk_size": 64,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "attn_implementation": "eager",
+}
+
+
+def tiny_mamba2_model(kind: str, seed: int = 0) -> PreTrainedModel:
+    """Random Mamba-2 hybrid, float32, with gates as in ``tiny_hybrid_model``.
+
+    ``kind`` is ``granite`` (a Mamba layer, a full one without positions, twice)
+    or ``falcon_h1`` (two layers of both side by side, RoPE, two groups of keys).
+    """
+    if kind == "granite":
+        dense = {"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 128}
+        config = GraniteMoeHybridConfig(
+            **_MAMBA2,
+            **dense,
+            num_hidden_layers=4,
+            layer_types=["linear_attention", "full_attention"] * 2,
+            position_embedding_type=None,
+            attention_multiplier=0.25,
+            residual_multiplier=0.8,
+            embedding_multiplier=1.5,
+        )
+        model = GraniteMoeHybridForCausalLM(config)
+    else:
+        config = FalconH1Config(
+            **_MAMBA2,
+            num_hidden_layers=2,
+            intermediate_size=128,
+            mamba_d_ssm=128,
+            mamba_n_groups=2,
+            ssm_multipliers=[0.9, 1.1, 0.8, 1.2, 0.7],
+            ssm_in_multiplier=0.9,
+            key_multiplier=1.1,
+        )
+        model = FalconH1ForCausalLM(config)
+    model = model.float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2:
+                std = next((std for part, std in _STD.items() if part in name), _OTHER_STD)
+                weight.normal_(std=std, generator=generator)
+            else:
+                _randomize_gates(name, weight, generator)
+    return model
+
+
+def tiny_mamba2(tmp_dir: str | Path, kind: str, seed: int = 0) -> Path:
+    """Save a random Mamba-2 hybrid, as ``tiny_llama``."""
+    path = Path(tmp_dir) / f"tiny-{kind}-{seed}"
+    tiny_mamba2_model(kind, seed).save_pretrained(path)
     return path

@@ -20,10 +20,10 @@ class Relocator:
 
     Args:
         pool: SGLang's KV pool (keys and values by layer).
-        ropes: rotary table by layer id.
+        ropes: rotary table by layer id, ``None`` for a layer without positions.
     """
 
-    def __init__(self, pool: Any, ropes: dict[int, LayerRope]):
+    def __init__(self, pool: Any, ropes: dict[int, LayerRope | None]):
         self._pool = pool
         self._ropes = ropes
 
@@ -36,6 +36,9 @@ class Relocator:
         for layer_id, rope in self._ropes.items():
             keys = self._pool.get_key_buffer(layer_id)
             values = self._pool.get_value_buffer(layer_id)
-            cos, sin = angles(rope.cos_sin_cache, offsets)
-            keys[private] = rotate(keys[source], cos, sin, neox=rope.neox)
+            moved = keys[source]
+            if rope is not None:
+                cos, sin = angles(rope.cos_sin_cache, offsets)
+                moved = rotate(moved, cos, sin, neox=rope.neox)
+            keys[private] = moved
             values[private] = values[source]

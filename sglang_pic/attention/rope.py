@@ -18,6 +18,10 @@ LINEAR_ROPE = {
     "MRotaryEmbedding",
 }
 
+# Attention without any position encoding where there is no rotary embedding, by
+# exact class: elsewhere a missing one means that positions enter in another way.
+NOPE = {"GraniteMoeHybridAttention", "NemotronHAttention"}
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerRope:
@@ -27,26 +31,31 @@ class LayerRope:
     neox: bool
 
 
-def layer_ropes(model: Any) -> tuple[dict[int, LayerRope], str | None]:
+def layer_ropes(model: Any) -> tuple[dict[int, LayerRope | None], str | None]:
     """Find the rotary table of every attention layer.
 
     Args:
         model: SGLang's loaded model.
 
     Returns:
-        Table by layer id, and the reason why this model must not be linked, or
-        ``None``.
+        Table by layer id, ``None`` for a layer without positions; and the reason
+        why this model must not be linked, or ``None``.
     """
-    ropes: dict[int, LayerRope] = {}
+    ropes: dict[int, LayerRope | None] = {}
     layers = {m.layer_id for m in model.modules() if isinstance(m, RadixAttention)}
     for module in model.modules():
         attn, rotary = getattr(module, "attn", None), getattr(module, "rotary_emb", None)
-        if not isinstance(attn, RadixAttention) or rotary is None:
+        if not isinstance(attn, RadixAttention):
             continue
-        name = type(rotary).__name__
-        if name not in LINEAR_ROPE:
-            return {}, f"layer {attn.layer_id}: {name} is not known to be linear in position"
-        ropes[attn.layer_id] = LayerRope(rotary.cos_sin_cache, rotary.is_neox_style)
+        if rotary is not None:
+            name = type(rotary).__name__
+            if name not in LINEAR_ROPE:
+                return {}, f"layer {attn.layer_id}: {name} is not known to be linear in position"
+            ropes[attn.layer_id] = LayerRope(rotary.cos_sin_cache, rotary.is_neox_style)
+        elif type(module).__name__ in NOPE:
+            ropes[attn.layer_id] = None
+        else:
+            continue
         if attn.qk_head_dim != attn.v_head_dim:
             return {}, f"layer {attn.layer_id}: key and value dimensions differ (MLA)"
         if attn.sliding_window_size is not None and attn.sliding_window_size > -1:

@@ -98,7 +98,7 @@ class PicTorchNativeBackend(TorchNativeAttnBackend):
         for i, row in enumerate(step.walks):
             tokens = slice(row.first_query, row.first_query + row.extend)
             key = keys[row.slots]
-            if row.offset is not None:
+            if row.offset is not None and rope is not None:
                 key = rotate(key, *self._angles_of(rope, i, row.offset), neox=rope.neox)
             value = values[row.slots]
             out[tokens] = walk(query[tokens], key, value, row.tiles, scale=layer.scaling)
@@ -122,12 +122,13 @@ class PicTorchNativeBackend(TorchNativeAttnBackend):
         keys: torch.Tensor,
         values: torch.Tensor,
         scale: float,
-        rope: LayerRope,
+        rope: LayerRope | None,
         parts: Parts,
     ) -> None:
         """Decode: attend part by part, merge, into ``out``."""
         gathered = query[parts.tokens[parts.query]]
-        gathered = rotate(gathered, *self._angles_of(rope, -1, -parts.offset), neox=rope.neox)
+        if rope is not None:
+            gathered = rotate(gathered, *self._angles_of(rope, -1, -parts.offset), neox=rope.neox)
         key, value = keys[parts.slots], values[parts.slots]
         partial = torch.empty(gathered.shape, dtype=torch.float32, device=query.device)
         lse = partial.new_empty(partial.shape[:2])

@@ -56,6 +56,8 @@ def build_cache(ctx: Any) -> PicCache:
     cache.configure(config, refusal)
     if refusal is None:
         cache.relocate = Relocator(runner.token_to_kv_pool, backend.ropes)
+        if isinstance(cache, PicHybridCache):
+            cache.shape = backend.shape
         logger.info("sglang_pic links: %s", config)
     else:
         logger.warning("sglang_pic does not link, every request is exact: %s", refusal)

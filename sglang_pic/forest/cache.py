@@ -124,9 +124,14 @@ class PicCache(UnifiedRadixCache):
         if opening >= self.config.min_segment:
             key = RadixKey(req.origin_input_ids[:opening], req.extra_key, cache_salt=req.cache_salt)
             held = super().match_prefix(MatchPrefixParams(key=key)).device_prefix_len
-            if held < floor_to(opening, self.page_size):
+            if held < floor_to(opening, self.prefix_grid):
                 missing.append(OPENING)
         return missing
+
+    @property
+    def prefix_grid(self) -> int:
+        """An ordinary prefix is held in multiples of this many tokens."""
+        return self.page_size
 
     def _link_of(self, req: Req) -> LinkState | None:
         link = self._links.get(req)

@@ -27,6 +27,7 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang.srt.runtime_context import mamba_checkpoint_grid
 
 from sglang_pic.config import PicConfig
 from sglang_pic.forest.cache import PicCache
@@ -44,7 +45,13 @@ if TYPE_CHECKING:
 
 
 class PicHybridCache(PicCache):
-    """Tree cache of a model with linear layers. Built by ``build_cache``."""
+    """Tree cache of a model with linear layers. Built by ``build_cache``.
+
+    Attributes:
+        shape: of the linear layers; set where this server links.
+    """
+
+    shape: LinearShape
 
     def __init__(self, params: Any):
         super().__init__(params)
@@ -56,7 +63,12 @@ class PicHybridCache(PicCache):
     def configure(self, config: PicConfig, refusal: str | None) -> None:
         super().configure(config, refusal)
         self.states = StateStore(config)
-        self._shape = LinearShape.of_pool(self.req_to_token_pool.mamba_pool)
+
+    @property
+    def prefix_grid(self) -> int:
+        if self.enable_mamba_extra_buffer:
+            return mamba_checkpoint_grid(self.page_size)
+        return self.page_size
 
     # -- compiling --------------------------------------------------------------
 
@@ -78,7 +90,7 @@ class PicHybridCache(PicCache):
         cores = [Seam(w).core(length, page=self.page_size, opening=False) for w in seams]
         core_end = max(0, (length - 1) // self.page_size * self.page_size)
         heads = sorted({first for first, last in cores if first < last})
-        return Capture(self._shape, start=start, heads=heads, core_end=core_end)
+        return Capture(self.shape, start=start, heads=heads, core_end=core_end)
 
     def claim_kv_row(self, req: Req) -> bool:
         capture = self._captures.get(req)

@@ -2,9 +2,9 @@
 
 A compile is an ordinary prefill of ``compile context + segment`` in chunks of
 any length. Beside it every linear layer runs its own kernel once more over the
-core's tokens, with values [v | 0] on a state [B | A] begun at [0 | I]: the
-recurrence is linear in both, so that one pass yields the pair (see
-``kernels.operators.gated_delta``). A chunk goes on where the last one stopped.
+core's tokens, on running states (``LinearShape``): from zero for B, and for A
+from the identity, or by the sum of log decays where A is a scalar. A chunk goes
+on where the last one stopped.
 """
 
 from __future__ import annotations
@@ -42,12 +42,9 @@ class Capture:
 
     def restart(self, device: torch.device) -> None:
         """Begin with the prompt's first token."""
-        shape = self.shape
-        blank = torch.zeros(shape.layers, shape.heads, shape.dv + shape.dk, shape.dk)
-        begun = blank.clone()
-        begun[:, :, shape.dv :] = torch.eye(shape.dk)
-        self.running = {head: begun.to(device) for head in self.heads}
-        self.running[END] = blank.to(device)
+        begun = self.shape.begun(self.shape.layers, device)
+        self.running = dict.fromkeys(self.heads, begun)
+        self.running[END] = torch.zeros_like(begun)
         self.conv_tail = None
 
     @property
@@ -55,17 +52,16 @@ class Capture:
         return self.conv_tail is not None
 
     def pairs(self) -> dict[int, Pair]:
-        """By first token: ``A`` [layers, heads, dk, dk], ``B`` [layers, heads, dk, dv]."""
-        dv = self.shape.dv
+        """By first token: ``A`` [layers, heads(, dk, dk)], ``B`` [layers, heads, dk, dv]."""
         found = {}
         for head in self.heads:
-            state = self.running[head].transpose(-1, -2)
-            found[head] = Pair(state[..., dv:].contiguous(), state[..., :dv].contiguous())
+            pair = self.shape.pair(self.running[head])
+            found[head] = Pair(pair.A.contiguous(), pair.B.contiguous())
         return found
 
     def end(self) -> torch.Tensor:
         """[layers, heads, dk, dv]."""
-        return self.running[END][:, :, : self.shape.dv].transpose(-1, -2).contiguous()
+        return self.shape.pair(self.running[END]).B.contiguous()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +86,7 @@ class CaptureStep:
         slots: int64 [rows], state slots.
         picked: int64 [p], tokens of every captured stretch among ``tokens``.
         stretch_lengths: tokens of each stretch.
-        running: float32 [stretches, layers, heads, dv + dk, dk], updated in place.
+        running: float32 [stretches, layers, heads, dv + n, dk], updated in place.
         from_slot: int64 [e], stretches that run from the request's own state.
         from_slot_row: int64 [e], their rows.
         tail_index: int64 [tails, width - 1], where the inputs before a core's
@@ -108,6 +104,17 @@ class CaptureStep:
     from_slot_row: torch.Tensor
     tail_index: torch.Tensor
     tails: torch.Tensor
+
+    def keep_tails(self, layer: int, history: torch.Tensor, inputs: torch.Tensor) -> None:
+        """Fill ``tails`` of a layer.
+
+        Args:
+            layer: index among the linear layers.
+            history: [rows, channels, width - 1], in front of these tokens.
+            inputs: [t, channels], the convolution's inputs at ``tokens``.
+        """
+        both = torch.cat([history.transpose(1, 2).flatten(0, 1), inputs.to(history.dtype)])
+        self.tails[:, layer] = both[self.tail_index].transpose(1, 2).float()
 
 
 def build_capture(rows: Sequence[CaptureRow], device: torch.device) -> CaptureStep | None:

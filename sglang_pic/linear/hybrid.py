@@ -8,6 +8,7 @@ from typing import Any
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import HybridLinearAttnBackend
 
 from sglang_pic.linear.capture import Capture
+from sglang_pic.linear.state import LinearShape
 from sglang_pic.link.plan import LinkPlan
 from sglang_pic.link.policy import LinkOptions
 
@@ -18,6 +19,11 @@ class PicHybridBackend(HybridLinearAttnBackend):
     @property
     def ropes(self) -> Any:
         return self.full_attn_backend.ropes
+
+    @property
+    def shape(self) -> LinearShape:
+        """Of the linear layers."""
+        return self.linear_attn_backend.shape
 
     @property
     def refusal(self) -> str | None:

@@ -1,9 +1,9 @@
 """What the linear layers keep of a compiled segment, and where.
 
 All layers in one tensor, the family's own order of dimensions: operators
-[layers, heads, dk, dk], states [layers, heads, dk, dv], histories of the
-convolution [layers, channels, width - 1]. SGLang's pools hold states
-transposed, [heads, dv, dk].
+[layers, heads, dk, dk] or, where they are scalars, [layers, heads]; states
+[layers, heads, dk, dv], histories of the convolution [layers, channels,
+width - 1]. SGLang's pools hold states transposed, [heads, dv, dk].
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from sglang_pic.kernels.operators.storage import PackedPair, pack
 
 @dataclasses.dataclass(frozen=True)
 class LinearShape:
-    """Sizes of a model's linear layers, read off SGLang's state pool."""
+    """Sizes of a model's linear layers, and the kind of their operators.
+
+    While a kernel runs over a stretch of tokens, its pair is one *running state*
+    in SGLang's layout: [..., heads, dv + n, dk], B over A, both transposed. A
+    matrix takes n = dk rows, a scalar one row that repeats it.
+    """
 
     layers: int
     heads: int
@@ -29,12 +34,33 @@ class LinearShape:
     dv: int
     channels: int
     history: int
+    scalar: bool
 
     @classmethod
-    def of_pool(cls, mamba_pool: Any) -> LinearShape:
+    def of_pool(cls, mamba_pool: Any, *, scalar: bool) -> LinearShape:
+        """Read off SGLang's state pool."""
         conv = mamba_pool.mamba_cache.conv[0]
         layers, _, heads, dv, dk = mamba_pool.mamba_cache.temporal.shape
-        return cls(layers, heads, dk, dv, conv.shape[2], conv.shape[3])
+        return cls(layers, heads, dk, dv, conv.shape[2], conv.shape[3], scalar)
+
+    @property
+    def operator(self) -> tuple[int, ...]:
+        """Shape of an operator of all layers."""
+        return (self.layers, self.heads, *(() if self.scalar else (self.dk, self.dk)))
+
+    def begun(self, count: int, device: torch.device) -> torch.Tensor:
+        """float32 [count, heads, dv + n, dk], running states of no tokens."""
+        operator = torch.ones(1, self.dk) if self.scalar else torch.eye(self.dk)
+        rows = self.dv + len(operator)
+        begun = torch.zeros(count, self.heads, rows, self.dk, device=device)
+        begun[:, :, self.dv :] = operator.to(device)
+        return begun
+
+    def pair(self, running: torch.Tensor) -> Pair:
+        """``A`` and ``B`` [..., heads, dk, dv] of a running state."""
+        state = running.transpose(-1, -2)
+        operator = state[..., 0, self.dv] if self.scalar else state[..., self.dv :]
+        return Pair(operator, state[..., : self.dv])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ computed tokens between them, which the layer's own kernel walks:
 
 Every core ends in front of a live token (its segment's tail), so that at most
 one core stands before a run. What a run does to the state is a pair as well,
-so all states in front of all runs come out of one scan (HYPIC's composition),
+so all states in front of all runs follow from pairs alone (HYPIC's composition),
 and the kernel then walks every run from its true state in one launch.
 """
 
@@ -20,8 +20,8 @@ from collections.abc import Sequence
 
 import torch
 
-from sglang_pic.kernels.operators.pair import Pair, apply, compose, scan
-from sglang_pic.linear.state import CoreState
+from sglang_pic.kernels.operators.pair import Pair, identity_like, states_behind
+from sglang_pic.linear.state import CoreState, LinearShape
 from sglang_pic.link.plan import LinkPlan
 from sglang_pic.link.policy import LinkOptions
 
@@ -44,7 +44,8 @@ class Run:
     """``length`` computed tokens in a row, and the core in front of them."""
 
     length: int
-    core: CoreState | None
+    core: CoreState | None = None
+    core_length: int = 0
 
 
 def runs_of(plan: LinkPlan, prefix: int, extend: int) -> list[Run]:
@@ -54,9 +55,12 @@ def runs_of(plan: LinkPlan, prefix: int, extend: int) -> list[Run]:
     cores = [span for span in plan.spans if span.state is not None]
     # Tokens generated since the plan was made follow all cores.
     bounds = [span.first_seer for span in cores if done <= span.first_seer < done + extend]
-    before = {span.first_seer: span.state for span in cores}
+    before = {span.first_seer: (span.state, span.end - span.start) for span in cores}
     edges = [*sorted({done, *bounds}), done + extend]
-    return [Run(stop - start, before.get(start)) for start, stop in itertools.pairwise(edges)]
+    return [
+        Run(stop - start, *before.get(start, (None, 0)))
+        for start, stop in itertools.pairwise(edges)
+    ]
 
 
 def has_core(plan: LinkPlan, prefix: int, extend: int) -> bool:
@@ -86,11 +90,15 @@ class LinkStep:
         rank: int64 [runs], which of its row's runs it is.
         last: int64 [rows], last run of each row.
         after_core: int64 [k], runs that follow a core; the cores in the same order.
-        from_slot: int64 [m], runs that go on from their slot's convolution.
+        borrowed: int64 [b], tokens among ``tokens`` that stand in the history of a
+            run other than their own: cores may be shorter than the history.
+        before: int64 [runs, width - 1], where the history of each run lies in
+            [the rows' slots | the cores' tails | ``borrowed``].
         inner: int64 [p], tokens among ``tokens`` of all runs but the rows' last.
         inner_runs: int64 [i], those runs.
         cores: their states.
         ranks: runs of the row that has most.
+        shape: of the linear layers.
     """
 
     tokens: torch.Tensor
@@ -100,11 +108,13 @@ class LinkStep:
     rank: torch.Tensor
     last: torch.Tensor
     after_core: torch.Tensor
-    from_slot: torch.Tensor
+    borrowed: torch.Tensor
+    before: torch.Tensor
     inner: torch.Tensor
     inner_runs: torch.Tensor
     cores: Cores
     ranks: int
+    shape: LinearShape
 
     @property
     def inner_lengths(self) -> list[int]:
@@ -121,25 +131,36 @@ class LinkStep:
         Returns:
             float32 [runs, heads, dk, dv].
         """
-        rows, heads, dk, _ = slot_states.shape
-        shape = (self.ranks, rows, heads, dk)
-        eye = torch.eye(dk, device=slot_states.device).expand(*shape, dk)
-        nothing = slot_states.new_zeros((*shape, slot_states.shape[-1]))
-        # [rank, row]: the core in front of a run, the identity where there is none.
-        core = Pair(eye.clone(), nothing.clone())
-        place = (self.rank[self.after_core], self.row[self.after_core])
-        core.A[place] = self.cores.pairs.A[:, layer]
-        core.B[place] = self.cores.pairs.B[:, layer]
+        cores = Pair(self.cores.pairs.A[:, layer], self.cores.pairs.B[:, layer])
+        pieces = [self._spread(cores, self.rank[self.after_core], self.row[self.after_core])]
         if inner is not None:
-            run = Pair(eye.clone(), nothing.clone())
-            place = (self.rank[self.inner_runs] + 1, self.row[self.inner_runs])
-            run.A[place], run.B[place] = inner.A, inner.B
-            core = compose(run, core)
-        states = apply(scan(core), slot_states)
-        return states[self.rank, self.row]
+            rank, row = self.rank[self.inner_runs] + 1, self.row[self.inner_runs]
+            pieces.insert(0, self._spread(inner, rank, row))
+        return states_behind(pieces, slot_states)[self.rank, self.row]
+
+    def _spread(self, pairs: Pair, rank: torch.Tensor, row: torch.Tensor) -> Pair:
+        """[ranks, rows, ...]: each pair in its place, the identity where there is none."""
+        leading = (self.ranks, self.slots.numel())
+        blank = Pair(*(t.new_empty((*leading, *t.shape[1:])) for t in (pairs.A, pairs.B)))
+        spread = Pair(identity_like(blank).A.clone(), torch.zeros_like(blank.B))
+        spread.A[rank, row], spread.B[rank, row] = pairs.A, pairs.B
+        return spread
+
+    def history(self, layer: int, conv: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        """Histories in front of all runs, [runs, channels, width - 1].
+
+        Args:
+            layer: index among the linear layers.
+            conv: [slots, channels, width - 1], the layer's pool.
+            inputs: [t, channels], the convolution's inputs at ``tokens``.
+        """
+        kept = torch.cat([conv[self.slots], self.cores.conv_tail[:, layer].to(conv.dtype)])
+        own = inputs[self.borrowed].to(conv.dtype)
+        found = torch.cat([kept.transpose(1, 2).flatten(0, 1), own])[self.before]
+        return found.transpose(1, 2).contiguous()
 
 
-def build_link(rows: Sequence[LinkRow], device: torch.device) -> LinkStep:
+def build_link(rows: Sequence[LinkRow], shape: LinearShape, device: torch.device) -> LinkStep:
     """Arrange one batch of rows that each compose at least one core."""
     runs = [
         (i, rank, run)
@@ -152,6 +173,7 @@ def build_link(rows: Sequence[LinkRow], device: torch.device) -> LinkStep:
     for *_, run in runs:
         starts.append(starts[-1] + run.length)
     after_core = [i for i, (*_, run) in enumerate(runs) if run.core is not None]
+    borrowed, before = _histories(runs, len(rows), shape.history)
 
     def index(values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
@@ -170,19 +192,47 @@ def build_link(rows: Sequence[LinkRow], device: torch.device) -> LinkStep:
         rank=index([rank for _, rank, _ in runs]),
         last=index(last),
         after_core=index(after_core),
-        from_slot=index([i for i, (*_, run) in enumerate(runs) if run.core is None]),
+        borrowed=index(borrowed),
+        before=torch.tensor(before, device=device),
         inner=places(inner),
         inner_runs=index(inner),
-        cores=_stack([(runs[i][2].core, rows[runs[i][0]].options) for i in after_core], device),
+        cores=_stack(
+            [(runs[i][2].core, rows[runs[i][0]].options) for i in after_core], shape, device
+        ),
         ranks=1 + max(rank for _, rank, _ in runs),
+        shape=shape,
     )
 
 
-def _stack(cores: Sequence[tuple[CoreState | None, LinkOptions]], device: torch.device) -> Cores:
+def _histories(
+    runs: Sequence[tuple[int, int, Run]], rows: int, width: int
+) -> tuple[list[int], list[list[int]]]:
+    """``borrowed`` and ``before`` of runs (row, rank, run), for histories of ``width``."""
+    cores = rows * width
+    tokens = cores + width * sum(run.core is not None for *_, run in runs)
+    before, recent = [], []
+    core_end, run_end = cores, tokens
+    for row, rank, run in runs:
+        if rank == 0:
+            recent = list(range(row * width, (row + 1) * width))
+        if run.core is not None:
+            core_end += width
+            recent += range(core_end - min(run.core_length, width), core_end)
+        before.append(recent[-width:])
+        run_end += run.length
+        recent = [*recent[-width:], *range(run_end - min(run.length, width), run_end)]
+    borrowed = sorted({i - tokens for found in before for i in found if i >= tokens})
+    place = {tokens + token: tokens + i for i, token in enumerate(borrowed)}
+    return borrowed, [[place.get(i, i) for i in found] for found in before]
+
+
+def _stack(
+    cores: Sequence[tuple[CoreState | None, LinkOptions]], shape: LinearShape, device: torch.device
+) -> Cores:
     pairs, tails = [], []
     for core, options in cores:
         assert core is not None
-        pairs.append(_pair(core, options))
+        pairs.append(_pair(core, options, shape))
         tail = core.conv_tail.float()
         tails.append(torch.zeros_like(tail) if options.ablation == "no_conv_tail" else tail)
     return Cores(
@@ -194,17 +244,17 @@ def _stack(cores: Sequence[tuple[CoreState | None, LinkOptions]], device: torch.
     )
 
 
-def _pair(core: CoreState, options: LinkOptions) -> Pair:
+def _pair(core: CoreState, options: LinkOptions, shape: LinearShape) -> Pair:
     """A core's pair, float32, under the request's state policy."""
     if core.pair is None:
         assert core.end is not None
         end = core.end.float()
-        return Pair(end.new_zeros((*end.shape[:-1], end.shape[-2])), end)
+        return Pair(end.new_zeros(shape.operator), end)
     pair = core.pair.unpack()
     if options.ablation == "float16_pairs":
         pair = Pair(pair.A.half().float(), pair.B.half().float())
     if options.state == "last":
         return Pair(torch.zeros_like(pair.A), pair.B)
     if options.ablation == "identity_operator":
-        return Pair(torch.eye(pair.A.shape[-1]).to(pair.A).expand_as(pair.A), pair.B)
+        return Pair(identity_like(pair).A, pair.B)
     return pair

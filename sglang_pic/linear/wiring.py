@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang.srt.layers.attention.hybrid_linear_attn_backend import HybridLinearAttnBackend
+from sglang.srt.layers.attention.hybrid_linear_attn_backend import (
+    HybridLinearAttnBackend,
+    Mamba2AttnBackend,
+)
 from sglang.srt.layers.attention.linear.gdn_backend import GDNAttnBackend
 
 from sglang_pic.linear.gdn import PicGDNBackend
 from sglang_pic.linear.hybrid import PicHybridBackend
+from sglang_pic.linear.mamba2 import PicMamba2Backend
+from sglang_pic.linear.rows import PicLinearBackend
+
+# By exact class: what a subclass changes we do not know.
+LINEAR_BACKENDS: dict[type, type[PicLinearBackend]] = {
+    GDNAttnBackend: PicGDNBackend,
+    Mamba2AttnBackend: PicMamba2Backend,
+}
 
 
 def wire(runner: Any, backend: Any) -> Any:
@@ -22,13 +33,9 @@ def wire(runner: Any, backend: Any) -> Any:
         A ``PicHybridBackend`` where both parts can link; ``backend`` itself
         otherwise, which ``forest.build`` then refuses to link on.
     """
-    # By exact class: what a subclass changes we do not know.
     if type(backend) is not HybridLinearAttnBackend:
         return backend
-    if type(backend.linear_attn_backend) is not GDNAttnBackend:
+    linear = LINEAR_BACKENDS.get(type(backend.linear_attn_backend))
+    if linear is None or not hasattr(backend.full_attn_backend, "set_plans"):
         return backend
-    if not hasattr(backend.full_attn_backend, "set_plans"):
-        return backend
-    return PicHybridBackend(
-        backend.full_attn_backend, PicGDNBackend(runner), backend.full_attn_layers
-    )
+    return PicHybridBackend(backend.full_attn_backend, linear(runner), backend.full_attn_layers)

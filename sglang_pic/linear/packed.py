@@ -1,0 +1,50 @@
+"""Sequences packed one behind the other, and the convolution over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from sglang.kernels.ops.mamba import causal_conv1d_triton as short_conv
+
+
+def indptr(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """int32 [sequences + 1]: where sequences begin, and where the last one ends."""
+    bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    bounds[1:] = torch.tensor(lengths).cumsum(0)
+    return bounds.to(device)
+
+
+def convolve(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    history: torch.Tensor,
+    lengths: Sequence[int],
+) -> torch.Tensor:
+    """SGLang's causal convolution over packed sequences.
+
+    Args:
+        x: [tokens, channels].
+        weight: [channels, width].
+        bias: [channels] or ``None``.
+        activation: behind it.
+        history: [sequences, channels, width - 1], read and moved on in place.
+        lengths: tokens of each sequence.
+
+    Returns:
+        [tokens, channels].
+    """
+    count = len(lengths)
+    return short_conv.causal_conv1d_fn(
+        x.transpose(0, 1),
+        weight,
+        bias,
+        activation=activation,
+        conv_states=history,
+        has_initial_state=torch.ones(count, dtype=torch.bool, device=x.device),
+        cache_indices=torch.arange(count, dtype=torch.int32, device=x.device),
+        query_start_loc=indptr(lengths, x.device),
+        seq_lens_cpu=list(lengths),
+    ).transpose(0, 1)

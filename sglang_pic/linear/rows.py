@@ -1,0 +1,123 @@
+"""What all families of linear layers share: splitting a batch's rows.
+
+A batch splits three ways: rows that compose cores are the family's own work;
+all others go through SGLang's code untouched, as a batch of their own;
+compiles are among these, and are read beside it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention.hybrid_linear_attn_backend import MambaAttnBackendBase
+
+from sglang_pic.errors import PicIntegrityError
+from sglang_pic.linear.capture import Capture, CaptureRow, CaptureStep, build_capture
+from sglang_pic.linear.state import LinearShape
+from sglang_pic.linear.step import LinkRow, LinkStep, build_link, has_core
+from sglang_pic.link.plan import LinkPlan
+from sglang_pic.link.policy import LinkOptions
+
+# Per-row fields of a forward batch that SGLang's linear backend reads, tensors and lists.
+_ROW_FIELDS = (
+    "req_pool_indices",
+    "seq_lens",
+    "extend_seq_lens",
+    "extend_prefix_lens",
+    "mamba_track_indices",
+    "mamba_track_mask",
+    "mamba_track_seqlens",
+)
+_ROW_LISTS = (
+    "rids",
+    "extend_seq_lens_cpu",
+    "extend_prefix_lens_cpu",
+    "mamba_prefill_track_mask_cpu",
+    "mamba_track_seqlens_cpu",
+)
+
+
+class PicLinearBackend(MambaAttnBackendBase):
+    """Beside one of SGLang's linear backends, in front of it among the bases."""
+
+    scalar_operators = False
+
+    def __init__(self, model_runner: Any):
+        super().__init__(model_runner)
+        self._rids: list[str] = []
+        self._plans: Sequence[LinkPlan | None] = ()
+        self._options: Sequence[LinkOptions | None] = ()
+        self._captures: Sequence[Capture | None] = ()
+        self._link_step: LinkStep | None = None
+        self._capture_step: CaptureStep | None = None
+        self._others: Any = None
+        self._other_tokens = torch.empty(0, dtype=torch.int64)
+        self.shape = LinearShape.of_pool(
+            self.req_to_token_pool.mamba_pool, scalar=self.scalar_operators
+        )
+
+    def set_rows(
+        self,
+        rids: Sequence[str],
+        plans: Sequence[LinkPlan | None],
+        options: Sequence[LinkOptions | None],
+        captures: Sequence[Capture | None],
+    ) -> None:
+        """Rows of the batch that runs next; called once a forward pass."""
+        self._rids, self._plans = list(rids), plans
+        self._options, self._captures = options, captures
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        self._link_step = self._capture_step = None
+        self._others = forward_batch
+        special = any(row is not None for row in (*self._plans, *self._captures))
+        if special and not forward_batch.forward_mode.is_decode_or_idle():
+            if self._rids != forward_batch.rids:
+                raise PicIntegrityError("the forward pass is not the one that was planned")
+            self._arrange(forward_batch)
+        if self._others is not None:
+            super().init_forward_metadata(self._others)
+
+    def _arrange(self, batch: Any) -> None:
+        """Split the batch's rows."""
+        prefixes = [int(n) for n in batch.extend_prefix_lens_cpu]
+        extends = [int(n) for n in batch.extend_seq_lens_cpu]
+        slots = self.req_to_token_pool.get_mamba_indices(batch.req_pool_indices)
+        slots = self._translate_mamba_indices(slots).tolist()
+        linked, compiling, others, at = [], [], [], 0
+        rows = zip(self._plans, self._options, self._captures, strict=True)
+        for i, (plan, options, capture) in enumerate(rows):
+            where = (at, prefixes[i], extends[i], slots[i])
+            if plan is not None and has_core(plan, prefixes[i], extends[i]):
+                assert options is not None
+                linked.append(LinkRow(plan, options, *where))
+            else:
+                others.append((i, torch.arange(at, at + extends[i])))
+                if capture is not None:
+                    compiling.append(CaptureRow(capture, *where))
+            at += extends[i]
+        if compiling:
+            self._capture_step = build_capture(compiling, self.device)
+        if linked:
+            self._link_step = build_link(linked, self.shape, self.device)
+            self._others = _rows_of(batch, [i for i, _ in others]) if others else None
+            tokens = [tokens for _, tokens in others]
+            self._other_tokens = torch.cat(tokens).to(self.device) if tokens else None
+
+
+def _rows_of(batch: Any, rows: list[int]) -> Any:
+    """The forward batch with these rows alone, as far as linear layers read it."""
+    part = copy.copy(batch)
+    index = torch.tensor(rows, device=batch.req_pool_indices.device)
+    part.batch_size = len(rows)
+    for name in _ROW_FIELDS:
+        value = getattr(batch, name)
+        setattr(part, name, None if value is None else value[index.to(value.device)])
+    for name in _ROW_LISTS:
+        value = getattr(batch, name)
+        setattr(part, name, None if value is None else [value[i] for i in rows])
+    part.extend_start_loc = part.extend_seq_lens.cumsum(0) - part.extend_seq_lens
+    return part
