@@ -16,8 +16,9 @@ unexport PYTHONDONTWRITEBYTECODE
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: venv model ## answer a question over reused documents, beside plain SGLang
+demo: venv model ## answer questions over reused documents, beside plain SGLang
 	@$(RUN) -m eval.demo
+	@$(RUN) -m eval.hybrid_demo
 
 # A failed lint does not hide the tests' result; either fails the target.
 test: venv model ## lint, then all tests; ARGS="-k word" goes to pytest

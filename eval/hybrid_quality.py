@@ -20,7 +20,8 @@ each alone behind a prefix and segments, and compares what the servers answer:
 ``exact_match``: the greedy answer is the right one, word for word. ``kl``:
 KL(full || method) in nats a token over the whole vocabulary, both made to follow
 the reference's own answer. ``loss`` is the exact match that a method loses
-against full recompute, with a paired bootstrap interval of 95 %.
+against full recompute, with a paired bootstrap interval of 95 %. The default and
+``full`` answer all questions, the others the first of them.
 """
 
 from __future__ import annotations
@@ -46,11 +47,13 @@ from sglang_pic.eval.serving import Server, serve
 DEFAULT_SEAM = 4
 SEAMS = (1, 2, 4, 8, 16)
 QUESTIONS = 2000
+FEW_QUESTIONS = 400
 QUICK_QUESTIONS = 300
 EACH = 10  # questions an example
 BATCH = 40
-POOL_TOKENS = 60000
+COMMON = ("--max-total-tokens=60000", "--disable-overlap-schedule")
 ALL = "all"
+MODEL = "hybrid"
 VOCABULARY = list(range(task.VOCABULARY))
 
 
@@ -66,6 +69,10 @@ class Method:
     @property
     def label(self) -> str:
         return f"seam {self.seam}" if self.name == "seam" else self.name
+
+    @property
+    def is_default(self) -> bool:
+        return self.name == "seam" and self.seam == DEFAULT_SEAM
 
 
 SERVERS: dict[str, tuple[str, ...]] = {
@@ -202,7 +209,6 @@ def _kl(full: Said, linked: Said) -> float:
 
 
 def rows_of(
-    model: str,
     method: Method,
     questions: Sequence[Asked],
     full: Sequence[Said],
@@ -227,7 +233,7 @@ def rows_of(
             low, high = float(interval.low), float(interval.high)
         rows.append(
             {
-                "model": model,
+                "model": MODEL,
                 "method": method.name,
                 "seam": method.seam,
                 "category": category,
@@ -242,78 +248,73 @@ def rows_of(
     return rows
 
 
-def run_model(
-    model: str, questions: Sequence[Asked], logs: pathlib.Path, common: Sequence[str]
-) -> list[dict[str, Any]]:
-    """All methods on one model, a server after the other."""
+def run(questions: Sequence[Asked], logs: pathlib.Path) -> list[dict[str, Any]]:
+    """All methods, a server after the other; returns flat rows."""
     rows: list[dict[str, Any]] = []
     full: list[Said] = []
     for name, flags in SERVERS.items():
         module = "sglang.launch_server" if name == "stock" else "sglang_pic.launch_server"
         ours = () if name == "stock" else ("--pic-min-segment=1", *flags)
-        print(f"{model}: starting the {name} server ...", flush=True)
-        path = hybrid_path(model)  # type: ignore[arg-type]
-        log = logs / f"{model}-{name}.log"
-        with serve(path, log, *common, *ours, module=module) as server:
+        print(f"starting the {name} server ...", flush=True)
+        log = logs / f"{name}.log"
+        with serve(hybrid_path(), log, *COMMON, *ours, module=module) as server:
             for method in METHODS:
                 if method.server != name:
                     continue
-                said = ask(server, method, questions, full or None)
+                everything = method is FULL or method.is_default
+                asked = questions if everything else questions[:FEW_QUESTIONS]
+                said = ask(server, method, asked, full[: len(asked)] or None)
                 full = full or said
-                rows += rows_of(model, method, questions, full, said)
+                rows += rows_of(method, asked, full[: len(asked)], said)
     return rows
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print exact match by category and KL, one line a method."""
-    for model in dict.fromkeys(row["model"] for row in rows):
-        own = [row for row in rows if row["model"] == model]
-        total = own[0]["questions"]
-        table = Table(title=f"hybrid '{model}', {total} questions: exact match in %")
-        table.add_column("method")
-        for name in (ALL, *task.CATEGORIES, "KL (nats)", "lost points [95 %]"):
-            table.add_column(name, justify="right")
-        for key in dict.fromkeys((row["method"], row["seam"]) for row in own):
-            found = {r["category"]: r for r in own if (r["method"], r["seam"]) == key}
-            every = found[ALL]
-            table.add_row(
-                f"{key[0]} {key[1]}" if key[0] == "seam" else key[0],
-                *(
-                    f"{100 * found[c]['exact_match']:.1f}" if c in found else ""
-                    for c in (ALL, *task.CATEGORIES)
-                ),
-                f"{every['kl']:.2g}",
-                f"{100 * every['loss']:.1f} [{100 * every['loss_low']:.1f}, "
-                f"{100 * every['loss_high']:.1f}]",
-            )
-        Console(width=130).print(table)
+    table = Table(title="the shipped hybrid: exact match in %")
+    table.add_column("method")
+    for name in ("questions", ALL, *task.CATEGORIES, "KL (nats)", "lost points [95 %]"):
+        table.add_column(name, justify="right")
+    for key in dict.fromkeys((row["method"], row["seam"]) for row in rows):
+        found = {row["category"]: row for row in rows if (row["method"], row["seam"]) == key}
+        every = found[ALL]
+        table.add_row(
+            f"{key[0]} {key[1]}" if key[0] == "seam" else key[0],
+            str(every["questions"]),
+            *(
+                f"{100 * found[c]['exact_match']:.1f}" if c in found else ""
+                for c in (ALL, *task.CATEGORIES)
+            ),
+            f"{every['kl']:.2g}",
+            f"{100 * every['loss']:.1f} [{100 * every['loss_low']:.1f}, "
+            f"{100 * every['loss_high']:.1f}]",
+        )
+    Console(width=130).print(table)
 
 
 def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-    """Exact match by category, one bar a method, one panel a model."""
+    """Exact match by category, one bar a method."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    models = list(dict.fromkeys(row["model"] for row in rows))
     shown = ("full", "seam", "last", "naive", "identity", "no_conv_tail")
-    figure, axes = plt.subplots(
-        1, len(models), figsize=(6 * len(models), 4), sharey=True, squeeze=False
+    width = 0.8 / len(shown)
+    figure, axis = plt.subplots(figsize=(8, 4))
+    for i, method in enumerate(shown):
+        found = {
+            row["category"]: 100 * row["exact_match"]
+            for row in rows
+            if row["method"] == method and row["seam"] in (0, DEFAULT_SEAM)
+        }
+        x = [j + (i - (len(shown) - 1) / 2) * width for j in range(len(task.CATEGORIES))]
+        axis.bar(x, [found.get(c, 0) for c in task.CATEGORIES], width=width, label=method)
+    axis.set(
+        xticks=range(len(task.CATEGORIES)), xticklabels=task.CATEGORIES, ylabel="exact match, %"
     )
-    for axis, model in zip(axes[0], models, strict=True):
-        for i, method in enumerate(shown):
-            found = {
-                r["category"]: 100 * r["exact_match"]
-                for r in rows
-                if r["model"] == model and r["method"] == method and r["seam"] in (0, DEFAULT_SEAM)
-            }
-            x = [j + (i - len(shown) / 2) * 0.13 for j, c in enumerate(task.CATEGORIES)]
-            axis.bar(x, [found.get(c, 0) for c in task.CATEGORIES], width=0.13, label=method)
-        axis.set(title=model, xticks=range(len(task.CATEGORIES)), xticklabels=task.CATEGORIES)
-        axis.grid(alpha=0.3, axis="y")
-    axes[0][0].set_ylabel("exact match, %")
-    axes[0][-1].legend(fontsize="small")
+    axis.grid(alpha=0.3, axis="y")
+    axis.legend(fontsize="small", ncols=3, loc="lower center")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -322,24 +323,17 @@ def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help=f"{QUICK_QUESTIONS} questions, one model"
-    )
-    parser.add_argument("--model", choices=("base", "block"), help="only these weights")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_QUESTIONS} questions")
     parser.add_argument("--questions", type=int, help=f"how many ({QUESTIONS})")
     parser.add_argument("--segments", type=int, default=4, help="per prompt (%(default)s)")
-    parser.add_argument("--length", type=int, default=32, help="tokens each (%(default)s)")
+    parser.add_argument("--length", type=int, default=48, help="tokens each (%(default)s)")
     parser.add_argument("--json", type=pathlib.Path, help="write the rows here")
     parser.add_argument("--plot", type=pathlib.Path, help="write a PNG here")
     args = parser.parse_args()
-    models = [args.model] if args.model else ["block"] if args.quick else ["base", "block"]
     count = args.questions or (QUICK_QUESTIONS if args.quick else QUESTIONS)
     questions = make_questions(count, args.segments, args.length)
-    common = (f"--max-total-tokens={POOL_TOKENS}", "--disable-overlap-schedule")
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as logs:
-        for model in models:
-            rows += run_model(model, questions, pathlib.Path(logs), common)
+        rows = run(questions, pathlib.Path(logs))
     show(rows)
     if args.json:
         config = {

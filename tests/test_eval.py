@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from sglang_pic.eval import demo, divergence, results, ttft
+from sglang_pic.eval import demo, divergence, hybrid_quality, results, ttft
+from sglang_pic.eval.models.hybrid import task
 from sglang_pic.eval.models.smollm2 import ensure_model
 from sglang_pic.eval.passages import OPENING, chat_messages, find, load_passages, prompt_pieces
 
@@ -177,3 +178,68 @@ def test_divergence_plot_is_a_png(tmp_path: pathlib.Path) -> None:
     ]
     divergence.plot(rows, tmp_path / "divergence.png")
     assert_png(tmp_path / "divergence.png")
+
+
+class FakeHybrid:
+    """Answers like a model whose next token follows from the prompt's last one; a
+    linked request goes astray behind every token of ``astray``."""
+
+    def __init__(self, astray: frozenset[int]):
+        self.astray = astray
+        self.requests = 0
+
+    def distribution(self, last: int, linked: bool) -> np.ndarray:
+        logits = np.zeros(task.VOCABULARY)
+        logits[(last + 1 + (linked and last in self.astray)) % task.VOCABULARY] = 5.0
+        return logits - np.log(np.exp(logits).sum())
+
+    def generate(self, **body: Any) -> list[dict[str, Any]]:
+        assert body["token_ids_logprob"] == [hybrid_quality.VOCABULARY] * len(body["input_ids"])
+        outputs = []
+        for ids, sampling in zip(body["input_ids"], body["sampling_params"], strict=True):
+            self.requests += 1
+            chosen, rows, last = [], [], ids[-1]
+            for _ in range(sampling["max_new_tokens"]):
+                rows.append(self.distribution(last, "pic" in body))
+                last = int(rows[-1].argmax())
+                chosen.append(last)
+            meta = {
+                "output_token_ids_logprobs": [[(v, i, None) for i, v in enumerate(r)] for r in rows]
+            }
+            outputs.append({"output_ids": chosen, "meta_info": meta})
+        return outputs
+
+
+def test_hybrid_quality_follows_the_reference() -> None:
+    """Both distributions stand behind the same tokens; a method that leaves the
+    reference's answer is asked again behind it, and only then."""
+    questions = [
+        hybrid_quality.Asked("single", [1, 2, start], [], "x", [start + 1, start + 2, start + 3])
+        for start in (10, 40)
+    ]
+    server = FakeHybrid(astray=frozenset({11}))
+    full = hybrid_quality.ask(server, hybrid_quality.FULL, questions, None)
+    assert [said.answer for said in full] == [question.answer for question in questions]
+    seam = next(method for method in hybrid_quality.METHODS if method.name == "seam")
+    server.requests = 0
+    linked = hybrid_quality.ask(server, seam, questions, full)
+    assert server.requests == 3
+    assert linked[0].answer == [11, 13, 14] and linked[1].answer == questions[1].answer
+    np.testing.assert_allclose(linked[1].logprobs, full[1].logprobs)
+    # Behind 10 and behind 12 it agrees; only behind 11 it does not.
+    same = [np.allclose(a, b) for a, b in zip(full[0].logprobs, linked[0].logprobs, strict=True)]
+    assert same == [True, False, True]
+    rows = hybrid_quality.rows_of(seam, questions, full, linked)
+    assert [(row["category"], row["questions"]) for row in rows] == [("all", 2), ("single", 2)]
+    assert rows[0]["exact_match"] == 0.5 == rows[0]["loss"]
+    assert rows[0]["kl"] > 0 and rows[0]["loss_low"] <= 0.5 <= rows[0]["loss_high"]
+
+
+def test_hybrid_questions_are_held_out_and_reproducible() -> None:
+    asked = hybrid_quality.make_questions(25, 4, 48)
+    assert asked == hybrid_quality.make_questions(25, 4, 48)
+    assert len(asked) == 25
+    for one in asked:
+        assert [r["end"] - r["start"] for r in one.segments] == [48] * 4
+        assert one.segments[-1]["end"] < len(one.ids)
+        assert one.answer and one.category in task.CATEGORIES
