@@ -26,6 +26,7 @@ from sglang_pic.errors import PicConfigError
 SGLANG_VERSION = "0.5.23"
 CACHE_BACKEND = "pic"
 _SRT = "sglang.srt."
+_OPS = "sglang.kernels.ops."
 
 
 # -- what the hooks do ----------------------------------------------------------
@@ -237,6 +238,55 @@ RELIED_ON = {
     ),
     _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.init_load_back": ("self", "params"),
     _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.prefix_device_indices": ("self", "req"),
+    # Hybrids: the cache, the backends in front of SGLang's, the kernels they call.
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.claim_kv_row": ("self", "req"),
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.insert": ("self", "params"),
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache._evict": (
+        "self",
+        "params",
+        "available_size_targets",
+    ),
+    _SRT + "layers.attention.hybrid_linear_attn_backend.HybridLinearAttnBackend": (
+        "full_attn_backend",
+        "linear_attn_backend",
+        "full_attn_layers",
+    ),
+    _SRT + "layers.attention.hybrid_linear_attn_backend.Mamba2AttnBackend.forward": (
+        "self",
+        "mixer",
+        "hidden_states",
+        "output",
+        "layer_id",
+        "forward_batch",
+    ),
+    _SRT + "layers.attention.linear.gdn_backend.GDNAttnBackend.forward_extend": (
+        "self",
+        "layer",
+        "forward_batch",
+        "mixed_qkv",
+        "a",
+        "b",
+    ),
+    _OPS + "attention.fla.chunk.chunk_gated_delta_rule": (
+        "q",
+        "k",
+        "v",
+        "g",
+        "beta",
+        "scale",
+        "initial_state",
+        "initial_state_indices",
+        "cu_seqlens",
+    ),
+    _OPS + "attention.linear.fused_gdn_gating.fused_gdn_gating": ("A_log", "a", "b", "dt_bias"),
+    _OPS + "mamba.causal_conv1d_triton.causal_conv1d_fn": (
+        "x",
+        "weight",
+        "bias",
+        "conv_states",
+        "query_start_loc",
+        "seq_lens_cpu",
+    ),
     _SRT + "managers.scheduler._make_abort_req": ("req", "finished_reason"),
     _SRT + "managers.scheduler.Scheduler.send_abort_output": ("self", "abort_req", "req"),
 }
