@@ -18,7 +18,6 @@ from sglang_pic.eval.models.hybrid.evaluate import evaluate, held_out, load
 from sglang_pic.eval.models.hybrid.model import (
     Memory,
     Writes,
-    _UnitInverse,
     ask,
     forward,
     new_model,
@@ -126,38 +125,26 @@ def test_forward_is_that_of_transformers():
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 16, 40, 64, 70])
-def test_recurrence_and_its_gradient_are_those_of_the_operator(tokens):
+def test_recurrence_and_its_gradient_are_those_of_the_equation(tokens):
     torch.manual_seed(tokens)
     rows, heads, dk, dv = 2, 3, 8, 6
     unit = torch.nn.functional.normalize
     q = unit(torch.randn(rows, tokens, heads, dk), dim=-1).double().requires_grad_()
     k = unit(torch.randn(rows, tokens, heads, dk), dim=-1).double().requires_grad_()
     v = torch.randn(rows, tokens, heads, dv).double().requires_grad_()
-    g = -torch.rand(rows, tokens, heads).double().requires_grad_()
+    g = (-torch.rand(rows, tokens, heads)).double().requires_grad_()
     beta = torch.rand(rows, tokens, heads).double().requires_grad_()
     state = torch.randn(rows, heads, dk, dv).double().requires_grad_()
-    inputs = [q, k, v, g, beta, state]
     out, end = recur(q, Writes(k, v, g, beta), state)
-    packed = [x.flatten(0, 1) for x in inputs[:-1]]
-    expected, expected_end, _ = gated_delta.chunk(*packed, state, [tokens] * rows)
-    torch.testing.assert_close(out.flatten(0, 1), expected)
+    inputs = (q, k, v, g, beta, state)
+    by_row = [gated_delta.recurrent(*(x[row] for x in inputs)) for row in range(rows)]
+    expected, expected_end = (torch.stack(found) for found in zip(*by_row, strict=True))
+    torch.testing.assert_close(out, expected)
     torch.testing.assert_close(end, expected_end)
-    ours = torch.autograd.grad(out.square().sum() + end.sum(), [q, k, v, beta, state])
-    theirs = torch.autograd.grad(
-        expected.square().sum() + expected_end.sum(), [q, k, v, beta, state]
-    )
+    ours = torch.autograd.grad(out.square().sum() + end.sum(), inputs)
+    theirs = torch.autograd.grad(expected.square().sum() + expected_end.sum(), inputs)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other)
-
-
-@pytest.mark.parametrize("size", [8, 16, 32, 64])
-def test_unit_inverse(size):
-    lower = torch.rand(2, size, size, dtype=torch.float64).tril(-1).requires_grad_()
-    eye = torch.eye(size, dtype=torch.float64)
-    inverse = _UnitInverse.apply(lower)
-    torch.testing.assert_close(inverse @ (lower + eye), eye.expand_as(inverse))
-    if size == 8:
-        assert torch.autograd.gradcheck(lambda x: _UnitInverse.apply(x.tril(-1)), lower)
 
 
 def test_asking_behind_a_memory_is_asking_behind_its_context():

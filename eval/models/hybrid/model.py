@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from sglang_pic.eval.models.hybrid import task
+from sglang_pic.kernels.operators import gated_delta
 
 FULL_ATTENTION_INTERVAL = 4
 ROTARY_FACTOR = 0.25
-CHUNK = 32
 
 
 def configuration() -> Qwen3_5TextConfig:
@@ -130,36 +130,8 @@ def convolve(module: nn.Module, mixed: Tensor, history: Tensor | None = None) ->
     """The causal convolution over [rows, tokens, channels] behind the 3 inputs before it."""
     width = module.conv_kernel_size - 1
     padded = F.pad(mixed, (0, 0, width, 0)) if history is None else torch.cat([history, mixed], 1)
-    return F.silu(_Convolution.apply(padded, module.conv1d.weight.squeeze(1)))
-
-
-class _Convolution(torch.autograd.Function):
-    """[rows, tokens + 3, channels] and weights [channels, 4] to [rows, tokens, channels].
-
-    By hand, because the gradient of four slices fills four tensors with zeros.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, padded: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(padded, weight)
-        width = weight.shape[1]
-        tokens = padded.shape[1] - width + 1
-        out = padded[:, :tokens] * weight[:, 0]
-        for j in range(1, width):
-            out.addcmul_(padded[:, j : j + tokens], weight[:, j])
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        padded, weight = ctx.saved_tensors
-        tokens = gradient.shape[1]
-        inputs = torch.zeros_like(padded)
-        weights = []
-        for j in range(weight.shape[1]):
-            here = slice(j, j + tokens)
-            inputs[:, here].addcmul_(gradient, weight[:, j])
-            weights.append((padded[:, here] * gradient).sum((0, 1)))
-        return inputs, torch.stack(weights, 1)
+    weight = module.conv1d.weight
+    return F.silu(F.conv1d(padded.transpose(1, 2), weight, groups=len(weight)).transpose(1, 2))
 
 
 def reads_and_writes(module: nn.Module, h: Tensor, convolved: Tensor) -> tuple[Tensor, Writes]:
@@ -180,75 +152,12 @@ def reads_and_writes(module: nn.Module, h: Tensor, convolved: Tensor) -> tuple[T
 
 
 def recur(q: Tensor, writes: Writes, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Outputs [rows, tokens, heads, dv] and end states [rows, heads, dk, dv].
-
-    ``kernels.operators.gated_delta.chunk`` for rows of equal length: without its
-    tables, and with the inverse of the mixing matrix, whose gradient costs two
-    products, in place of a triangular solve.
-    """
+    """Outputs [rows, tokens, heads, dv] and end states [rows, heads, dk, dv]."""
     rows, tokens, heads, dk = q.shape
-    size = next(size for size in (8, 16, CHUNK) if size >= tokens or size == CHUNK)
-    chunks = -(-tokens // size)
-
-    def cut(x: Tensor) -> Tensor:
-        """[rows, tokens, heads, d] to [rows, heads, chunks, size, d]."""
-        x = F.pad(x, (0, 0, 0, 0, 0, chunks * size - tokens))
-        return x.unflatten(1, (chunks, size)).permute(0, 3, 1, 2, 4).contiguous()
-
-    q, k, v = cut(q), cut(writes.k), cut(writes.v)
-    g, beta = cut(writes.g[..., None]).squeeze(-1).cumsum(-1), cut(writes.beta[..., None])
-    grown = g.exp()[..., None]
-    future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
-    decay = (g[..., :, None] - g[..., None, :]).masked_fill(future, -torch.inf).exp()
-    mixing = (k * beta) @ k.transpose(-1, -2) * decay
-    solve = _UnitInverse.apply(mixing) * beta.transpose(-1, -2)
-    fresh, erased = solve @ v, solve @ (k * grown)
-    reading = q @ k.transpose(-1, -2) * decay
-    q_in = q * grown
-    k_out = (k * (g[..., -1:] - g).exp()[..., None]).transpose(-1, -2)
-    through = g[..., -1].exp()[..., None, None]
     if state is None:
-        state = q.new_zeros((rows, heads, dk, v.shape[-1]))
-    outputs = []
-    parts = (fresh, erased, q_in, reading, through, k_out)
-    for u, w, q_i, r, decayed, k_i in zip(*(part.unbind(2) for part in parts), strict=True):
-        written = u - w @ state
-        outputs.append(q_i @ state + r @ written)
-        state = state * decayed + k_i @ written
-    out = torch.stack(outputs, 1).transpose(2, 3).flatten(1, 2)
-    return out[:, :tokens], state
-
-
-class _UnitInverse(torch.autograd.Function):
-    """Inverse of I + the strictly lower part of [..., size, size], size a power of 2 from 8."""
-
-    @staticmethod
-    def forward(ctx: Any, mixing: Tensor) -> Tensor:
-        size = mixing.shape[-1]
-        lower = mixing.tril(-1)
-        blocks = [lower[..., i : i + 8, i : i + 8] for i in range(0, size, 8)]
-        power = torch.stack(blocks, -3)
-        eye = torch.eye(8, dtype=mixing.dtype, device=mixing.device)
-        squared = power @ power
-        inverse = (eye - power) @ (eye + squared) @ (eye + squared @ squared)
-        width = 8
-        while width < size:
-            first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
-            starts = range(0, size, 2 * width)
-            beside = [lower[..., i + width : i + 2 * width, i : i + width] for i in starts]
-            corner = -second @ torch.stack(beside, -3) @ first
-            top = torch.cat([first, torch.zeros_like(first)], -1)
-            inverse = torch.cat([top, torch.cat([corner, second], -1)], -2)
-            width *= 2
-        inverse = inverse.squeeze(-3)
-        ctx.save_for_backward(inverse)
-        return inverse
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (inverse,) = ctx.saved_tensors
-        flipped = inverse.transpose(-1, -2)
-        return -(flipped @ gradient @ flipped).tril(-1)
+        state = q.new_zeros((rows, heads, dk, writes.v.shape[-1]))
+    out, end, _ = gated_delta.chunk(q.flatten(0, 1), *writes.packed(), state, [tokens] * rows)
+    return out.unflatten(0, (rows, tokens)), end
 
 
 def linear_output(module: nn.Module, h: Tensor, out: Tensor) -> Tensor:

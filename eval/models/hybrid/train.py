@@ -27,7 +27,6 @@ from sglang_pic.eval.models.hybrid import batches, task
 from sglang_pic.eval.models.hybrid.batches import IGNORED, Rung, Score
 from sglang_pic.eval.models.hybrid.block import Layout, linked
 from sglang_pic.eval.models.hybrid.model import forward, new_model
-from sglang_pic.eval.models.hybrid.muon import Muon
 
 RUNGS = (
     Rung(1, 32, 4, 24),
@@ -64,7 +63,7 @@ class Optimizers:
             )
             (matrices if plain else others).append(weight)
         self.members: tuple[torch.optim.Optimizer, ...] = (
-            Muon(matrices, lr=lr),
+            torch.optim.Muon(matrices, lr=lr, weight_decay=0.01),
             torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.98), weight_decay=0.0),
         )
         self.rates = (lr, other_lr)
