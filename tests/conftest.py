@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from tiny_models import tiny_llama
 
 from sglang_pic.eval import serving
+from sglang_pic.eval.models.smollm2 import ensure_model
 from sglang_pic.eval.serving import Server
 
 # How fast an example runs says more about the machine than about the code.
@@ -71,4 +72,11 @@ def page16(tiny_path: pathlib.Path, logs: pathlib.Path) -> Iterator[Server]:
     hard = ("--page-size=16", "--chunked-prefill-size=64", "--enable-mixed-chunk")
     env = {**CHECKS, "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"}
     with serve(tiny_path, logs / "page16.log", *TINY, *hard, env=env) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def smollm(logs: pathlib.Path) -> Iterator[Server]:
+    """SmolLM2-135M with its tokenizer and chat template, flags at their defaults."""
+    with serve(ensure_model(), logs / "smollm.log", "--max-total-tokens=16384") as server:
         yield server

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import pathlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 import requests
 import sglang as sgl
-from conftest import serve
 from linking import fresh_salt
 
 from sglang_pic import pic_segment
@@ -27,12 +24,6 @@ pytestmark = pytest.mark.server
 
 DOCUMENTS = [f"{passage.title}\n{passage.text}\n" for passage in load_passages()[:4]]
 QUESTION = "\nQuestion: name one thing. Answer:"
-
-
-@pytest.fixture(scope="module")
-def smollm(logs: pathlib.Path) -> Iterator[Server]:
-    with serve(ensure_model(), logs / "smollm.log", "--max-total-tokens=16384") as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
