@@ -302,3 +302,16 @@ def test_the_store_stays_within_its_budget() -> None:
     assert both is not None and sorted(both.pairs) == [4, 7]
     store.drop("s9")
     assert store.find("s9") is None
+
+
+def test_the_store_keeps_what_it_counts() -> None:
+    """No view of a step's tensor, and every state in the type that was asked for."""
+    config = types.SimpleNamespace(state_dtype="float16", operator_threshold=0.0, state_mib=1)
+    store = StateStore(config)
+    tails, end = torch.randn(5, 2, CHANNELS, 3), torch.randn(2, 4, 16, 16)
+    pair = Pair(torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16))
+    store.add("s", core_end=9, conv_tail=tails[1], end=end, pairs={4: pair})
+    found = store.find("s")
+    assert found is not None and found.end.dtype is torch.float16
+    assert found.conv_tail.untyped_storage().nbytes() == tails[1].numel() * 4
+    assert found.nbytes == tails[1].numel() * 4 + 3 * end.numel() * 2 + 2 * 4 * 8

@@ -59,16 +59,21 @@ def pack(pair: Pair, *, dtype: torch.dtype = torch.float32, threshold: float = 0
             without it, as if they forgot what came before the stretch. The norm
             bounds what is lost: ``|A S| <= |A| |S|``.
     """
-    state = pair.B.float().contiguous()
-    narrow = _narrow(state, dtype)
-    lost = (narrow.float() - state).norm(dim=(-2, -1))
-    if bool((lost <= torch.finfo(dtype).eps * state.norm(dim=(-2, -1))).all()):
-        state = narrow
+    state = pack_state(pair.B, dtype)
     if pair.A.dim() < pair.B.dim():
         return PackedPair(pair.A.float(), None, state)
     operator = pair.A.float().flatten(0, 1)
     kept = torch.nonzero(~(operator.norm(dim=(-2, -1)) < threshold)).squeeze(1)
     return PackedPair(_narrow(operator[kept], dtype), kept, state)
+
+
+def pack_state(state: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """States [layers, heads, dk, dv] in ``dtype``, or in float32; see ``pack``."""
+    state = state.float().contiguous()
+    narrow = _narrow(state, dtype)
+    lost = (narrow.float() - state).norm(dim=(-2, -1))
+    fits = lost <= torch.finfo(dtype).eps * state.norm(dim=(-2, -1))
+    return narrow if bool(fits.all()) else state
 
 
 def _narrow(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

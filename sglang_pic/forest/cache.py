@@ -34,7 +34,7 @@ from sglang_pic.forest.forest import Lookup, SegmentForest
 from sglang_pic.forest.state import LinkHandle, LinkState, unlinkable
 from sglang_pic.link.plan import LinkPlan, SegmentHit, make_plan, unlinked_plan
 from sglang_pic.link.policy import floor_to
-from sglang_pic.link.report import NO_STATE, Found, make_report
+from sglang_pic.link.report import Found, make_report
 from sglang_pic.request.base import OPENING, LinkRequest
 from sglang_pic.request.hints import COMPILE, find_action, read_link
 
@@ -184,9 +184,8 @@ class PicCache(UnifiedRadixCache):
                 seen.append(Found(span.start, span.end))
                 continue
             offset = span.start - len(context)
-            if lookup.miss != NO_STATE:
-                state = lookup.state
-                hits.append(SegmentHit(span.start, span.end, offset, lookup.slots, opening, state))
+            slots, state = lookup.slots, lookup.state
+            hits.append(SegmentHit(span.start, span.end, offset, slots, opening, state))
             seen.append(Found(span.start, span.end, lookup.id, lookup.miss, opening))
         plan = make_plan(
             len(ids),

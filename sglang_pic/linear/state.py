@@ -16,7 +16,7 @@ from cachetools import LRUCache
 
 from sglang_pic.config import PicConfig
 from sglang_pic.kernels.operators.pair import Pair
-from sglang_pic.kernels.operators.storage import PackedPair, pack
+from sglang_pic.kernels.operators.storage import PackedPair, pack, pack_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,8 @@ class StateStore:
         held = self._states.pop(segment, None)
         if held is not None and held.core_end == core_end:
             packed = {**held.pairs, **packed}
-        state = SegmentState(core_end, conv_tail, end, packed)
+        # A copy: what was captured is a view of a whole step's tensor.
+        state = SegmentState(core_end, conv_tail.clone(), pack_state(end, self._dtype), packed)
         if state.nbytes <= self._states.maxsize:
             self._states[segment] = state
 
