@@ -25,6 +25,7 @@ from sglang_pic.errors import PicConfigError
 
 SGLANG_VERSION = "0.5.23"
 CACHE_BACKEND = "pic"
+TIMER_KEY = "pic_timer"  # among what SGLang's set_internal_state takes
 _SRT = "sglang.srt."
 _OPS = "sglang.kernels.ops."
 
@@ -35,6 +36,10 @@ _OPS = "sglang.kernels.ops."
 def set_positions(batch: Any, cls: Any, schedule_batch: Any, model_runner: Any, **_: Any) -> None:
     """After ``ForwardBatch.init_new``: true positions for permuted rows, and the
     batch's plans for the attention backend."""
+    write_positions(batch, schedule_batch, model_runner)
+
+
+def write_positions(batch: Any, schedule_batch: Any, model_runner: Any) -> None:
     from sglang_pic.forest.cache import PicCache
 
     cache = schedule_batch.tree_cache
@@ -64,34 +69,59 @@ def hand_back_uncompiled(
 ) -> None:
     """Around ``Scheduler._add_request_to_queue``: a strict link whose segments
     are not in the forest goes back to the front, which compiles them first."""
-    from sglang_pic.forest.cache import PicCache
-    from sglang_pic.request.hints import read_link
+    missing = uncompiled(scheduler.tree_cache, req, is_retracted)
+    if not missing:
+        original(scheduler, req, is_retracted)
+        return
+    from sglang.srt.managers.scheduler import _make_abort_req
+
     from sglang_pic.server.funnel import MISSING
 
-    cache = scheduler.tree_cache
-    if isinstance(cache, PicCache) and not is_retracted and req.kv_hints is not None:
-        link = read_link(req.kv_hints)
-        if link is not None and link.strict and not req.output_ids and not req.finished():
-            missing = cache.missing(req)
-            if missing:
-                from sglang.srt.managers.scheduler import _make_abort_req
+    reason = {
+        "type": "abort",
+        "status_code": HTTPStatus.BAD_REQUEST,
+        "message": f"{MISSING}{missing}",
+    }
+    scheduler.send_abort_output(_make_abort_req(req, finished_reason=reason), req)
 
-                reason = {
-                    "type": "abort",
-                    "status_code": HTTPStatus.BAD_REQUEST,
-                    "message": f"{MISSING}{missing}",
-                }
-                scheduler.send_abort_output(_make_abort_req(req, finished_reason=reason), req)
-                return
-    original(scheduler, req, is_retracted)
+
+def uncompiled(cache: Any, req: Any, is_retracted: bool) -> list[int]:
+    """Which segments of a strict link the forest does not hold."""
+    if req.kv_hints is None or is_retracted:
+        return []
+    from sglang_pic.forest.cache import PicCache
+    from sglang_pic.request.hints import read_link
+
+    link = read_link(req.kv_hints) if isinstance(cache, PicCache) else None
+    if link is None or not link.strict or req.output_ids or req.finished():
+        return []
+    return cache.missing(req)
 
 
 def add_forest_state(result: Any, scheduler: Any, recv_req: Any) -> None:
-    """After ``Scheduler.get_internal_state``: the forest, for ``GET /pic/forest``."""
+    """After ``Scheduler.get_internal_state``: the forest, for ``GET /pic/forest``,
+    and the timer, for ``GET /pic/timer``."""
+    from sglang_pic import timer
     from sglang_pic.forest.cache import PicCache
 
     if isinstance(scheduler.tree_cache, PicCache):
         result.internal_state["pic"] = scheduler.tree_cache.state()
+        result.internal_state["pic_timer"] = timer.engine.to_json()
+
+
+def add_timer_switch(handlers: dict[str, Any], controller: Any) -> None:
+    """After ``SchedulerInternalStateController._update_handlers``: ``POST /pic/timer``."""
+    from sglang.srt.managers.scheduler_components.internal_state import _UpdateHandler
+
+    from sglang_pic import timer
+
+    def switch(_: str, on: float) -> None:
+        if on:
+            timer.engine.start(controller.scheduler.tp_worker.model_runner.model)
+        else:
+            timer.engine.stop()
+
+    handlers[TIMER_KEY] = _UpdateHandler(lambda *_: None, switch)
 
 
 def generate_request(original: Any, manager: Any, obj: Any, request: Any = None) -> Any:
@@ -168,6 +198,15 @@ ENGINE_HOOKS = (
         add_forest_state,
         ("self", "recv_req"),
         "SGLang's own channel for state of the scheduler's process",
+    ),
+    Hook(
+        _SRT
+        + "managers.scheduler_components.internal_state.SchedulerInternalStateController"
+        + "._update_handlers",
+        HookType.AFTER,
+        add_timer_switch,
+        ("self",),
+        "SGLang's own way to change a running scheduler, for a fixed list of names",
     ),
     Hook(
         _SRT + "layers.attention.attention_registry.attn_backend_wrapper",
@@ -288,6 +327,7 @@ RELIED_ON = {
         "seq_lens_cpu",
     ),
     _SRT + "managers.scheduler._make_abort_req": ("req", "finished_reason"),
+    _SRT + "managers.scheduler_components.internal_state._UpdateHandler": ("validate", "apply"),
     _SRT + "managers.scheduler.Scheduler.send_abort_output": ("self", "abort_req", "req"),
 }
 

@@ -68,6 +68,24 @@ def read_request(path: str, body: dict[str, Any], defaults: Any) -> Exchange | N
     return Exchange(pic)
 
 
+def take(path: str, raw: bytes, defaults: Any) -> tuple[bytes, Exchange | None]:
+    """A request's body without its ``pic`` fields, and these.
+
+    Raises:
+        PicRequestError: naming the field at fault.
+    """
+    if b'"pic' not in raw:
+        return raw, None
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return raw, None  # SGLang's answer to invalid JSON is the right one
+    if not isinstance(body, dict):
+        return raw, None
+    exchange = read_request(path, body, defaults)
+    return orjson.dumps(body), exchange
+
+
 class PicMiddleware:
     """Pure ASGI: runs in the endpoint's own context, streams untouched."""
 
@@ -80,19 +98,11 @@ class PicMiddleware:
         if scope["type"] != "http" or not (path == CHAT or path in PROMPT_FIELD):
             await self._app(scope, receive, send)
             return
-        raw = await _read(receive)
-        exchange = None
-        if b'"pic' in raw:
-            try:
-                body = orjson.loads(raw)
-                if isinstance(body, dict):
-                    exchange = read_request(path, body, self._defaults)
-                    raw = orjson.dumps(body)
-            except orjson.JSONDecodeError:
-                pass  # SGLang's answer to invalid JSON is the right one
-            except PicRequestError as error:
-                await _refuse(send, error)
-                return
+        try:
+            raw, exchange = take(path, await _read(receive), self._defaults)
+        except PicRequestError as error:
+            await _refuse(send, error)
+            return
         replay = _replay(raw, receive)
         if exchange is None:
             await self._app(_with_length(scope, raw), replay, send)

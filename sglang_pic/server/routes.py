@@ -8,13 +8,15 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import ORJSONResponse
 from sglang.srt.entrypoints.http_server import get_global_state
+from sglang.srt.managers.io_struct import SetInternalStateReq
 
-from sglang_pic import __version__
+from sglang_pic import __version__, timer
 from sglang_pic.errors import PicRequestError
 from sglang_pic.forest.keys import is_reserved, namespace, segment_id
 from sglang_pic.link.policy import AUTO
 from sglang_pic.request.fields import MAX_SEGMENTS
 from sglang_pic.server.funnel import Funnel, funnel_of
+from sglang_pic.sglang_hooks import TIMER_KEY
 
 router = APIRouter(prefix="/pic")
 
@@ -34,6 +36,31 @@ async def forest() -> Any:
     """The forest of each data-parallel rank: segments, pages, bytes, integrity."""
     states = await get_global_state().tokenizer_manager.get_internal_state()
     return [state.get("pic") for state in states]
+
+
+@router.get("/timer")
+async def read_timer() -> Any:
+    """Own seconds and calls by stage, of this process and of each rank's scheduler."""
+    states = await get_global_state().tokenizer_manager.get_internal_state()
+    return {"front": timer.front.to_json(), "ranks": [one.get("pic_timer") for one in states]}
+
+
+@router.post("/timer")
+async def switch_timer(request: Request) -> Any:
+    """Turn the timer on, from zero, or off. Body: ``{"on": bool}``."""
+    try:
+        body = await request.json()
+    except ValueError as error:
+        return _error(400, f"body: not JSON: {error}", "body")
+    if not isinstance(body, dict) or set(body) != {"on"} or not isinstance(body["on"], bool):
+        return _error(400, 'body: must be {"on": true} or {"on": false}', "on")
+    command = SetInternalStateReq(server_args={TIMER_KEY: int(body["on"])})
+    await get_global_state().tokenizer_manager.set_internal_state(command)
+    if body["on"]:
+        timer.front.start()
+    else:
+        timer.front.stop()
+    return await read_timer()
 
 
 @router.post("/compile")
