@@ -262,6 +262,31 @@ def test_compile_ahead(page1: Server) -> None:
     assert {s["id"]: s["hits"] for s in page1.forest()["segments"]}[made["id"]] == 1
 
 
+def test_a_report_counts_what_was_compiled_for_it(page1: Server) -> None:
+    salt, segments = fresh_salt(), [ids_of(70 + i, 40 + i) for i in range(3)]
+    prompts = [
+        assemble([*(("segment", segment) for segment in part), ("text", [1, 2, 3])])
+        for part in (segments[:1], segments, segments)
+    ]
+    one, three, again = (
+        page1.generate(**body(*prompt, 1, salt, seam=4))["meta_info"]["pic"] for prompt in prompts
+    )
+    assert one["tokens_compiled"] == 40
+    assert three["tokens_compiled"] == 41 + 42
+    assert again["tokens_compiled"] == 0
+    batch = [body(*prompt, 1, fresh_salt(), seam=4) for prompt in prompts[:2]]
+    salts = [one["cache_salt"] for one in batch]
+    assert salts[0] != salts[1]
+    answers = page1.generate(
+        input_ids=[one["input_ids"] for one in batch],
+        pic=[one["pic"] for one in batch],
+        cache_salt=salts,
+        sampling_params=batch[0]["sampling_params"],
+    )
+    counts = [answer["meta_info"]["pic"]["tokens_compiled"] for answer in answers]
+    assert counts == [40, 40 + 41 + 42]
+
+
 def test_a_thousand_requests_leak_nothing(page16: Server) -> None:
     """Linked, relocated, aborted, disconnected and retracted requests: SGLang's
     strict checks run all the while, and in the end every token is accounted for."""

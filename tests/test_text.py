@@ -50,6 +50,8 @@ def test_text_parts_and_ranges_are_one_form(smollm: Server) -> None:
     parts = smollm.generate(pic=marked(DOCUMENTS), **options)
     spans = smollm.generate(text=text, pic={"segments": ranges}, **options)
     reports = [answer["meta_info"]["pic"] for answer in (parts, spans)]
+    compiled = [report.pop("tokens_compiled") for report in reports]
+    assert compiled[0] > 300 and compiled[1] == 0
     assert reports[0] == reports[1]
     assert reports[0]["tokens_reused"] > 300
     assert parts["output_ids"] == spans["output_ids"]

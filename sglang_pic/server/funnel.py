@@ -131,17 +131,23 @@ class Funnel:
             if missing is None:
                 return
             await outputs.aclose()
-            wanted = self._items(obj, *prompts[0], only=missing)
+            wanted = [self._items(obj, *prompts[0], only=missing)]
             _set_link(obj, *prompts[0], strict=False)
         else:
-            wanted = []
-            for i, (ids, link) in enumerate(prompts):
-                wanted += self._items(obj, ids, link, only=None, index=i)
+            wanted = [
+                self._items(obj, *prompt, only=None, index=i) for i, prompt in enumerate(prompts)
+            ]
             _set_links(obj, prompts)
-        await self.compiler.compile(wanted)
+        compiled = await self._compile(wanted)
         async for out in original(self._manager, obj, request):
-            out = _tidy(out, exchange)
+            out = _tidy(out, exchange, compiled)
             yield self._calibrate(obj, prompts[0], out) if auto else out
+
+    async def _compile(self, wanted: Sequence[Sequence[CompileItem]]) -> list[int]:
+        """Compile each prompt's items, all in one batch; tokens computed by prompt."""
+        results = iter(await self.compiler.compile([item for items in wanted for item in items]))
+        made = [[next(results) for _ in items] for items in wanted]
+        return [sum(n for n in counts if isinstance(n, int)) for counts in made]
 
     # -- the state policy of hybrids ------------------------------------------------
 
@@ -335,13 +341,16 @@ def _missing_of(out: Any) -> list[int] | None:
     return _parse_missing(reason.get("message") or "")
 
 
-def _tidy(out: Any, exchange: Exchange | None) -> Any:
-    """Turn SGLang's list of per-token values into the one report it holds."""
-    for item in out if isinstance(out, list) else [out]:
+def _tidy(out: Any, exchange: Exchange | None, compiled: Sequence[int] = (0,)) -> Any:
+    """Turn SGLang's list of per-token values into the one report it holds, and add
+    what was compiled for each prompt."""
+    items = out if isinstance(out, list) else [out]
+    for i, item in enumerate(items):
         meta = item.get("meta_info", {})
         values = meta.pop("pic", None)
         if values:
-            meta["pic"] = values[0]
+            tokens = compiled[i] if len(compiled) == len(items) else compiled[0]
+            meta["pic"] = {**values[0], "tokens_compiled": tokens}
             if exchange is not None:
-                exchange.report = values[0]
+                exchange.report = meta["pic"]
     return out
