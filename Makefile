@@ -11,7 +11,7 @@ INSTALLED := .venv/installed.stamp
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint venv model clean
+.PHONY: help demo test lint docs venv model clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ lint: venv ## ruff and mypy
 	@$(RUN) -m ruff check --quiet .
 	@$(RUN) -m ruff format --quiet --check .
 	@$(RUN) -m mypy
+
+docs: venv ## the documentation's site, in build/docs
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet && echo "docs: build/docs/index.html"
 
 venv: $(INSTALLED) ## virtual environment in .venv with SGLang (about 10 GB)
 
