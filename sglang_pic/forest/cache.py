@@ -378,7 +378,7 @@ class PicCache(UnifiedRadixCache):
             "available_tokens": self.token_to_kv_pool_allocator.available_size(),
             "protected_tokens": self.protected_size(),
             "evictable_tokens": self.evictable_size(),
-            "bytes_per_token": int(key_bytes + value_bytes) // pool.size,
+            "bytes_per_token": int(key_bytes + value_bytes) // (pool.size + pool.page_size),
             "live_plans": sum(link.plan is not None for link in self._links.values()),
         }
 

@@ -9,6 +9,7 @@ width - 1]. SGLang's pools hold states transposed, [heads, dv, dk].
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from cachetools import LRUCache
 from sglang_pic.config import PicConfig
 from sglang_pic.kernels.operators.pair import Pair
 from sglang_pic.kernels.operators.storage import PackedPair, pack, pack_state
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +155,13 @@ class StateStore:
             packed = {**held.pairs, **packed}
         # A copy: what was captured is a view of a whole step's tensor.
         state = SegmentState(core_end, conv_tail.clone(), pack_state(end, self._dtype), packed)
-        if state.nbytes <= self._states.maxsize:
-            self._states[segment] = state
+        if state.nbytes > self._states.maxsize:
+            logger.warning(
+                "sglang_pic: a segment's state of %d bytes exceeds --pic-state-mib and is not kept",
+                state.nbytes,
+            )
+            return
+        self._states[segment] = state
 
     def drop(self, segment: str) -> None:
         """Forget a segment, whose pages are gone."""

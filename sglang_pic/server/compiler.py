@@ -89,7 +89,7 @@ class Compiler:
                 meta = output["meta_info"]
                 self._running[item].set_result(meta["prompt_tokens"] - meta["cached_tokens"])
         except Exception as error:
-            logger.warning("compiling %d segments failed: %s", len(items), error)
+            logger.warning("sglang_pic: compiling %d segments failed: %s", len(items), error)
             for item in items:
                 self._running[item].set_exception(error)
                 # Consumed here: a client that left will not ask for it.
