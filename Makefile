@@ -11,7 +11,7 @@ INSTALLED := .venv/installed.stamp
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs venv model clean
+.PHONY: help demo test lint docs report venv model clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ lint: venv ## ruff and mypy
 
 docs: venv ## the documentation's site, in build/docs
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet && echo "docs: build/docs/index.html"
+
+report: venv model ## all evaluations in quick form, into docs/results.md (half an hour)
+	@$(RUN) -m eval.report
 
 venv: $(INSTALLED) ## virtual environment in .venv with SGLang (about 10 GB)
 

@@ -26,7 +26,7 @@ against full recompute, with a paired bootstrap interval of 95 %. The default an
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import dataclasses
 import pathlib
 import tempfile
@@ -34,32 +34,32 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
-from scipy import stats
 from tqdm import tqdm
 
+from sglang_pic.eval.bench import POOL_TOKENS, Bench, bench
+from sglang_pic.eval.command import Outcome, deliver, new_figure, parser_of
+from sglang_pic.eval.intervals import interval
 from sglang_pic.eval.models.hybrid import task
-from sglang_pic.eval.models.hybrid.weights import hybrid_path
-from sglang_pic.eval.results import write_json
 from sglang_pic.eval.serving import Server, serve
+from sglang_pic.eval.tables import Table
 
 DEFAULT_SEAM = 4
 SEAMS = (1, 2, 4, 8, 16)
 QUESTIONS = 2000
 FEW_QUESTIONS = 400
-QUICK_QUESTIONS = 300
+QUICK_QUESTIONS, QUICK_FEW_QUESTIONS = 300, 100
+SEGMENTS, LENGTH = 4, 48
 EACH = 10  # questions an example
 BATCH = 40
-COMMON = ("--max-total-tokens=60000", "--disable-overlap-schedule")
+OURS = ("--pic-min-segment=1",)  # of the shared server
 ALL = "all"
-MODEL = "hybrid"
 VOCABULARY = list(range(task.VOCABULARY))
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """``server``: one of ``SERVERS``; ``pic``: its fields, ``None`` on stock SGLang."""
+    """``server``: ``stock``, ``linked`` or one of ``FURTHER``; ``pic``: its fields, ``None``
+    on stock SGLang."""
 
     name: str
     server: str
@@ -75,16 +75,16 @@ class Method:
         return self.name == "seam" and self.seam == DEFAULT_SEAM
 
 
-SERVERS: dict[str, tuple[str, ...]] = {
-    "stock": (),
-    "linked": (),
+# Servers that only the full form needs, beside stock SGLang and ours.
+FURTHER: dict[str, tuple[str, ...]] = {
     "context": ("--pic-compile-context", task.decode(task.PREFIX)),
     "page16": ("--page-size=16",),
 }
 FULL = Method("full", "stock", 0)
+PREFIX = Method("stock_prefix", "stock", 0)
 METHODS = (
     FULL,
-    Method("stock_prefix", "stock", 0),
+    PREFIX,
     *(Method("seam", "linked", width, {}) for width in SEAMS),
     Method("last", "linked", pic={"state": "last"}),
     Method("naive", "linked", 0, {"policy": "none"}),
@@ -99,12 +99,13 @@ METHODS = (
 @dataclasses.dataclass(frozen=True)
 class Asked:
     """One question as the servers get it: prompt, the segments' token ranges, the
-    namespace of its example, and what is right."""
+    namespace of its example, one of its own, and what is right."""
 
     category: str
     ids: list[int]
     segments: list[dict[str, int]]
     salt: str
+    own_salt: str
     answer: list[int]
 
 
@@ -130,8 +131,15 @@ def make_questions(count: int, segments: int, length: int) -> list[Asked]:
         ]
         salt = f"example-{len(asked)}"
         asked += [
-            Asked(question.category, [*ids, *question.prompt], ranges, salt, question.answer)
-            for question in example.questions
+            Asked(
+                question.category,
+                [*ids, *question.prompt],
+                ranges,
+                salt,
+                f"{salt}-{i}",
+                question.answer,
+            )
+            for i, question in enumerate(example.questions)
         ]
     return asked[:count]
 
@@ -147,7 +155,8 @@ def _generate(
     """One batch: each question behind ``forced`` tokens of its answer."""
     body: dict[str, Any] = {
         "input_ids": [[*one.ids, *prefix] for one, prefix in zip(asked, forced, strict=True)],
-        "cache_salt": [f"{one.salt}-{method.label if method is FULL else ''}" for one in asked],
+        # Nothing is cached for full recompute, not even the example's other questions.
+        "cache_salt": [one.own_salt if method is FULL else one.salt for one in asked],
         "sampling_params": [
             {
                 "max_new_tokens": len(one.answer) - len(prefix),
@@ -184,6 +193,8 @@ def ask(
             forced = [
                 reference[i].answer[: len(seen[i])] if reference is not None else [] for i in batch
             ]
+            if method is PREFIX:
+                _generate(server, method, asked, forced)
             for i, output in zip(batch, _generate(server, method, asked, forced), strict=True):
                 meta = output["meta_info"]
                 own[i] = own[i] or output["output_ids"]
@@ -225,15 +236,9 @@ def rows_of(
         if not chosen.any():
             continue
         lost = base[chosen].astype(float) - right[chosen]
-        low = high = float(lost.mean())
-        if lost.std() > 0:
-            interval = stats.bootstrap(
-                (lost,), np.mean, method="percentile", n_resamples=2000, random_state=0
-            ).confidence_interval
-            low, high = float(interval.low), float(interval.high)
+        low, high = interval(lost)
         rows.append(
             {
-                "model": MODEL,
                 "method": method.name,
                 "seam": method.seam,
                 "category": category,
@@ -248,60 +253,107 @@ def rows_of(
     return rows
 
 
-def run(questions: Sequence[Asked], logs: pathlib.Path) -> list[dict[str, Any]]:
-    """All methods, a server after the other; returns flat rows."""
+@contextlib.contextmanager
+def _further(name: str, model: pathlib.Path) -> Iterator[Server]:
+    with tempfile.TemporaryDirectory() as logs:
+        print(f"starting the {name} server ...", flush=True)
+        log = pathlib.Path(logs) / f"{name}.log"
+        flags = (f"--max-total-tokens={POOL_TOKENS}", *OURS, *FURTHER[name])
+        with serve(model, log, *flags) as server:
+            yield server
+
+
+def run(
+    pair: Bench,
+    *,
+    quick: bool,
+    count: int | None = None,
+    segments: int = SEGMENTS,
+    length: int = LENGTH,
+) -> Outcome:
+    """All methods, in the quick form those of the two servers; flat rows, one a
+    method and category."""
+    count = count or (QUICK_QUESTIONS if quick else QUESTIONS)
+    pair.flush()
+    questions = make_questions(count, segments, length)
+    few = QUICK_FEW_QUESTIONS if quick else FEW_QUESTIONS
     rows: list[dict[str, Any]] = []
     full: list[Said] = []
-    for name, flags in SERVERS.items():
-        module = "sglang.launch_server" if name == "stock" else "sglang_pic.launch_server"
-        ours = () if name == "stock" else ("--pic-min-segment=1", *flags)
-        print(f"starting the {name} server ...", flush=True)
-        log = logs / f"{name}.log"
-        with serve(hybrid_path(), log, *COMMON, *ours, module=module) as server:
+    shared = {"stock": pair.stock, "linked": pair.ours}
+    for name in shared if quick else (*shared, *FURTHER):
+        started = (
+            contextlib.nullcontext(shared[name]) if name in shared else _further(name, pair.model)
+        )
+        with started as server:
             for method in METHODS:
                 if method.server != name:
                     continue
                 everything = method is FULL or method.is_default
-                asked = questions if everything else questions[:FEW_QUESTIONS]
+                asked = questions if everything else questions[:few]
                 said = ask(server, method, asked, full[: len(asked)] or None)
                 full = full or said
                 rows += rows_of(method, asked, full[: len(asked)], said)
-    return rows
+    config = {
+        **pair.config,
+        "segments": segments,
+        "segment_tokens": length,
+        "questions": count,
+        "held_out_seed": task.HELD_OUT_SEED,
+        "default_seam": DEFAULT_SEAM,
+    }
+    return Outcome(config, rows, [table_of(rows, config)], plot(rows))
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
-    """Print exact match by category and KL, one line a method."""
-    table = Table(title="the shipped hybrid: exact match in %")
-    table.add_column("method")
-    for name in ("questions", ALL, *task.CATEGORIES, "KL (nats)", "lost points [95 %]"):
-        table.add_column(name, justify="right")
-    for key in dict.fromkeys((row["method"], row["seam"]) for row in rows):
-        found = {row["category"]: row for row in rows if (row["method"], row["seam"]) == key}
+NAMES = {
+    "full": "stock SGLang, full",
+    "stock_prefix": "stock SGLang, prefix cache warm",
+    "last": "last: S ← B",
+    "naive": "naive: nothing computed anew",
+    "identity": "S ← S + B",
+    "no_conv_tail": "no conv tail",
+    "float16_pairs": "float16 pairs",
+    "context": f"seam {DEFAULT_SEAM} behind a compile context",
+    "page16": "pages of 16, seam 16",
+}
+
+
+def table_of(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> Table:
+    """Exact match by category and KL, one line a method."""
+    lines = []
+    for method, seam in dict.fromkeys((row["method"], row["seam"]) for row in rows):
+        found = {
+            row["category"]: row for row in rows if (row["method"], row["seam"]) == (method, seam)
+        }
         every = found[ALL]
-        table.add_row(
-            f"{key[0]} {key[1]}" if key[0] == "seam" else key[0],
-            str(every["questions"]),
-            *(
-                f"{100 * found[c]['exact_match']:.1f}" if c in found else ""
-                for c in (ALL, *task.CATEGORIES)
-            ),
-            f"{every['kl']:.2g}",
-            f"{100 * every['loss']:.1f} [{100 * every['loss_low']:.1f}, "
-            f"{100 * every['loss_high']:.1f}]",
+        default = " (default here)" if seam == DEFAULT_SEAM else ""
+        lines.append(
+            (
+                NAMES.get(method, f"seam {seam}{default}"),
+                str(every["questions"]),
+                *(
+                    f"{100 * found[c]['exact_match']:.1f}" if c in found else ""
+                    for c in task.CATEGORIES
+                ),
+                f"{every['kl']:.2g}",
+                f"{100 * every['loss']:.1f} [{100 * every['loss_low']:.1f}, "
+                f"{100 * every['loss_high']:.1f}]",
+            )
         )
-    Console(width=130).print(table)
+    return Table(
+        f"The shipped hybrid, {config['segments']} documents of {config['segment_tokens']} tokens: "
+        "exact match in %",
+        ("link", "questions", *task.CATEGORIES, "KL (nats)", "points lost [95 %]"),
+        lines,
+        "Held-out questions, server against server; lost: against stock SGLang's full recompute, "
+        "paired bootstrap.",
+    )
 
 
-def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+def plot(rows: Sequence[dict[str, Any]]) -> Any:
     """Exact match by category, one bar a method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     shown = ("full", "seam", "last", "naive", "identity", "no_conv_tail")
     width = 0.8 / len(shown)
-    figure, axis = plt.subplots(figsize=(8, 4))
+    figure, (axis,) = new_figure(width=8)
     for i, method in enumerate(shown):
         found = {
             row["category"]: 100 * row["exact_match"]
@@ -313,40 +365,25 @@ def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     axis.set(
         xticks=range(len(task.CATEGORIES)), xticklabels=task.CATEGORIES, ylabel="exact match, %"
     )
-    axis.grid(alpha=0.3, axis="y")
     axis.legend(fontsize="small", ncols=3, loc="lower center")
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_QUESTIONS} questions")
+    parser = parser_of(__doc__, f"{QUICK_QUESTIONS} questions, no further servers")
     parser.add_argument("--questions", type=int, help=f"how many ({QUESTIONS})")
-    parser.add_argument("--segments", type=int, default=4, help="per prompt (%(default)s)")
-    parser.add_argument("--length", type=int, default=48, help="tokens each (%(default)s)")
-    parser.add_argument("--json", type=pathlib.Path, help="write the rows here")
-    parser.add_argument("--plot", type=pathlib.Path, help="write a PNG here")
+    parser.add_argument("--segments", type=int, default=SEGMENTS, help="a prompt (%(default)s)")
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens each (%(default)s)")
     args = parser.parse_args()
-    count = args.questions or (QUICK_QUESTIONS if args.quick else QUESTIONS)
-    questions = make_questions(count, args.segments, args.length)
-    with tempfile.TemporaryDirectory() as logs:
-        rows = run(questions, pathlib.Path(logs))
-    show(rows)
-    if args.json:
-        config = {
-            "segments": args.segments,
-            "segment_tokens": args.length,
-            "questions": count,
-            "held_out_seed": task.HELD_OUT_SEED,
-            "default_seam": DEFAULT_SEAM,
-            "dtype": "float32",
-        }
-        write_json(args.json, config, rows)
-    if args.plot:
-        plot(rows, args.plot)
+    with bench("hybrid", ours=OURS) as pair:
+        outcome = run(
+            pair,
+            quick=args.quick,
+            count=args.questions,
+            segments=args.segments,
+            length=args.length,
+        )
+    deliver(outcome, args)
 
 
 if __name__ == "__main__":

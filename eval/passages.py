@@ -88,6 +88,26 @@ def prompt_pieces(passages: Sequence[Passage], question: str) -> list[tuple[str,
     return [*pieces, (f"{text}Question: {question}{CLOSING}", False)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """Token ids, and the segments' token ranges as ``pic.segments`` takes them."""
+
+    ids: list[int]
+    segments: list[dict[str, int]]
+
+
+def tokenize(tokenizer: Any, pieces: Sequence[tuple[str, bool]]) -> Prompt:
+    """A prompt given in pieces, each tokenised alone."""
+    ids: list[int] = []
+    segments = []
+    for text, is_segment in pieces:
+        start = len(ids)
+        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+        if is_segment:
+            segments.append({"start": start, "end": len(ids)})
+    return Prompt(ids, segments)
+
+
 def chat_messages(
     passages: Sequence[Passage], question: str, *, mark: bool
 ) -> list[dict[str, Any]]:

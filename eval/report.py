@@ -1,0 +1,157 @@
+"""Every evaluation in its quick form, and ``docs/results.md`` made of what they found.
+
+    python -m eval.report [--docs DIRECTORY] [--results DIRECTORY]
+
+All parts with one model share one stock server and one of ours. A part that fails is
+left out of the page, named at the end, and fails the command; so does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sglang_pic.eval import (
+    breakdown,
+    hybrid_quality,
+    load,
+    memory,
+    steady_state,
+    text_quality,
+    ttft,
+)
+from sglang_pic.eval.bench import Bench, bench
+from sglang_pic.eval.command import Outcome, save
+from sglang_pic.eval.results import machine, versions, write_json
+
+DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
+HYBRID_SEAM = hybrid_quality.DEFAULT_SEAM
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One section of the page: its title, the command that makes it alone, its quick
+    form as a function of the servers, and the name of its files."""
+
+    title: str
+    command: str
+    run: Callable[[Bench], Outcome]
+    name: str
+
+
+def _part(title: str, module: Any, flags: str = "", name: str = "", **options: Any) -> Part:
+    short = module.__name__.rpartition(".")[2]
+    command = f"python -m eval.{short} --quick{flags}"
+    run = functools.partial(module.run, quick=True, **options)
+    return Part(title, command, run, name or short)
+
+
+ON_SMOLLM2 = (
+    _part("Quality on real text", text_quality),
+    _part("Time to first token", ttft),
+    _part("Under load", load),
+    _part("Growth, and one request taken apart", breakdown),
+)
+_HYBRID = f" --hybrid --seam {HYBRID_SEAM}"
+ON_HYBRID = (
+    _part("Quality of the hybrid", hybrid_quality),
+    _part("Steady state", steady_state, _HYBRID, seam=HYBRID_SEAM),
+    _part("Memory", memory, _HYBRID, seam=HYBRID_SEAM),
+    _part("Time to first token of the hybrid", ttft, _HYBRID, "ttft_hybrid", seam=HYBRID_SEAM),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """A part that was run, and its seconds."""
+
+    part: Part
+    outcome: Outcome
+    seconds: float
+
+
+def run_all(parts: Sequence[Part], pair: Bench) -> list[Done]:
+    """Run what runs; a part that fails is told of on the terminal and left out."""
+    done = []
+    for part in parts:
+        print(f"report: {part.title}", flush=True)
+        start = time.monotonic()
+        try:
+            pair.flush()
+            outcome = part.run(pair)
+        except Exception:
+            traceback.print_exc()
+            print(f"report: {part.title} failed and is left out", flush=True)
+            continue
+        done.append(Done(part, outcome, time.monotonic() - start))
+        for table in outcome.tables:
+            table.print()
+    return done
+
+
+def page(done: Sequence[Done], figures: str) -> str:
+    """The page as Markdown. ``figures``: where the plots lie, as seen from the page."""
+    host = machine()
+    gib = host["memory_bytes"] / 2**30
+    lines = [
+        "# Results",
+        "",
+        "Made by `make report`: the quick form of every evaluation, in one run on one machine. "
+        "What is not here was not run. Each section's command makes it alone; without `--quick` "
+        "it takes longer and measures more. Nothing here ran on a GPU.",
+        "",
+        f"- Date: {time.strftime('%Y-%m-%d')}",
+        f"- Machine: {host['processor']}, {host['cores']} cores, {gib:.0f} GiB",
+        f"- Versions: {', '.join(f'{name} {value}' for name, value in versions().items())}",
+        "",
+    ]
+    for one in done:
+        lines += [f"## {one.part.title}", "", f"    {one.part.command}", ""]
+        for table in one.outcome.tables:
+            lines += [table.markdown()]
+        if one.outcome.figure is not None:
+            lines += [f"![{one.part.title}]({figures}/{one.part.name}.png)", ""]
+        lines += [f"Took {one.seconds:.0f} s.", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write(done: Sequence[Done], docs: pathlib.Path, results: pathlib.Path) -> None:
+    """Write page and plots below ``docs``, the rows below ``results``."""
+    for one in done:
+        write_json(results / f"{one.part.name}.json", one.outcome.config, one.outcome.rows)
+    docs.mkdir(parents=True, exist_ok=True)
+    (docs / "results.md").write_text(page(done, "figures"), encoding="utf-8")
+    for one in done:
+        if one.outcome.figure is not None:
+            save(one.outcome.figure, docs / "figures" / f"{one.part.name}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--docs", type=pathlib.Path, default=DOCS, help="page and plots (docs)")
+    parser.add_argument(
+        "--results", type=pathlib.Path, default=pathlib.Path("results"), help="JSON (results)"
+    )
+    args = parser.parse_args()
+    done: list[Done] = []
+    with bench("smollm2") as pair:
+        done += run_all(ON_SMOLLM2, pair)
+    with bench("hybrid", ours=hybrid_quality.OURS) as pair:
+        done += run_all(ON_HYBRID, pair)
+    write(done, args.docs, args.results)
+    print(f"report: {args.docs / 'results.md'}, {sum(one.seconds for one in done):.0f} s of runs")
+    if len(done) < len(ON_SMOLLM2) + len(ON_HYBRID):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
