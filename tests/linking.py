@@ -8,9 +8,10 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-import oracle
 import torch
 from tiny_models import tiny_llama_model
+
+from sglang_pic.eval.oracle import dense
 
 VOCAB = 512
 TOLERANCE = 1e-4
@@ -65,7 +66,7 @@ def distributions(answer: dict[str, Any]) -> torch.Tensor:
 
 def check_exact(answer: dict[str, Any], ids: list[int], n_new: int) -> None:
     """The answer is the plain model's."""
-    expected = oracle.full_logprobs(model(), ids, n_new)
+    expected = dense.full_logprobs(model(), ids, n_new)
     assert (distributions(answer) - expected.full_logprobs).abs().max() < TOLERANCE
 
 
@@ -86,14 +87,14 @@ def check_linked(
     greedy choice may differ from the oracle's by no more than the tolerance.
     """
     where = {"seam": seam, "page": page, "policy": policy, "context": context}
-    planned = oracle.layout(len(ids), segments, prompt_ids=ids, **where)
+    planned = dense.layout(len(ids), segments, prompt_ids=ids, **where)
     report = answer["meta_info"]["pic"]
     assert report["tokens_reused"] - report["prefix_tokens"] == planned.n_reused
     assert report["tokens_reused"] + report["tokens_computed"] == len(ids)
     for segment, core in zip(report["segments"], planned.cores, strict=True):
         assert segment["tokens_reused"] == len(core), segment
     chosen = answer["output_ids"]
-    expected = oracle.linked_logprobs(
+    expected = dense.linked_logprobs(
         model(), ids, segments, min_segment=1, n_new=n_new, forced=chosen, **where
     ).full_logprobs
     worst = (distributions(answer) - expected).abs().max().item()

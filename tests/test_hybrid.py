@@ -11,8 +11,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import hybrid_oracle
-import oracle
 import pytest
 from conftest import CHECKS, TINY, serve
 from hypothesis import HealthCheck, given, settings
@@ -21,6 +19,7 @@ from linking import TOLERANCE, assemble, body, distributions, fresh_salt, ids_of
 from tiny_models import tiny_hybrid, tiny_hybrid_model
 from traffic import check_no_leak
 
+from sglang_pic.eval.oracle import dense, hybrid
 from sglang_pic.eval.serving import Server
 
 pytestmark = pytest.mark.server
@@ -75,11 +74,11 @@ def check_linked(
     state: str = "compose",
 ) -> None:
     """The answer is the oracle's, and exactly the tokens of the formula were reused."""
-    planned = oracle.layout(len(ids), segments, seam=seam, page=page, policy=policy, prompt_ids=ids)
+    planned = dense.layout(len(ids), segments, seam=seam, page=page, policy=policy, prompt_ids=ids)
     report = answer["meta_info"]["pic"]
     assert report["tokens_reused"] - report["prefix_tokens"] == planned.n_reused, report
     chosen = answer["output_ids"]
-    expected = hybrid_oracle.linked_logprobs(
+    expected = hybrid.linked_logprobs(
         model(page),
         ids,
         segments,
@@ -97,7 +96,7 @@ def check_linked(
 
 def check_exact(answer: dict[str, Any], ids: list[int], page: int) -> None:
     """The answer is the plain model's."""
-    expected = oracle.full_logprobs(
+    expected = dense.full_logprobs(
         model(page),
         ids,
         len(answer["output_ids"]),
@@ -136,7 +135,7 @@ def test_any_layout_matches_the_oracle(
     pic = {"seam": seam, "policy": policy, "state": state}
     cold = server.generate(**body(ids, segments, 3, salt, **pic))
     warm = server.generate(**body(ids, segments, 3, salt, **pic))
-    planned = oracle.layout(len(ids), segments, seam=seam, page=page, policy=policy, prompt_ids=ids)
+    planned = dense.layout(len(ids), segments, seam=seam, page=page, policy=policy, prompt_ids=ids)
     for answer in (cold, warm):
         if planned.n_reused:
             check_linked(answer, ids, segments, page=page, **pic)
@@ -214,11 +213,11 @@ def test_calibration_chooses_the_better_policy(hybrid1: Server) -> None:
     for seed in range(300, 304):
         ids, segments = four_documents(1, 10 * seed)
         answer = hybrid1.generate(**body(ids, segments, 1, salt, seam=4))
-        full = oracle.full_logprobs(model(1), ids, 1)
+        full = dense.full_logprobs(model(1), ids, 1)
         p = full.full_logprobs
         for state, found in kl.items():
             where = {"seam": 4, "page": 1, "state": state, "forced": full.tokens}
-            q = hybrid_oracle.linked_logprobs(model(1), ids, segments, **where)
+            q = hybrid.linked_logprobs(model(1), ids, segments, **where)
             found.append((p.exp() * (p - q)).sum().item())
         assert answer["meta_info"]["pic"]["exactness"] == "composed"
     better = min(kl, key=lambda state: sum(kl[state]))
@@ -283,7 +282,7 @@ def check_behind_context(
     answer: dict[str, Any], ids: list[int], segments: Sequence[tuple[int, int]], seam: int
 ) -> None:
     chosen = answer["output_ids"]
-    expected = hybrid_oracle.linked_logprobs(
+    expected = hybrid.linked_logprobs(
         tiny_hybrid_model("qwen3_5"),
         ids,
         segments,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 
-import oracle
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from linking import assemble, body, check_exact, check_linked, fresh_salt, ids_of
 
+from sglang_pic.eval.oracle import dense
 from sglang_pic.eval.serving import Server
 
 pytestmark = pytest.mark.server
@@ -48,7 +48,7 @@ def test_any_layout_matches_the_oracle(
     cold = server.generate(**body(ids, segments, 3, salt, seam=seam, policy=policy))
     warm = server.generate(**body(ids, segments, 3, salt, seam=seam, policy=policy))
     check = {"seam": seam, "page": page, "n_new": 3, "policy": policy}
-    planned = oracle.layout(len(ids), segments, seam=seam, page=page, policy=policy, prompt_ids=ids)
+    planned = dense.layout(len(ids), segments, seam=seam, page=page, policy=policy, prompt_ids=ids)
     if planned.n_reused or policy == "full":
         check_linked(cold, ids, segments, **check)
         check_linked(warm, ids, segments, **check)

@@ -9,8 +9,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import mamba2_oracle
-import oracle
 import pytest
 from conftest import CHECKS, TINY, serve
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +16,7 @@ from hypothesis import strategies as st
 from linking import TOLERANCE, assemble, body, distributions, fresh_salt, ids_of
 from tiny_models import tiny_mamba2, tiny_mamba2_model
 
+from sglang_pic.eval.oracle import dense, mamba2
 from sglang_pic.eval.serving import Server
 
 pytestmark = pytest.mark.server
@@ -70,11 +69,11 @@ def check_linked(
 ) -> None:
     """The answer is the oracle's, and exactly the tokens of the formula were reused."""
     where = {"seam": seam, "page": page, "policy": policy}
-    planned = oracle.layout(len(ids), segments, prompt_ids=ids, **where)
+    planned = dense.layout(len(ids), segments, prompt_ids=ids, **where)
     report = answer["meta_info"]["pic"]
     assert report["tokens_reused"] - report["prefix_tokens"] == planned.n_reused, report
     chosen = answer["output_ids"]
-    expected = mamba2_oracle.linked_logprobs(
+    expected = mamba2.linked_logprobs(
         model(page), ids, segments, state=state, forced=chosen, **where
     )
     worst = (distributions(answer) - expected).abs().max().item()
@@ -86,7 +85,7 @@ def check_linked(
 def check_exact(answer: dict[str, Any], ids: list[int], page: int) -> None:
     """The answer is the plain model's."""
     chosen = answer["output_ids"]
-    expected = oracle.full_logprobs(model(page), ids, len(chosen), forced=chosen)
+    expected = dense.full_logprobs(model(page), ids, len(chosen), forced=chosen)
     assert (distributions(answer) - expected.full_logprobs).abs().max() < TOLERANCE
 
 
@@ -116,7 +115,7 @@ def test_any_layout_matches_the_oracle(
     ids, segments = assemble([(kind, ids_of(seed, n)) for kind, seed, n in parts])
     salt = fresh_salt()
     pic: dict[str, Any] = {"seam": seam, "policy": policy, "state": state}
-    planned = oracle.layout(len(ids), segments, seam=seam, page=page, policy=policy, prompt_ids=ids)
+    planned = dense.layout(len(ids), segments, seam=seam, page=page, policy=policy, prompt_ids=ids)
     for _ in ("compiles", "finds everything"):
         answer = server.generate(**body(ids, segments, 3, salt, **pic))
         if planned.n_reused:

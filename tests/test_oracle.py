@@ -9,9 +9,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import LIVE, Layout, arrange, full_logprobs, layout, linked_logprobs
 from tiny_models import tiny_llama, tiny_llama_model
 from transformers import AutoModelForCausalLM, DynamicCache
+
+from sglang_pic.eval.oracle.dense import (
+    LIVE,
+    Layout,
+    arrange,
+    full_logprobs,
+    layout,
+    linked_logprobs,
+)
 
 VOCAB = 200
 TOLERANCE = 1e-5

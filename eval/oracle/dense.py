@@ -12,14 +12,14 @@ keys carry their true positions; RoPE being relative, the copy computes what it
 would compute alone at positions 0, 1, ... A context that would reach below
 position 0 shifts all positions up.
 
-Nothing here imports ``sglang_pic``: positions, visibility and the choice of
-reused tokens follow from segments, seam width, page size and compile context
+Nothing here imports the code under test: positions, visibility and the choice
+of reused tokens follow from segments, seam width, page size and compile context
 by this file's own rules, stated token by token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -62,6 +62,21 @@ class Rows(NamedTuple):
     position: Tensor
     copy: Tensor
     visible: Tensor
+
+
+class Inner(NamedTuple):
+    """What stands at each of a prompt's n tokens, in each of l layers, float32.
+
+    hidden [l, n, hidden size]: behind the layer. keys, values [l, n, key-value
+    heads * head dim]: as projected, keys before their rotation. attention
+    [l, n, n], mean over heads: row i is what token i pays to tokens 0 to i; what
+    an isolated copy pays to its compile context is left out.
+    """
+
+    hidden: Tensor
+    keys: Tensor
+    values: Tensor
+    attention: Tensor
 
 
 class Generation(NamedTuple):
@@ -154,6 +169,18 @@ def arrange(
     return Rows(tokens, position - position.min().clamp(max=0), copy, visible)
 
 
+def sources(rows: Rows, cores: Sequence[frozenset[int]]) -> Tensor:
+    """int64 [tokens]: the row whose computation stands at each prompt position."""
+    n = int((rows.copy == LIVE).sum()) + sum(len(core) for core in cores)
+    shift = int(rows.position[-1]) - (n - 1)
+    source = torch.empty(n, dtype=torch.int64)
+    for row in range(len(rows.tokens)):
+        position, copy = int(rows.position[row]) - shift, int(rows.copy[row])
+        if copy == LIVE or position in cores[copy]:
+            source[position] = row
+    return source
+
+
 def _generation(
     steps: Iterator[Tensor], n_new: int, forced: Sequence[int] | None, chosen: list[int]
 ) -> Generation:
@@ -241,3 +268,44 @@ def full_logprobs(
     """Continue a prompt by the plain model; arguments as in ``linked_logprobs``."""
     tokens: list[int] = []
     return _generation(_plain_steps(model, prompt_ids, tokens), n_new, forced, tokens)
+
+
+@torch.no_grad()
+def linked_inner(
+    model: Any, prompt_ids: Sequence[int], segments: Sequence[Segment], **rule: Any
+) -> Inner:
+    """What stands at each token of a linked prompt; policy ``full`` is full recompute.
+
+    Args:
+        model: as in ``linked_logprobs``, built like Llama.
+        rule: see ``layout``.
+    """
+    cores = layout(len(prompt_ids), segments, prompt_ids=prompt_ids, **rule).cores
+    rows = arrange(prompt_ids, segments, cores, context=rule.get("context", ()))
+    source = sources(rows, cores)
+    place = rows.position - (rows.position[-1] - (len(prompt_ids) - 1))
+    first = torch.tensor([start for start, _ in segments] + [0])[rows.copy]  # LIVE is -1
+    own = place >= first  # not of a compile context
+
+    def in_prompt(weights: Tensor) -> Tensor:
+        """Attention of all rows, to all rows -> of all tokens, to all tokens."""
+        n = len(prompt_ids)
+        return torch.zeros(n, n).index_add(1, place[own], weights[source][:, own])
+
+    kept: dict[str, list[Tensor]] = {name: [] for name in Inner._fields}
+    hooks = []
+
+    def keep(name: str, module: Any, pick: Callable[[Any], Tensor]) -> None:
+        hooks.append(module.register_forward_hook(lambda _, __, out: kept[name].append(pick(out))))
+
+    for layer in model.model.layers:
+        keep("hidden", layer, lambda out: out[0][source])
+        keep("keys", layer.self_attn.k_proj, lambda out: out[0][source])
+        keep("values", layer.self_attn.v_proj, lambda out: out[0][source])
+        keep("attention", layer.self_attn, lambda out: in_prompt(out[1][0].mean(0)))
+    try:
+        next(_linked_steps(model, rows, []))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Inner(**{name: torch.stack(found) for name, found in kept.items()})

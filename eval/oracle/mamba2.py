@@ -1,6 +1,6 @@
 """What a linked request to a Mamba-2 hybrid must answer, without the code under test.
 
-As ``hybrid_oracle``, whose walk over positions this uses: no pairs, but one pass
+As ``hybrid``, whose walk over positions this uses: no pairs, but one pass
 token by token in float64, in which a position inside a core contributes the
 input, key and step size that its isolated copy computed.
 """
@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hybrid_oracle import Walk, over_rows, walk
-from oracle import Segment
 from torch import Tensor
+
+from sglang_pic.eval.oracle.dense import Segment
+from sglang_pic.eval.oracle.hybrid import Walk, over_rows, walk
 
 
 def _convolve(mixer: Any, x: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ def linked_logprobs(
     Args:
         model: Falcon-H1 or a dense Granite 4 of transformers, float32, eager attention.
         forced: the continuation.
-        layout: see ``hybrid_oracle.walk``.
+        layout: see ``hybrid.walk``.
 
     Returns:
         float32 [len(forced), vocab], log-probabilities.

@@ -1,6 +1,6 @@
 """What a linked request to a hybrid must answer, without the code under test.
 
-Rows and visibility are the dense oracle's (``oracle.arrange``): isolated copies
+Rows and visibility are the dense oracle's (``dense.arrange``): isolated copies
 of the reused segments, then the prompt's live tokens. Full attention is the
 model's own, under that mask. A linear layer knows no pairs here: an isolated
 copy is a sequence of its own, and the prompt is one walk over its positions,
@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import oracle
 import torch
 import torch.nn.functional as F
-from oracle import LIVE, Segment
 from torch import Tensor
+
+from sglang_pic.eval.oracle import dense
+from sglang_pic.eval.oracle.dense import LIVE, Segment
 
 
 class Walk(NamedTuple):
@@ -29,7 +30,7 @@ class Walk(NamedTuple):
     [n, n]: 0 or -inf, for full attention.
     """
 
-    rows: oracle.Rows
+    rows: dense.Rows
     source: Tensor
     resets: frozenset[int]
     mask: Tensor
@@ -48,8 +49,8 @@ def walk(
     forced: Sequence[int],
 ) -> Walk:
     """Lay out a linked prompt and its continuation ``forced``. ``state`` is
-    ``compose`` or ``last``; for the others see ``oracle.layout``."""
-    chosen = oracle.layout(
+    ``compose`` or ``last``; for the others see ``dense.layout``."""
+    chosen = dense.layout(
         len(prompt_ids),
         segments,
         seam=seam,
@@ -60,13 +61,8 @@ def walk(
         prompt_ids=prompt_ids,
     )
     ids = [*prompt_ids, *forced[:-1]]
-    rows = oracle.arrange(ids, segments, chosen.cores, context=context)
-    shift = int(rows.position[-1]) - (len(ids) - 1)
-    source = torch.empty(len(ids), dtype=torch.int64)
-    for row in range(len(rows.tokens)):
-        position, copy = int(rows.position[row]) - shift, int(rows.copy[row])
-        if copy == LIVE or position in chosen.cores[copy]:
-            source[position] = row
+    rows = dense.arrange(ids, segments, chosen.cores, context=context)
+    source = dense.sources(rows, chosen.cores)
     resets = frozenset(min(core) for core in chosen.cores if core) if state == "last" else ()
     mask = torch.zeros(rows.visible.shape).masked_fill(~rows.visible, float("-inf"))
     return Walk(rows, source, frozenset(resets), mask)
@@ -138,11 +134,12 @@ def _split(layer: Any, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _recur(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, resets: frozenset[int]
-) -> Tensor:
-    """Gated delta rule, float64; the state is forgotten in front of ``resets``."""
+) -> tuple[Tensor, list[Tensor]]:
+    """Gated delta rule, float64; the state is forgotten in front of ``resets``.
+    Outputs [tokens, heads, dv] and the state [heads, dk, dv] behind each token."""
     q, k, v, g, beta = (t.double() for t in (q, k, v, g, beta))
     state = k.new_zeros((k.shape[1], k.shape[2], v.shape[2]))
-    outputs = []
+    outputs, states = [], []
     for t in range(len(k)):
         if t in resets:
             state = torch.zeros_like(state)
@@ -150,19 +147,48 @@ def _recur(
         error = beta[t][:, None] * (v[t] - torch.einsum("hk,hkv->hv", k[t], state))
         state = state + k[t][:, :, None] * error[:, None, :]
         outputs.append(torch.einsum("hk,hkv->hv", q[t], state))
-    return torch.stack(outputs).float()
+        states.append(state.float())
+    return torch.stack(outputs).float(), states
 
 
-def _linear(layer: Any, x: Tensor, walked: Walk) -> Tensor:
-    """A linear layer over all rows."""
+def _linear(layer: Any, x: Tensor, walked: Walk) -> tuple[Tensor, list[Tensor]]:
+    """A linear layer over all rows, and its state behind each token of the prompt."""
     mixed, z, g, beta = _project(layer, x)
+    states: list[Tensor] = []
 
     def recur(y: Tensor, at: Tensor, resets: frozenset[int]) -> Tensor:
-        return _recur(*_split(layer, y), g[at], beta[at], resets)
+        outputs, states[:] = _recur(*_split(layer, y), g[at], beta[at], resets)
+        return outputs  # the walk over the prompt comes last, and its states stay
 
     core = over_rows(walked, mixed, lambda inputs: _convolve(layer, inputs), recur)
     gated = layer.norm(core.flatten(0, 1), z.reshape(-1, layer.head_v_dim))
-    return layer.out_proj(gated.reshape(len(x), -1))
+    return layer.out_proj(gated.reshape(len(x), -1)), states
+
+
+def _forward(model: Any, walked: Walk) -> tuple[Tensor, list[Tensor]]:
+    """Hidden rows behind the last layer, and each linear layer's state behind each
+    token of the prompt."""
+    rows = walked.rows
+    states = []
+    x = model.model.embed_tokens(rows.tokens)
+    positions = rows.position[None]
+    if type(model).__name__.startswith("Qwen3_5"):
+        positions = positions[None].expand(3, 1, -1)
+    rotary = model.model.rotary_emb(x[None], positions)
+    for layer in model.model.layers:
+        h = layer.input_layernorm(x)
+        if hasattr(layer, "linear_attn"):
+            mixed, own = _linear(layer.linear_attn, h, walked)
+            x = x + mixed
+            states.append(torch.stack(own))
+        else:
+            out, _ = layer.self_attn(
+                h[None], position_embeddings=rotary, attention_mask=walked.mask[None, None]
+            )
+            x = x + out[0]
+        out = layer.mlp(layer.post_attention_layernorm(x)[None])
+        x = x + (out[0] if isinstance(out, tuple) else out)[0]
+    return x, states
 
 
 @torch.no_grad()
@@ -184,23 +210,21 @@ def linked_logprobs(
     Returns:
         float32 [len(forced), vocab], log-probabilities.
     """
-    walked = walk(prompt_ids, segments, forced=forced, **layout)
-    rows = walked.rows
-    x = model.model.embed_tokens(rows.tokens)
-    positions = rows.position[None]
-    if type(model).__name__.startswith("Qwen3_5"):
-        positions = positions[None].expand(3, 1, -1)
-    rotary = model.model.rotary_emb(x[None], positions)
-    for layer in model.model.layers:
-        h = layer.input_layernorm(x)
-        if hasattr(layer, "linear_attn"):
-            x = x + _linear(layer.linear_attn, h, walked)
-        else:
-            out, _ = layer.self_attn(
-                h[None], position_embeddings=rotary, attention_mask=walked.mask[None, None]
-            )
-            x = x + out[0]
-        out = layer.mlp(layer.post_attention_layernorm(x)[None])
-        x = x + (out[0] if isinstance(out, tuple) else out)[0]
+    x, _ = _forward(model, walk(prompt_ids, segments, forced=forced, **layout))
     logits = model.lm_head(model.model.norm(x[-len(forced) :]))
     return torch.log_softmax(logits.float(), -1)
+
+
+@torch.no_grad()
+def linked_states(
+    model: Any, prompt_ids: Sequence[int], segments: Sequence[Segment], **layout: Any
+) -> Tensor:
+    """The state of each linear layer behind each token of a linked prompt; policy
+    ``full`` is full recompute.
+
+    Arguments as in ``linked_logprobs``, without a continuation.
+
+    Returns:
+        float32 [linear layers, tokens, heads, dk, dv].
+    """
+    return torch.stack(_forward(model, walk(prompt_ids, segments, forced=[0], **layout))[1])
