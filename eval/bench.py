@@ -1,4 +1,9 @@
-"""Stock SGLang and ours, side by side: what evaluations run on."""
+"""Stock SGLang and ours, side by side: what evaluations run on.
+
+Stock SGLang runs without this plug-in, but for the platform that lets it start on a
+CPU. A hybrid cannot: SGLang has no kernels for linear layers on this platform but
+ours, so there the plug-in is loaded and not asked for.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +23,10 @@ from sglang_pic.eval.serving import Server, serve
 
 POOL_TOKENS = 24000
 STOCK_MODULE = "sglang.launch_server"
+# SGLang's list of plug-ins to load: the CPU platform alone.
+WITHOUT_US = {"SGLANG_PLUGINS": "sglang_pic_cpu"}
+# So that what SGLang says of its load is what holds at that step.
+COMMON = ("--load-snapshot-publish-interval=1",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +82,12 @@ def model_path(name: str) -> pathlib.Path:
     return hybrid_path() if name == "hybrid" else pathlib.Path(name)
 
 
+def linear_layers(config: Any) -> int:
+    """How many layers of a model are linear attention."""
+    kinds = getattr(config, "layer_types", None) or []
+    return sum(kind == "linear_attention" for kind in kinds)
+
+
 def ordinary_tokens(size: int) -> range:
     """Token ids of a vocabulary without the first and last ones, which are often special."""
     return range(size // 32, size - size // 32)
@@ -92,11 +107,14 @@ def bench(
     """
     model = model_path(name)
     config = AutoConfig.from_pretrained(model)
-    common = (f"--max-total-tokens={pool}", *flags)
+    common = (*COMMON, f"--max-total-tokens={pool}", *flags)
+    env = {} if linear_layers(config) else WITHOUT_US
     with contextlib.ExitStack() as stack:
         logs = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         print(f"starting stock SGLang and ours with {name} ...", flush=True)
-        stock = stack.enter_context(serve(model, logs / "stock.log", *common, module=STOCK_MODULE))
+        stock = stack.enter_context(
+            serve(model, logs / "stock.log", *common, module=STOCK_MODULE, env=env)
+        )
         linking = stack.enter_context(serve(model, logs / "ours.log", *common, *ours))
         print(f"up after {stock.start_s:.0f} s and {linking.start_s:.0f} s", flush=True)
         yield Bench(

@@ -8,13 +8,15 @@ that arrive at once (their mean). Methods, on our server, caches warm where name
     unlinked  our attention, stock scheduling, linking off, nothing cached
     linked    the same documents compiled, in another order, with a new question
 
-``slope``: least squares over the axis, milliseconds a segment, a token or a request.
+``slope``: least squares over the axis, milliseconds a segment, a token or a request,
+with the half-width of its interval of 95 % over all repetitions.
 What can be expected: linked grows with the seams and the question, not with the
 segments' tokens, but for the attention paid to them.
 
 The stages of a linked request come from the server's built-in timer (``POST
 /pic/timer``): own wall time, in milliseconds a request; ``elsewhere`` is what is left
-of the time to first token: SGLang's processes talking to each other and to us.
+of the time to first token: SGLang's processes and ours around the stages, and the way
+between them.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from sglang_pic.eval.command import Outcome, deliver, new_figure, parser_of
 from sglang_pic.eval.load import drive
 from sglang_pic.eval.tables import Table
 from sglang_pic.eval.workloads import QUESTION_TOKENS, Prompt
+from sglang_pic.link.report import HIT
 
 METHODS = ("unlinked", "linked")
 AXES = {
@@ -48,6 +51,7 @@ REPEATS, QUICK_REPEATS = 5, 3
 SEAM = 16
 STAGED = (8, 128)  # segments and tokens of each of the request that is taken apart
 STAGED_REQUESTS = 10
+WHOLE = "time to first token"
 
 
 def _body(prompt: Prompt, salt: str, pic: dict[str, Any]) -> dict[str, Any]:
@@ -101,28 +105,34 @@ def grow(pair: Bench, *, quick: bool, seam: int, seed: int) -> list[dict[str, An
                 found = asyncio.run(drive(pair.ours, bodies, [0.0] * count))
                 seconds[method].append(statistics.fmean(one.first_s for one in found))
         rows += [
-            {"axis": axis, "value": value, "method": method, "ttft_s": statistics.median(times)}
+            {
+                "axis": axis,
+                "value": value,
+                "method": method,
+                "ttft_s": statistics.median(times),
+                "ttft_s_each": times,
+            }
             for method, times in seconds.items()
         ]
     return rows
 
 
 def slopes(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Milliseconds a step of each axis and method, with the fit's R squared."""
+    """Milliseconds a step of each axis and method, with its interval."""
     made = []
     for axis in dict.fromkeys(row["axis"] for row in rows):
         for method in METHODS:
             line = [row for row in rows if (row["axis"], row["method"]) == (axis, method)]
-            fit = stats.linregress(
-                [row["value"] for row in line], [1000 * row["ttft_s"] for row in line]
-            )
+            points = [(row["value"], 1000 * s) for row in line for s in row["ttft_s_each"]]
+            fit = stats.linregress(*zip(*points, strict=True))
+            width = float(fit.stderr * stats.t.ppf(0.975, max(1, len(points) - 2)))
             made.append(
                 {
                     "axis": axis,
                     "method": method,
                     "slope_ms": float(fit.slope),
+                    "slope_ms_within": width,
                     "intercept_ms": float(fit.intercept),
-                    "r_squared": float(fit.rvalue**2),
                 }
             )
     return made
@@ -135,12 +145,18 @@ def take_apart(pair: Bench, *, seam: int, seed: int) -> list[dict[str, Any]]:
     documents = [tokenizer.decode(pair.tokens(rng, STAGED[1])) for _ in range(STAGED[0])]
     question = tokenizer.decode(pair.tokens(rng, QUESTION_TOKENS))
 
+    lengths: list[int] = []
+
     def ask() -> float:
         parts = [{"segment": text} for text in rng.sample(documents, len(documents))]
         pic = {"parts": [*parts, question], "seam": seam}
-        seconds, _ = pair.ours.first_token(
+        seconds, first = pair.ours.first_token(
             pic=pic, cache_salt="stages", sampling_params={"max_new_tokens": 1, "temperature": 0}
         )
+        segments = first["meta_info"]["pic"]["segments"]
+        if any(segment["reason"] != HIT for segment in segments):
+            raise RuntimeError(f"not all segments were linked: {segments}")
+        lengths.extend(segment["end"] - segment["start"] for segment in segments)
         return seconds
 
     ask()  # compiles
@@ -167,7 +183,14 @@ def take_apart(pair: Bench, *, seam: int, seed: int) -> list[dict[str, Any]]:
     return [
         *rows,
         {"process": "all", "stage": "elsewhere", "calls": 1, "ms": left},
-        {"process": "all", "stage": "time to first token", "calls": 1, "ms": whole},
+        {
+            "process": "all",
+            "stage": WHOLE,
+            "calls": 1,
+            "ms": whole,
+            "segments": STAGED[0],
+            "segment_tokens": statistics.fmean(lengths),
+        },
     ]
 
 
@@ -184,22 +207,29 @@ def run(pair: Bench, *, quick: bool, seam: int = SEAM, seed: int = 0) -> Outcome
         "seam": seam,
         "seed": seed,
     }
-    tables = [growth_table(fitted, points), stage_table(stages, pair.name)]
+    tables = [growth_table(fitted, points, seam), stage_table(stages, pair.name)]
     return Outcome(config, [*points, *fitted, *stages], tables, plot(points, stages))
 
 
-def growth_table(fitted: Sequence[dict[str, Any]], points: Sequence[dict[str, Any]]) -> Table:
+def growth_table(
+    fitted: Sequence[dict[str, Any]], points: Sequence[dict[str, Any]], seam: int
+) -> Table:
     """One line an axis: slopes of both methods."""
     lines = []
     for axis in dict.fromkeys(row["axis"] for row in fitted):
         found = {row["method"]: row for row in fitted if row["axis"] == axis}
         values = [row["value"] for row in points if row["axis"] == axis]
         full, linked = found["unlinked"], found["linked"]
+        sure = all(row["slope_ms"] > row["slope_ms_within"] for row in (full, linked))
+        ratio = f"{full['slope_ms'] / linked['slope_ms']:.1f}x" if sure else ""
         lines.append(
             (
                 f"{axis.replace('_', ' ')}, {min(values)} to {max(values)}",
-                *(f"{row['slope_ms']:.2f} (R² {row['r_squared']:.2f})" for row in (full, linked)),
-                f"{full['slope_ms'] / linked['slope_ms']:.1f}x",
+                *(
+                    f"{row['slope_ms']:.2f} ± {row['slope_ms_within']:.2f}"
+                    for row in (full, linked)
+                ),
+                ratio,
             )
         )
     return Table(
@@ -207,14 +237,16 @@ def growth_table(fitted: Sequence[dict[str, Any]], points: Sequence[dict[str, An
         ("varied", "unlinked", "linked", "ratio"),
         lines,
         f"Held fixed: {POINT['segments']} segments of {POINT['segment_tokens']} tokens, one "
-        f"request, seam {SEAM}.",
+        f"request, seam {seam}. No ratio where a slope may be 0.",
     )
 
 
 def stage_table(stages: Sequence[dict[str, Any]], model: str) -> Table:
     """One line a stage."""
+    whole = next(row for row in stages if row["stage"] == WHOLE)
     return Table(
-        f"One linked request of {STAGED[0]} segments of {STAGED[1]} tokens as text ({model})",
+        f"One linked request of {whole['segments']} segments of text, "
+        f"{whole['segment_tokens']:.0f} tokens each ({model})",
         ("stage", "process", "calls", "ms"),
         [(row["stage"], row["process"], f"{row['calls']:g}", f"{row['ms']:.2f}") for row in stages],
         f"Own times, by the built-in timer; means of {STAGED_REQUESTS} requests.",
@@ -236,7 +268,7 @@ def plot(points: Sequence[dict[str, Any]], stages: Sequence[dict[str, Any]]) -> 
         axis.set(xlabel=name.replace("_", " "), ylim=(0, None))
     axes[0].set_ylabel("seconds to first token")
     axes[0].legend()
-    parts = [row for row in stages if row["stage"] != "time to first token"]
+    parts = [row for row in stages if row["stage"] != WHOLE]
     axes[-1].barh([row["stage"] for row in parts], [row["ms"] for row in parts])
     axes[-1].invert_yaxis()
     axes[-1].set(xlabel="ms of one linked request")

@@ -9,14 +9,53 @@ from scipy import stats
 
 
 def interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean, the same for the same values."""
+    """Percentile bootstrap interval of the mean, the same for the same values.
+
+    Raises:
+        ValueError: fewer than two values, which tell nothing of their spread.
+    """
     sample = np.asarray(values, dtype=float)
-    if len(sample) < 2 or sample.std() == 0:
+    if len(sample) < 2:
+        raise ValueError("an interval needs at least two values")
+    if sample.std() == 0:
         mean = float(sample.mean())
         return mean, mean
     found = stats.bootstrap(
         (sample,),
         np.mean,
+        method="percentile",
+        n_resamples=2000,
+        confidence_level=level,
+        random_state=0,
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def clustered(
+    sums: Sequence[float], counts: Sequence[int], *, level: float = 0.95
+) -> tuple[float, float]:
+    """The same for values that come in clusters, such as questions about the same
+    documents: whole clusters are drawn.
+
+    Where all values are 0, which a bootstrap would take for certainty, the exact
+    binomial bound of how often another value may come, to both sides; of one cluster
+    alone, which tells nothing, all that is possible.
+
+    Args:
+        sums: of the values of each cluster, each value in [-1, 1].
+        counts: how many they are; none of them 0.
+    """
+    total, weight = np.asarray(sums, dtype=float), np.asarray(counts, dtype=float)
+    if not total.any():
+        bound = stats.binomtest(0, int(weight.sum())).proportion_ci(level).high
+        return -float(bound), float(bound)
+    if len(total) < 2:
+        return -1.0, 1.0
+    found = stats.bootstrap(
+        (total, weight),
+        lambda s, n, axis=-1: s.sum(axis) / n.sum(axis),
+        paired=True,
+        vectorized=True,
         method="percentile",
         n_resamples=2000,
         confidence_level=level,

@@ -3,7 +3,7 @@
     python -m eval.report [--docs DIRECTORY] [--results DIRECTORY]
 
 All parts with one model share one stock server and one of ours. A part that fails is
-left out of the page, named at the end, and fails the command; so does nothing else.
+left out of the page, named at the end, and fails the command.
 """
 
 from __future__ import annotations
@@ -57,13 +57,14 @@ ON_SMOLLM2 = (
     _part("Quality on real text", text_quality),
     _part("Time to first token", ttft),
     _part("Under load", load),
+    _part("Memory", memory),
     _part("Growth, and one request taken apart", breakdown),
 )
 _HYBRID = f" --hybrid --seam {HYBRID_SEAM}"
 ON_HYBRID = (
     _part("Quality of the hybrid", hybrid_quality),
-    _part("Steady state", steady_state, _HYBRID, seam=HYBRID_SEAM),
-    _part("Memory", memory, _HYBRID, seam=HYBRID_SEAM),
+    _part("Steady state of the hybrid", steady_state, _HYBRID, seam=HYBRID_SEAM),
+    _part("Memory of the hybrid", memory, _HYBRID, "memory_hybrid", seam=HYBRID_SEAM),
     _part("Time to first token of the hybrid", ttft, _HYBRID, "ttft_hybrid", seam=HYBRID_SEAM),
 )
 
@@ -77,8 +78,18 @@ class Done:
     seconds: float
 
 
+def run_on(name: str, parts: Sequence[Part], *, ours: tuple[str, ...] = ()) -> list[Done]:
+    """Run parts on one pair of servers; what fails is shown and left out."""
+    try:
+        with bench(name, ours=ours) as pair:
+            return run_all(parts, pair)
+    except Exception:
+        traceback.print_exc()
+        return []
+
+
 def run_all(parts: Sequence[Part], pair: Bench) -> list[Done]:
-    """Run what runs; a part that fails is told of on the terminal and left out."""
+    """Run what runs; a part that fails is shown and left out."""
     done = []
     for part in parts:
         print(f"report: {part.title}", flush=True)
@@ -88,7 +99,6 @@ def run_all(parts: Sequence[Part], pair: Bench) -> list[Done]:
             outcome = part.run(pair)
         except Exception:
             traceback.print_exc()
-            print(f"report: {part.title} failed and is left out", flush=True)
             continue
         done.append(Done(part, outcome, time.monotonic() - start))
         for table in outcome.tables:
@@ -142,15 +152,16 @@ def main() -> None:
         "--results", type=pathlib.Path, default=pathlib.Path("results"), help="JSON (results)"
     )
     args = parser.parse_args()
-    done: list[Done] = []
-    with bench("smollm2") as pair:
-        done += run_all(ON_SMOLLM2, pair)
-    with bench("hybrid", ours=hybrid_quality.OURS) as pair:
-        done += run_all(ON_HYBRID, pair)
+    done = [
+        *run_on("smollm2", ON_SMOLLM2),
+        *run_on("hybrid", ON_HYBRID, ours=hybrid_quality.OURS),
+    ]
     write(done, args.docs, args.results)
     print(f"report: {args.docs / 'results.md'}, {sum(one.seconds for one in done):.0f} s of runs")
-    if len(done) < len(ON_SMOLLM2) + len(ON_HYBRID):
-        sys.exit(1)
+    ran = [one.part for one in done]
+    failed = [part.title for part in (*ON_SMOLLM2, *ON_HYBRID) if part not in ran]
+    if failed:
+        sys.exit(f"report: failed and left out: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -5,15 +5,16 @@
 Every method is asked the same prompts. Two things are compared with stock SGLang
 computing the whole prompt:
 
-    the gold answer, forced on both token by token: KL(full || method) in nats a
-    token, over the 64 tokens that full recompute finds likeliest and all others as
-    one class; top-1, the share of steps at which both would pick the same token;
-    and the gold answer's log-likelihood a token
+    the gold answer's first tokens (at most four), forced on both one by one: KL(full ||
+    method) in nats a token, over the 64 tokens that full recompute finds likeliest and
+    all others as one class; top-1, the share of steps at which both would pick the same
+    token; and the gold answer's log-likelihood a token
     the greedy answer of 16 tokens: F1 and exact match with the gold answers, after
     the usual normalisation (case, punctuation, articles)
 
     full          stock SGLang, nothing cached: the reference
-    prefix_cache  stock SGLang, the same prompt a second time
+    prefix_cache  stock SGLang, the same prompt a second time, asked the way that linked
+                  methods are: shows what the comparison itself costs
     naive         linked, every segment reused whole (policy none)
     seam          linked, the first w tokens of each segment computed anew
     page_block    pages of 16 tokens, the first of each segment computed anew (MEPIC)
@@ -28,6 +29,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import pathlib
 import re
 import statistics
@@ -43,7 +45,7 @@ from sglang_pic.eval.bench import POOL_TOKENS, Bench, bench
 from sglang_pic.eval.command import Outcome, deliver, new_figure, parser_of
 from sglang_pic.eval.intervals import interval
 from sglang_pic.eval.multihop import MUSIQUE, Example, load_examples
-from sglang_pic.eval.passages import OPENING, prompt_pieces, tokenize
+from sglang_pic.eval.passages import OPENING, PATH, prompt_pieces, tokenize
 from sglang_pic.eval.serving import Server, serve
 from sglang_pic.eval.tables import Table
 from sglang_pic.link.divergence import kl_with_remainder
@@ -51,7 +53,7 @@ from sglang_pic.link.divergence import kl_with_remainder
 SEAMS = (4, 8, 16, 32)
 TOP = 64
 ANSWER_TOKENS = 16
-GOLD_TOKENS = 6  # of the gold answer, at most
+GOLD_TOKENS = 4  # of the gold answer, at most
 WORDS = 64
 QUICK_QUESTIONS = 6
 PAGE = 16
@@ -59,12 +61,13 @@ PAGE = 16
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Method:
-    """One way to link: on which server, its seam, and what it adds to ``pic``."""
+    """One way to answer: on which server, its seam, and what it adds to ``pic``;
+    ``None`` on stock SGLang."""
 
     name: str
     server: str
     seam: int
-    pic: dict[str, Any]
+    pic: dict[str, Any] | None = None
 
     @property
     def label(self) -> str:
@@ -78,7 +81,9 @@ def _linked(server: str) -> tuple[Method, ...]:
     )
 
 
+FULL = Method("full", "stock", 0)
 METHODS = (
+    Method("prefix_cache", "stock", 0),
     *_linked("ours"),
     *_linked("context"),
     Method("page_block", "page16", PAGE, {"policy": "seam", "seam": PAGE}),
@@ -154,9 +159,12 @@ def _greedy(count: int) -> dict[str, Any]:
     return {"max_new_tokens": count, "temperature": 0}
 
 
-def _force(server: Server, asked: Asked, salt: str) -> tuple[Reference, int]:
-    """The gold answer forced on stock SGLang as part of the prompt; and how many
-    tokens of the prompt were cached."""
+def _force(server: Server, asked: Asked, salt: str) -> Reference:
+    """The gold answer forced on stock SGLang as part of the prompt.
+
+    Raises:
+        RuntimeError: part of it was cached.
+    """
     meta = server.generate(
         input_ids=asked.ids + asked.gold,
         sampling_params=_greedy(1),
@@ -165,12 +173,14 @@ def _force(server: Server, asked: Asked, salt: str) -> tuple[Reference, int]:
         logprob_start_len=len(asked.ids) - 1,
         top_logprobs_num=TOP,
     )["meta_info"]
+    if meta["cached_tokens"]:
+        raise RuntimeError(f"the reference found {meta['cached_tokens']} tokens cached")
     # The first entry is the prompt's last token, whose own probability is not asked.
     gold = [logprob for logprob, *_ in meta["input_token_logprobs"][1:]]
     steps = [
         {token: logprob for logprob, token, *_ in top} for top in meta["input_top_logprobs"][1:]
     ]
-    return Reference(steps, gold), meta["cached_tokens"]
+    return Reference(steps, gold)
 
 
 def _score(
@@ -201,54 +211,49 @@ def _score(
     )
 
 
-def ask_stock(stock: Server, asked: Asked, salt: str) -> tuple[Reference, Scores, Scores]:
-    """The reference, and the scores of ``full`` and ``prefix_cache``."""
-    # Both of full recompute's requests find nothing cached; the later two, in the
-    # second one's namespace, find its prompt.
-    reference, _ = _force(stock, asked, f"{salt}-a")
+def ask_full(stock: Server, asked: Asked, salt: str) -> tuple[Reference, Scores]:
+    """The reference, and its own scores: its KL is 0 by definition. Leaves the prompt
+    cached under ``salt``."""
+    reference = _force(stock, asked, f"{salt}-forced")
     body = {"input_ids": asked.ids, "sampling_params": _greedy(ANSWER_TOKENS)}
-    answer = stock.generate(**body, cache_salt=f"{salt}-b")["text"]
-    full = _score(reference, *_along(reference, asked), answer, asked, 0)
-    again, cached = _force(stock, asked, f"{salt}-b")
-    warm = stock.generate(**body, cache_salt=f"{salt}-b")["text"]
-    listed, picked = _along(again, asked)
-    for step, found in zip(reference.steps, listed, strict=True):
-        # A token on the edge of both lists may be on one of them alone.
-        least = min(found.values())
-        found.update({token: least for token in step if token not in found})
-    return reference, full, _score(reference, listed, picked, warm, asked, cached)
-
-
-def _along(reference: Reference, asked: Asked) -> tuple[list[dict[int, float]], list[int]]:
+    answer = stock.generate(**body, cache_salt=salt)["text"]
     listed = [
         {**step, token: logprob}
         for step, token, logprob in zip(reference.steps, asked.gold, reference.gold, strict=True)
     ]
-    return listed, [max(step, key=lambda t: step[t]) for step in reference.steps]
+    picked = [max(step, key=lambda t: step[t]) for step in reference.steps]
+    return reference, _score(reference, listed, picked, answer, asked, 0)
 
 
-def ask_linked(
-    server: Server, asked: Asked, method: Method, reference: Reference, salt: str
-) -> Scores:
-    """One batch: the greedy answer, and a request behind each forced token."""
+def ask(server: Server, asked: Asked, method: Method, reference: Reference, salt: str) -> Scores:
+    """One batch: the greedy answer, and a request behind each forced token.
+
+    Raises:
+        RuntimeError: the method reused nothing.
+    """
     wanted = sorted({token for step in reference.steps for token in step} | set(asked.gold))
     count = len(asked.gold)
-    outputs = server.generate(
-        input_ids=[asked.ids + asked.gold[:t] for t in range(count)],
-        pic=[{"segments": asked.segments, **method.pic}] * count,
-        cache_salt=[salt] * count,
-        sampling_params=[_greedy(1 if t else ANSWER_TOKENS) for t in range(count)],
-        return_logprob=True,
-        token_ids_logprob=[wanted] * count,
-    )
+    body: dict[str, Any] = {
+        "input_ids": [asked.ids + asked.gold[:t] for t in range(count)],
+        "cache_salt": [salt] * count,
+        "sampling_params": [_greedy(1 if t else ANSWER_TOKENS) for t in range(count)],
+        "return_logprob": True,
+        "token_ids_logprob": [wanted] * count,
+    }
+    if method.pic is not None:
+        body["pic"] = [{"segments": asked.segments, **method.pic}] * count
+    outputs = server.generate(**body)
     metas = [output["meta_info"] for output in outputs]
+    reused = metas[0].get("pic", metas[0]).get("tokens_reused", metas[0]["cached_tokens"])
+    if not reused:
+        raise RuntimeError(f"{method.label} reused nothing")
     return _score(
         reference,
         [{t: logprob for logprob, t, *_ in m["output_token_ids_logprobs"][0]} for m in metas],
         [meta["output_token_logprobs"][0][1] for meta in metas],
         outputs[0]["text"],
         asked,
-        metas[0]["pic"]["tokens_reused"],
+        reused,
     )
 
 
@@ -302,26 +307,30 @@ def run(
     count = count or (QUICK_QUESTIONS if quick else None)
     examples = load_examples(data, WORDS, count, seed)
     asked = [prepare(tokenizer, example) for example in examples]
-    scores: dict[Method, list[Scores]] = {}
-    references: list[Reference] = []
-    full, prefix = Method("full", "stock", 0, {}), Method("prefix_cache", "stock", 0, {})
-    for i, one in enumerate(tqdm(asked, desc="stock", unit="question")):
-        reference, *both = ask_stock(pair.stock, one, f"text-{seed}-{i}")
+    scores: dict[Method, list[Scores]] = {FULL: []}
+    references = []
+    for i, one in enumerate(tqdm(asked, desc="full", unit="question")):
+        reference, score = ask_full(pair.stock, one, f"{i}")
         references.append(reference)
-        for method, score in zip((full, prefix), both, strict=True):
-            scores.setdefault(method, []).append(score)
+        scores[FULL].append(score)
+        # At once, while its prompt is cached.
+        for method in METHODS:
+            if method.server == "stock":
+                found = ask(pair.stock, one, method, reference, f"{i}")
+                scores.setdefault(method, []).append(found)
     for name in ("ours",) if quick else ("ours", "context", "page16"):
         shared = contextlib.nullcontext(pair.ours) if name == "ours" else _server(name, pair.model)
         with shared as server:
             for i, one in enumerate(tqdm(asked, desc=name, unit="question")):
                 for method in METHODS:
                     if method.server == name:
-                        score = ask_linked(server, one, method, references[i], f"text-{seed}-{i}")
-                        scores.setdefault(method, []).append(score)
-    rows = [row_of(method, found, scores[full]) for method, found in scores.items()]
+                        found = ask(server, one, method, references[i], f"{i}-linked")
+                        scores.setdefault(method, []).append(found)
+    rows = [row_of(method, found, scores[FULL]) for method, found in scores.items()]
     config = {
         **pair.config,
         "data": data.name if data.exists() else "the project's own passages",
+        "data_sha256": hashlib.sha256((data if data.exists() else PATH).read_bytes()).hexdigest(),
         "words_a_passage": WORDS,
         "questions": len(asked),
         "prompt_tokens": statistics.fmean(len(one.ids) for one in asked),
@@ -371,8 +380,9 @@ def table_of(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> Table:
             )
             for row in rows
         ],
-        "Means over questions with bootstrap intervals of 95 %. KL and log-likelihood are a "
-        "token of the gold answer, forced on both; lost: against full recompute.",
+        "Means over questions, with bootstrap intervals of 95 %. KL and log-likelihood are a "
+        "token of the gold answer, forced on both; lost: against full recompute, which is the "
+        "reference. Prefix cache: the control, asked the way that linked methods are.",
     )
 
 
@@ -396,8 +406,10 @@ def plot(rows: Sequence[dict[str, Any]]) -> Any:
 def main() -> None:
     parser = parser_of(__doc__, f"{QUICK_QUESTIONS} questions, no further servers")
     parser.add_argument("--data", type=pathlib.Path, default=MUSIQUE, help="MuSiQue (%(default)s)")
-    parser.add_argument("--model", default="smollm2", help="its directory (SmolLM2-135M)")
-    parser.add_argument("--questions", type=int, help="how many (all)")
+    parser.add_argument(
+        "--model", default="smollm2", help="a directory; prompts are in ChatML (SmolLM2-135M)"
+    )
+    parser.add_argument("--questions", type=int, help="how many, at least 2 (all)")
     parser.add_argument("--seed", type=int, default=0, help="order of passages (%(default)s)")
     args = parser.parse_args()
     with bench(args.model) as pair:

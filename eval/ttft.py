@@ -54,7 +54,9 @@ def measure(
     """One repetition: (seconds to first token, tokens reused, computed) by method."""
     documents = [pair.tokens(rng, length) for _ in range(segments)]
     shuffled = rng.sample(documents, segments)
-    plain, linked = f"{rng.random()}", f"{rng.random()}"
+    while segments > 1 and shuffled == documents:
+        shuffled = rng.sample(documents, segments)
+    stock, unlinked, linked = (f"{rng.random()}" for _ in range(3))
 
     def body(documents: list[list[int]], salt: str, pic: Any = None) -> dict[str, Any]:
         prompt = Prompt(documents, pair.tokens(rng, QUESTION_TOKENS))
@@ -63,11 +65,11 @@ def measure(
         return _body(prompt.ids, salt, pic)
 
     calls = {
-        "stock": (pair.stock, body(documents, plain)),
-        "unlinked": (pair.ours, body(documents, plain, {"link": False})),
+        "stock": (pair.stock, body(documents, stock)),
+        "unlinked": (pair.ours, body(documents, unlinked, {"link": False})),
         "cold": (pair.ours, body(documents, linked, "link")),
-        "stock_prefix": (pair.stock, body(documents, plain)),
-        "unlinked_prefix": (pair.ours, body(documents, plain, {"link": False})),
+        "stock_prefix": (pair.stock, body(documents, stock)),
+        "unlinked_prefix": (pair.ours, body(documents, unlinked, {"link": False})),
         "linked": (pair.ours, body(shuffled, linked, "link")),
     }
     results = {}

@@ -27,12 +27,16 @@ class Stage:
     target: str
 
 
-# What this project adds to every request, linked or not.
+# What this project adds to every request, linked or not, as far as it is functions of
+# its own; the wrappers that SGLang puts around hooks, and the middleware's waiting for
+# the body, are not in it.
 HOOKS = "hooks"
 
 FRONT_STAGES = (
     Stage(HOOKS, "sglang_pic.server.middleware.take"),
     Stage(HOOKS, "sglang_pic.server.funnel.generate_request"),
+    Stage("request", "sglang_pic.server.funnel.Funnel._resolve"),
+    Stage("request", "sglang_pic.server.funnel._tidy"),
     Stage("tokenise", "sglang_pic.server.funnel.encode_marked"),
 )
 ENGINE_STAGES = (
@@ -40,11 +44,16 @@ ENGINE_STAGES = (
     Stage(HOOKS, "sglang_pic.sglang_hooks.write_positions"),
     Stage("match", "sglang_pic.forest.cache.PicCache.missing"),
     Stage("match", "sglang_pic.forest.cache.PicCache.match_prefix"),
-    Stage("match", "sglang_pic.forest.hybrid.PicHybridCache.match_prefix"),
+    Stage("match", "sglang_pic.forest.forest.SegmentForest.find"),
     Stage(
-        "SGLang's match", "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.match_prefix"
+        "SGLang's tree", "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.match_prefix"
     ),
     Stage("plan", "sglang_pic.forest.cache.make_plan"),
+    Stage(
+        "forward, other",
+        "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+        ".init_forward_metadata",
+    ),
     Stage(
         "arrange", "sglang_pic.attention.torch_native.PicTorchNativeBackend.init_forward_metadata"
     ),
@@ -89,10 +98,15 @@ class Timer:
         """
         self.stop()
         self.totals = {}
-        for stage in self._stages:
-            self._wrap(stage)
-        if model is not None:
-            self._watch(model)
+        self._running = threading.local()
+        try:
+            for stage in self._stages:
+                self._wrap(stage)
+            if model is not None:
+                self._watch(model)
+        except Exception:
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """Put every function back; the totals stay."""
@@ -114,7 +128,9 @@ class Timer:
         stack.append([time.perf_counter(), 0.0])
 
     def _leave(self, name: str) -> None:
-        stack = self._running.stack
+        stack = self._running.__dict__.get("stack")
+        if not stack:
+            return  # began before the timer was started anew
         began, inside = stack.pop()
         spent = time.perf_counter() - began
         total = self.totals.setdefault(name, [0, 0.0])

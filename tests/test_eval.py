@@ -104,12 +104,3 @@ def test_an_outcome_is_delivered(
     assert table.markdown() == (
         "**a title**\n\n| name | value |\n| --- | ---: |\n| one | 1.5 |\n| two | 2 |\n\na note\n"
     )
-
-
-def test_every_evaluation_has_its_help(capsys: pytest.CaptureFixture[str]) -> None:
-    parser = command.parser_of("What it does.\n\n    python -m eval.x\n", "less of it")
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--help"])
-    shown = capsys.readouterr().out
-    for text in ("What it does.", "python -m eval.x", "--quick", "less of it", "--json", "--plot"):
-        assert text in shown

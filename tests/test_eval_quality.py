@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from sglang_pic.eval import hybrid_quality, multihop, text_quality
 from sglang_pic.eval.bench import Bench
-from sglang_pic.eval.intervals import interval
+from sglang_pic.eval.intervals import clustered, interval
 from sglang_pic.eval.models.hybrid import task
 from sglang_pic.eval.models.smollm2 import ensure_model
 from sglang_pic.eval.passages import load_passages, prompt_pieces
@@ -148,21 +148,37 @@ def test_an_interval_holds_the_mean_and_is_the_same_twice() -> None:
     assert interval(values) == (low, high)
     narrow = interval(values, level=0.5)
     assert low < narrow[0] < narrow[1] < high
-    assert interval([2.0]) == interval([2.0, 2.0]) == (2.0, 2.0)
+    assert interval([2.0, 2.0]) == (2.0, 2.0)
+    with pytest.raises(ValueError, match="two values"):
+        interval([2.0])
+
+
+def test_clusters_are_drawn_whole() -> None:
+    """Ten equal values a cluster are worth one; none at all are bounded, not certain."""
+    ones = np.random.default_rng(0).integers(0, 2, size=40)
+    low, high = clustered(10.0 * ones, [10] * 40)
+    alone = interval(ones.astype(float))
+    assert (low, high) == (pytest.approx(alone[0], abs=0.05), pytest.approx(alone[1], abs=0.05))
+    low, high = clustered([0.0] * 40, [10] * 40)
+    assert -low == high == pytest.approx(1 - 0.025 ** (1 / 400))
+    assert clustered([3.0], [10]) == (-1.0, 1.0)
 
 
 @pytest.mark.server
 def test_text_quality_is_right_about_itself_and_reproducible(
-    smollm: Server, tmp_path: pathlib.Path
+    smollm: Server, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ours stands in for stock SGLang, which it is for a request without ``pic``."""
+    monkeypatch.setattr(text_quality, "ANSWER_TOKENS", 4)
+    kept = [m for m in text_quality.METHODS if m.seam in (0, 4, 32)]
+    monkeypatch.setattr(text_quality, "METHODS", kept)
     pair = Bench(ensure_model(), "smollm2", smollm, smollm, range(1500, 47000), 8192, 16384)
     once, twice = (
         text_quality.run(pair, quick=True, data=tmp_path / "absent", count=2, seed=3)
         for _ in range(2)
     )
     rows = {text_quality.label(row): row for row in once.rows}
-    assert list(rows) == ["full", "prefix cache", "naive", *(f"seam {w}" for w in (4, 8, 16, 32))]
+    assert list(rows) == ["full", "prefix cache", "naive", "seam 4", "seam 32"]
     for name in ("full", "prefix cache"):
         assert rows[name]["kl"] < 1e-4 and rows[name]["top1"] == 1
         assert abs(rows[name]["gold_lost"]) < 1e-3
@@ -189,6 +205,7 @@ class FakeHybrid:
     def __init__(self, astray: frozenset[int]):
         self.astray = astray
         self.requests = 0
+        self.cached = 0
 
     def distribution(self, last: int, linked: bool) -> np.ndarray:
         logits = np.zeros(task.VOCABULARY)
@@ -208,6 +225,8 @@ class FakeHybrid:
             meta = {
                 "output_token_ids_logprobs": [[(v, i, None) for i, v in enumerate(r)] for r in rows]
             }
+            meta |= {"pic": {"tokens_reused": 2}} if "pic" in body else {}
+            meta["cached_tokens"] = 2 if "pic" in body else self.cached
             outputs.append({"output_ids": chosen, "meta_info": meta})
         return outputs
 
@@ -217,7 +236,7 @@ def test_hybrid_quality_follows_the_reference() -> None:
     reference's answer is asked again behind it, and only then."""
     questions = [
         hybrid_quality.Asked(
-            "single", [1, 2, start], [], "x", "x1", [start + 1, start + 2, start + 3]
+            "single", [1, 2, start], [], f"x{start}", "x1", [start + 1, start + 2, start + 3]
         )
         for start in (10, 40)
     ]
@@ -236,6 +255,14 @@ def test_hybrid_quality_follows_the_reference() -> None:
     rows = hybrid_quality.rows_of(seam, questions, full, linked)
     assert [(row["category"], row["questions"]) for row in rows] == [("all", 2), ("single", 2)]
     assert rows[0]["exact_match"] == 0.5 == rows[0]["loss"]
+    assert rows[0]["tokens_reused"] == 2 and rows[0]["tokens_computed"] == 1
+    # A reference that found something cached is none, a warm cache that did not neither.
+    with pytest.raises(RuntimeError, match="2 of 2 reused nothing"):
+        hybrid_quality.ask(server, hybrid_quality.PREFIX, questions, full)
+    server.cached = 1
+    assert hybrid_quality.ask(server, hybrid_quality.PREFIX, questions, full)
+    with pytest.raises(RuntimeError, match="0 of 2 reused nothing"):
+        hybrid_quality.ask(server, hybrid_quality.FULL, questions, None)
     assert rows[0]["kl"] > 0 and rows[0]["loss_low"] <= 0.5 <= rows[0]["loss_high"]
 
 

@@ -57,8 +57,9 @@ class Compiler:
         """Compile all items, the new ones in one batch.
 
         Returns:
-            For each item the number of tokens computed for it, or the exception
-            that ended it: a link goes on without a segment that failed.
+            For each item the number of tokens computed for it, 0 where another
+            call or an earlier item has it computed; or the exception that ended
+            it: a link goes on without a segment that failed.
         """
         new = [item for item in dict.fromkeys(items) if item not in self._running]
         if new:
@@ -72,7 +73,14 @@ class Compiler:
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
         waits = [asyncio.shield(self._running[item]) for item in items]
-        return await asyncio.gather(*waits, return_exceptions=True)
+        results = await asyncio.gather(*waits, return_exceptions=True)
+        ours = set(new)
+        made: list[int | BaseException] = []
+        for item, result in zip(items, results, strict=True):
+            counted = isinstance(result, BaseException) or item in ours
+            made.append(result if counted else 0)
+            ours.discard(item)
+        return made
 
     async def _run(self, items: list[CompileItem]) -> None:
         batch = GenerateReqInput(
