@@ -47,7 +47,7 @@ AXES = {
 QUICK_AXES = {"segments": (1, 4, 8), "segment_tokens": (64, 128, 256), "requests": (1, 2, 4)}
 # What is held fixed while another axis varies.
 POINT = {"segments": 4, "segment_tokens": 128, "requests": 1}
-REPEATS, QUICK_REPEATS = 5, 3
+REPEATS, QUICK_REPEATS = 5, 2
 SEAM = 16
 STAGED = (8, 128)  # segments and tokens of each of the request that is taken apart
 STAGED_REQUESTS = 10
@@ -276,7 +276,7 @@ def plot(points: Sequence[dict[str, Any]], stages: Sequence[dict[str, Any]]) -> 
 
 
 def main() -> None:
-    parser = parser_of(__doc__, "three points an axis, three repetitions")
+    parser = parser_of(__doc__, "three points an axis, two repetitions")
     parser.add_argument("--hybrid", action="store_true", help="the shipped hybrid, not SmolLM2")
     parser.add_argument("--seam", type=int, default=SEAM, help="in tokens (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="documents and orders (%(default)s)")

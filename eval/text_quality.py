@@ -354,7 +354,8 @@ def table_of(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> Table:
 
     def between(row: dict[str, Any], name: str, form: str, scale: float = 1) -> str:
         mean, low, high = (scale * row[name + end] for end in ("", "_low", "_high"))
-        return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+        # No minus in front of a zero.
+        return f"{mean:{form}} [{low:{form}}, {high:{form}}]".replace("-0.00", "0.00")
 
     return Table(
         f"{config['questions']} questions over ten passages ({config['data']}), "
