@@ -126,3 +126,13 @@ def bench(
             config.max_position_embeddings,
             pool,
         )
+
+
+@contextlib.contextmanager
+def further(name: str, model: pathlib.Path, *flags: str) -> Iterator[Server]:
+    """One of our servers more, which only a full form needs."""
+    with tempfile.TemporaryDirectory() as logs:
+        print(f"starting the {name} server ...", flush=True)
+        log = pathlib.Path(logs) / f"{name}.log"
+        with serve(model, log, f"--max-total-tokens={POOL_TOKENS}", *flags) as server:
+            yield server

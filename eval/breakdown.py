@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from sglang_pic.eval.bench import Bench, bench
-from sglang_pic.eval.command import Outcome, deliver, new_figure, parser_of
+from sglang_pic.eval.command import Outcome, add_speed_flags, deliver, new_figure, parser_of
 from sglang_pic.eval.load import drive
 from sglang_pic.eval.tables import Table
 from sglang_pic.eval.workloads import QUESTION_TOKENS, Prompt
@@ -277,9 +277,7 @@ def plot(points: Sequence[dict[str, Any]], stages: Sequence[dict[str, Any]]) -> 
 
 def main() -> None:
     parser = parser_of(__doc__, "three points an axis, two repetitions")
-    parser.add_argument("--hybrid", action="store_true", help="the shipped hybrid, not SmolLM2")
-    parser.add_argument("--seam", type=int, default=SEAM, help="in tokens (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="documents and orders (%(default)s)")
+    add_speed_flags(parser, SEAM)
     args = parser.parse_args()
     with bench("hybrid" if args.hybrid else "smollm2") as pair:
         outcome = run(pair, quick=args.quick, seam=args.seam, seed=args.seed)

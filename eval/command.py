@@ -39,6 +39,13 @@ def parser_of(doc: str, quick: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_speed_flags(parser: argparse.ArgumentParser, seam: int) -> None:
+    """Flags of the evaluations that need no more than prompts of random tokens."""
+    parser.add_argument("--hybrid", action="store_true", help="the shipped hybrid, not SmolLM2")
+    parser.add_argument("--seam", type=int, default=seam, help="in tokens (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (%(default)s)")
+
+
 def new_figure(columns: int = 1, *, width: float = 5, height: float = 4) -> tuple[Any, Any]:
     """A figure of ``columns`` panels in one row, and the list of their axes."""
     import matplotlib

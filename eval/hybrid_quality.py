@@ -28,19 +28,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import pathlib
-import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from sglang_pic.eval.bench import POOL_TOKENS, Bench, bench
+from sglang_pic.eval.bench import Bench, bench, further
 from sglang_pic.eval.command import Outcome, deliver, new_figure, parser_of
 from sglang_pic.eval.intervals import clustered
 from sglang_pic.eval.models.hybrid import task
-from sglang_pic.eval.serving import Server, serve
+from sglang_pic.eval.serving import Server
 from sglang_pic.eval.tables import Table
 
 DEFAULT_SEAM = 4
@@ -268,16 +266,6 @@ def rows_of(
     return rows
 
 
-@contextlib.contextmanager
-def _further(name: str, model: pathlib.Path) -> Iterator[Server]:
-    with tempfile.TemporaryDirectory() as logs:
-        print(f"starting the {name} server ...", flush=True)
-        log = pathlib.Path(logs) / f"{name}.log"
-        flags = (f"--max-total-tokens={POOL_TOKENS}", *OURS, *FURTHER[name])
-        with serve(model, log, *flags) as server:
-            yield server
-
-
 def run(
     pair: Bench,
     *,
@@ -297,7 +285,9 @@ def run(
     shared = {"stock": pair.stock, "linked": pair.ours}
     for name in shared if quick else (*shared, *FURTHER):
         started = (
-            contextlib.nullcontext(shared[name]) if name in shared else _further(name, pair.model)
+            contextlib.nullcontext(shared[name])
+            if name in shared
+            else further(name, pair.model, *OURS, *FURTHER[name])
         )
         with started as server:
             for method in METHODS:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy import stats
+
+BOOTSTRAP: dict[str, Any] = {"method": "percentile", "n_resamples": 2000, "random_state": 0}
 
 
 def interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float]:
@@ -21,12 +24,7 @@ def interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, fl
         mean = float(sample.mean())
         return mean, mean
     found = stats.bootstrap(
-        (sample,),
-        np.mean,
-        method="percentile",
-        n_resamples=2000,
-        confidence_level=level,
-        random_state=0,
+        (sample,), np.mean, confidence_level=level, **BOOTSTRAP
     ).confidence_interval
     return float(found.low), float(found.high)
 
@@ -56,9 +54,7 @@ def clustered(
         lambda s, n, axis=-1: s.sum(axis) / n.sum(axis),
         paired=True,
         vectorized=True,
-        method="percentile",
-        n_resamples=2000,
         confidence_level=level,
-        random_state=0,
+        **BOOTSTRAP,
     ).confidence_interval
     return float(found.low), float(found.high)

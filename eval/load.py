@@ -39,7 +39,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sglang_pic.eval.bench import Bench, bench
-from sglang_pic.eval.command import Outcome, deliver, new_figure, parser_of
+from sglang_pic.eval.command import Outcome, add_speed_flags, deliver, new_figure, parser_of
 from sglang_pic.eval.intervals import interval
 from sglang_pic.eval.serving import Server
 from sglang_pic.eval.tables import Table
@@ -333,9 +333,7 @@ def plot(rows: Sequence[dict[str, Any]]) -> Any:
 def main() -> None:
     parser = parser_of(__doc__, "two rates, few requests")
     parser.add_argument("--workload", choices=NAMES, help="one of them (all)")
-    parser.add_argument("--hybrid", action="store_true", help="the shipped hybrid, not SmolLM2")
-    parser.add_argument("--seam", type=int, default=SEAM, help="in tokens (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="prompts and arrivals (%(default)s)")
+    add_speed_flags(parser, SEAM)
     args = parser.parse_args()
     names = (args.workload,) if args.workload else NAMES
     with bench("hybrid" if args.hybrid else "smollm2") as pair:

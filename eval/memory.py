@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from sglang_pic.eval.bench import Bench, bench, linear_layers
-from sglang_pic.eval.command import Outcome, deliver, new_figure, parser_of
+from sglang_pic.eval.command import Outcome, add_speed_flags, deliver, new_figure, parser_of
 from sglang_pic.eval.serving import Server
 from sglang_pic.eval.tables import Table
 from sglang_pic.eval.workloads import Prompt
@@ -205,9 +205,7 @@ def plot(rows: Sequence[dict[str, Any]]) -> Any:
 
 def main() -> None:
     parser = parser_of(__doc__, "three levels of concurrency")
-    parser.add_argument("--hybrid", action="store_true", help="the shipped hybrid, not SmolLM2")
-    parser.add_argument("--seam", type=int, default=SEAM, help="in tokens (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="documents and orders (%(default)s)")
+    add_speed_flags(parser, SEAM)
     args = parser.parse_args()
     with bench("hybrid" if args.hybrid else "smollm2") as pair:
         outcome = run(pair, quick=args.quick, seam=args.seam, seed=args.seed)

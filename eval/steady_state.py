@@ -26,7 +26,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from sglang_pic.eval.bench import Bench, bench
-from sglang_pic.eval.command import Outcome, deliver, new_figure, parser_of
+from sglang_pic.eval.command import Outcome, add_speed_flags, deliver, new_figure, parser_of
 from sglang_pic.eval.tables import Table
 from sglang_pic.eval.workloads import QUESTION_TOKENS, Prompt, draw
 
@@ -172,9 +172,7 @@ def plot(rows: Sequence[dict[str, Any]]) -> Any:
 
 def main() -> None:
     parser = parser_of(__doc__, f"{QUICK_QUESTIONS} questions a batch")
-    parser.add_argument("--hybrid", action="store_true", help="the shipped hybrid, not SmolLM2")
-    parser.add_argument("--seam", type=int, default=SEAM, help="in tokens (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of corpus and draws (%(default)s)")
+    add_speed_flags(parser, SEAM)
     args = parser.parse_args()
     with bench("hybrid" if args.hybrid else "smollm2") as pair:
         outcome = run(pair, quick=args.quick, seam=args.seam, seed=args.seed)

@@ -34,19 +34,18 @@ import pathlib
 import re
 import statistics
 import string
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from sglang_pic.eval.bench import POOL_TOKENS, Bench, bench
+from sglang_pic.eval.bench import Bench, bench, further
 from sglang_pic.eval.command import Outcome, deliver, new_figure, parser_of
 from sglang_pic.eval.intervals import interval
 from sglang_pic.eval.multihop import MUSIQUE, Example, load_examples
 from sglang_pic.eval.passages import OPENING, PATH, prompt_pieces, tokenize
-from sglang_pic.eval.serving import Server, serve
+from sglang_pic.eval.serving import Server
 from sglang_pic.eval.tables import Table
 from sglang_pic.link.divergence import kl_with_remainder
 
@@ -57,6 +56,11 @@ GOLD_TOKENS = 4  # of the gold answer, at most
 WORDS = 64
 QUICK_QUESTIONS = 6
 PAGE = 16
+# Servers that only the full form needs, beside stock SGLang and ours.
+FURTHER = {
+    "context": ("--pic-compile-context", OPENING),
+    "page16": (f"--page-size={PAGE}",),
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -260,20 +264,6 @@ def ask(server: Server, asked: Asked, method: Method, reference: Reference, salt
 # -- all of it --------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _server(name: str, model: pathlib.Path) -> Iterator[Server]:
-    """One of the servers that only the full form needs."""
-    flags = {
-        "context": ("--pic-compile-context", OPENING),
-        "page16": (f"--page-size={PAGE}",),
-    }[name]
-    with tempfile.TemporaryDirectory() as logs:
-        print(f"starting the {name} server ...", flush=True)
-        log = pathlib.Path(logs) / f"{name}.log"
-        with serve(model, log, f"--max-total-tokens={POOL_TOKENS}", *flags) as server:
-            yield server
-
-
 def row_of(method: Method, scores: Sequence[Scores], full: Sequence[Scores]) -> dict[str, Any]:
     """One method over all questions, each figure with its bootstrap interval of 95 %."""
     row: dict[str, Any] = {
@@ -318,8 +308,12 @@ def run(
             if method.server == "stock":
                 found = ask(pair.stock, one, method, reference, f"{i}")
                 scores.setdefault(method, []).append(found)
-    for name in ("ours",) if quick else ("ours", "context", "page16"):
-        shared = contextlib.nullcontext(pair.ours) if name == "ours" else _server(name, pair.model)
+    for name in ("ours",) if quick else ("ours", *FURTHER):
+        shared = (
+            contextlib.nullcontext(pair.ours)
+            if name == "ours"
+            else further(name, pair.model, *FURTHER[name])
+        )
         with shared as server:
             for i, one in enumerate(tqdm(asked, desc=name, unit="question")):
                 for method in METHODS:
