@@ -1,0 +1,331 @@
+"""Nodes of SGLang's trees in one eviction order.
+
+SGLang's tree evicts what was used least recently, one tree at a time. Here every
+node of every tree (a hybrid has two) is an entry of one ``EvictionOrder``, so
+that compiled segments, conversations and ordinary prefixes compete by what they
+save; the tree still does the evicting, leaf by leaf, and keeps its own counts
+and locks.
+
+Nodes become known when a path is inserted or used. SGLang splits a node without
+telling: its lower half keeps the id, and here the range of both, until that path
+is seen again. So sums may be too high for a while, never too low; ``recount``
+makes them exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+from sglang_pic.errors import PicIntegrityError
+from sglang_pic.forest.cost import PrefillCost
+from sglang_pic.forest.order import EvictionOrder
+
+SEGMENT = "segment"
+TURN = "turn"
+PREFIX = "prefix"
+LINKED = (SEGMENT, TURN)
+
+
+class NodeKey(NamedTuple):
+    """A node: which tree, and SGLang's id in it."""
+
+    tree: int
+    id: int
+
+
+@dataclasses.dataclass
+class Node:
+    """What is known of one node: positions [start, end) of a path of this kind
+    and namespace, and the segments that end with it."""
+
+    kind: str
+    salt: str | None
+    start: int
+    end: int
+    ends: set[str] = dataclasses.field(default_factory=set)
+
+
+class NodeIndex:
+    """Every known node of the trees, and who of them goes first.
+
+    Args:
+        trees: SGLang's trees over one pool of pages.
+        cost: of the model.
+        on_evict: told the segments that ended with a node that is gone.
+    """
+
+    def __init__(
+        self,
+        trees: Sequence[UnifiedRadixCache],
+        cost: PrefillCost,
+        on_evict: Callable[[Collection[str]], None],
+    ):
+        self._trees = trees
+        self._cost = cost
+        self._on_evict = on_evict
+        self._nodes: dict[NodeKey, Node] = {}
+        self._order: EvictionOrder[NodeKey] = EvictionOrder()
+        self._split_unseen = False
+        self._unseen = 0
+        self.tokens: Counter[str] = Counter()
+        self.evicted: Counter[str] = Counter()
+        self.fallbacks = 0
+
+    # -- what is there ------------------------------------------------------------
+
+    def note(
+        self,
+        tree: int,
+        node: int,
+        kind: str,
+        salt: str | None,
+        *,
+        uses: int = 1,
+        offer: bool = True,
+    ) -> None:
+        """Learn the path to a node; nodes met for the first time have ``uses``, and
+        the path's end may go at once, or from ``unlocked`` on."""
+        self._learn(tree, node, kind, salt, uses)
+        if offer:
+            self._order.offer(NodeKey(tree, node))
+
+    def use(self, tree: int, node: int, kind: str, salt: str | None) -> None:
+        """One request uses the path to a node."""
+        for key in self._learn(tree, node, kind, salt, 1):
+            self._order.use(key)
+
+    def unlocked(self, tree: int, node: int) -> None:
+        """A path was given back: its end may go now."""
+        self._order.offer(NodeKey(tree, node))
+
+    def end_segment(self, tree: int, node: int, segment: str) -> None:
+        """A segment's pages end with this node."""
+        self._nodes[NodeKey(tree, node)].ends.add(segment)
+
+    def ends_on_path(self, tree: int, node: int, until: int) -> Iterator[tuple[int, set[str]]]:
+        """Nodes of a path up to position ``until`` with which segments end, the
+        deepest first, and those segments."""
+        for info in reversed(self._path(tree, node)):
+            known = self._nodes.get(NodeKey(tree, info.node_id))
+            if known is not None and known.ends and info.path_end <= until:
+                yield info.node_id, known.ends
+
+    def unend_segment(self, tree: int, node: int, segment: str) -> None:
+        """They no longer count as its end; they may go at once."""
+        known = self._nodes.get(NodeKey(tree, node))
+        if known is not None:
+            known.ends.discard(segment)
+            self._order.offer(NodeKey(tree, node))
+
+    def is_held(self, tree: int, node: int) -> bool:
+        """Whether something that runs, or a pin, holds this leaf; no inner node is."""
+        key = NodeKey(tree, node)
+        info = self._info(key)
+        return info is not None and not info.num_children and not self._is_free(key, info)
+
+    def value(self, tree: int, node: int) -> float:
+        """Where a node stands in the order; 0 for an unknown one."""
+        entry = self._order.get(NodeKey(tree, node))
+        return entry.value if entry is not None else 0.0
+
+    def clear(self) -> None:
+        """The trees were emptied."""
+        self._nodes.clear()
+        self._order.clear()
+        self.tokens.clear()
+
+    def _learn(self, tree: int, node: int, kind: str, salt: str | None, uses: int) -> list[NodeKey]:
+        """Bring all that is known of a path up to date; its nodes, deepest first."""
+        keys = []
+        split: Node | None = None
+        split_start = 0
+        for info in reversed(self._path(tree, node)):
+            key = NodeKey(tree, info.node_id)
+            keys.append(key)
+            known = self._nodes.get(key)
+            if known is not None:
+                if known.start < info.path_start:
+                    split, split_start = known, known.start
+                    split_uses = self._order.uses(key)
+                    self._move_start(key, known, info.path_start)
+            elif split is not None and info.path_start >= split_start:
+                self._add(key, split.kind, split.salt, info, split_uses)
+            else:
+                self._add(key, kind, salt, info, uses)
+                if info.num_children > (len(keys) > 1):
+                    self._split_unseen = True
+        return keys
+
+    def _add(self, key: NodeKey, kind: str, salt: str | None, info: Any, uses: int) -> None:
+        start, end = info.path_start, info.path_end
+        self._nodes[key] = Node(kind, salt, start, end)
+        self.tokens[kind] += end - start
+        cost, nbytes = self._worth(start, end)
+        self._order.add(key, kind, cost=cost, nbytes=nbytes, uses=uses)
+
+    def _move_start(self, key: NodeKey, node: Node, start: int) -> None:
+        self.tokens[node.kind] -= start - node.start
+        node.start = start
+        cost, nbytes = self._worth(start, node.end)
+        self._order.resize(key, cost=cost, nbytes=nbytes)
+
+    def _worth(self, start: int, end: int) -> tuple[float, int]:
+        return self._cost.flops(start, end), (end - start) * self._cost.kv_bytes
+
+    def note_unseen(self, tokens: int, states: int) -> None:
+        """SGLang evicted by itself: pages, or a hybrid's states with their leaves."""
+        if tokens:
+            self.fallbacks += 1
+        self._unseen += states
+        if tokens or self._unseen > max(64, len(self._nodes) // 2):
+            self.recount()
+
+    def recount(self) -> None:
+        """Make the sums exact, and forget nodes that SGLang evicted itself. O(n)."""
+        for key in list(self._nodes):
+            if self._info(key) is None:
+                self._forget(key)
+                continue
+            node = self._nodes[key]
+            self._learn(key.tree, key.id, node.kind, node.salt, 1)
+        self._split_unseen = False
+        self._unseen = 0
+
+    @property
+    def may_be_too_high(self) -> bool:
+        """Whether ``recount`` could lower a sum."""
+        return self._split_unseen or self._unseen > 0
+
+    # -- eviction -------------------------------------------------------------------
+
+    def evict(
+        self, is_enough: Callable[[int], bool], kinds: Collection[str] | None = None
+    ) -> Counter[ComponentType]:
+        """Evict leaf after leaf, least value first, until it is enough.
+
+        Args:
+            is_enough: told the tokens freed so far, asked before each victim.
+            kinds: whose nodes may go; all by default.
+
+        Returns:
+            Freed, by SGLang's component; less than enough where nothing more may go.
+        """
+        freed: Counter[ComponentType] = Counter()
+        while not is_enough(freed[ComponentType.FULL]):
+            key = self._order.park(kinds)
+            if key is None:
+                break
+            info = self._info(key)
+            if info is None:
+                self._forget(key)
+            elif not info.num_children and self._is_free(key, info):
+                self._evict(key, info, freed, self._order.evicted)
+        return freed
+
+    def remove_path(self, tree: int, node: int) -> int:
+        """Evict a path from its end up to where something else needs it, or ends.
+
+        Returns:
+            Tokens freed.
+        """
+        freed: Counter[ComponentType] = Counter()
+        key = NodeKey(tree, node)
+        while (info := self._info(key)) is not None:
+            ends = self._nodes[key].ends if key in self._nodes else ()
+            if info.num_children or ends or not self._is_free(key, info):
+                break
+            self._evict(key, info, freed, self._order.remove)
+            if key.tree == tree and info.path_start == 0:
+                break
+            key = NodeKey(tree, info.parent_id)
+            if key not in self._nodes:
+                break
+        return freed[ComponentType.FULL]
+
+    def remove_all(self, salts: Collection[str | None], kinds: Collection[str]) -> int:
+        """Evict every node of these namespaces and kinds that nothing holds. O(n).
+
+        Returns:
+            Tokens freed.
+        """
+        chosen = [k for k, node in self._nodes.items() if node.salt in salts and node.kind in kinds]
+        # The deepest first: a parent may go when its children are gone.
+        chosen.sort(key=lambda key: -self._nodes[key].start)
+        freed: Counter[ComponentType] = Counter()
+        for key in chosen:
+            info = self._info(key)
+            if info is None:
+                self._forget(key)
+            elif not info.num_children and self._is_free(key, info):
+                self._evict(key, info, freed, self._order.remove)
+        return freed[ComponentType.FULL]
+
+    def _evict(
+        self,
+        key: NodeKey,
+        info: Any,
+        freed: Counter[ComponentType],
+        take: Callable[[NodeKey], Any],
+    ) -> None:
+        tracker: dict[ComponentType, int] = dict.fromkeys(self._trees[key.tree].tree_components, 0)
+        self._trees[key.tree]._evict_device_leaf(key.id, tracker)
+        freed.update(tracker)
+        node = self._nodes.pop(key)
+        self.tokens[node.kind] -= node.end - node.start
+        self.evicted[node.kind] += tracker[ComponentType.FULL]
+        take(key)
+        if info.path_start > 0:
+            parent = NodeKey(key.tree, info.parent_id)
+            if parent not in self._nodes and self._info(parent) is not None:
+                self._learn(*parent, node.kind, node.salt, 1)
+            self._order.offer(parent)
+        self._on_evict(node.ends)
+
+    def _forget(self, key: NodeKey) -> None:
+        node = self._nodes.pop(key)
+        self.tokens[node.kind] -= node.end - node.start
+        self._order.remove(key)
+        self._on_evict(node.ends)
+
+    def check(self) -> None:
+        """Raise ``PicIntegrityError`` unless sums, order and SGLang's trees agree;
+        after ``recount``."""
+        sums: Counter[str] = Counter()
+        for key, node in self._nodes.items():
+            sums[node.kind] += node.end - node.start
+            if key not in self._order:
+                raise PicIntegrityError(f"{key} has no place in the eviction order")
+        if len(self._order) != len(self._nodes) or sums != +self.tokens:
+            raise PicIntegrityError(f"nodes hold {dict(sums)} tokens, counted {dict(self.tokens)}")
+        known = sum(sums.values())
+        total = sum(tree.tree_core.total_size()[0] for tree in self._trees)
+        if known > total:
+            raise PicIntegrityError(f"{known} tokens are known of {total} in the trees")
+
+    def _info(self, key: NodeKey) -> Any:
+        """SGLang's node, or ``None`` if it is gone."""
+        path = self._path(*key)
+        return path[-1] if path else None
+
+    def _path(self, tree: int, node: int) -> Sequence[Any]:
+        """SGLang's nodes from the root's child to this one; none if it is gone."""
+        try:
+            return self._trees[tree].tree_core.collect_path_info([node])[0]
+        except KeyError:
+            return ()
+
+    def _is_free(self, key: NodeKey, info: Any) -> bool:
+        """Whether nothing that runs, and no pin, holds a leaf: pinning it once more
+        then takes its tokens from what SGLang may evict."""
+        core = self._trees[key.tree].tree_core
+        before = core.full_evictable_size()
+        core.inc_full_pin(key.id)
+        after = core.full_evictable_size()
+        core.dec_full_pin(key.id)
+        return before - after >= info.path_end - info.path_start
