@@ -30,9 +30,9 @@ class Relocator:
     def __call__(self, plan: LinkPlan, private: torch.Tensor) -> None:
         """Fill ``private`` (int64 [plan.reused]) from ``plan.slots``."""
         source = plan.slots
-        offsets = torch.cat(
-            [torch.full((span.end - span.start,), span.offset) for span in plan.spans]
-        ).to(source.device)
+        offsets = torch.cat([torch.full((span.n_tokens,), span.offset) for span in plan.spans]).to(
+            source.device
+        )
         for layer_id, rope in self._ropes.items():
             keys = self._pool.get_key_buffer(layer_id)
             values = self._pool.get_value_buffer(layer_id)

@@ -126,7 +126,7 @@ def _walk(row: StepRow, device: torch.device) -> Walk:
     ascending = torch.argsort(position)
     offset = torch.zeros(total, dtype=torch.int64)
     for span in plan.spans:
-        offset[span.row_start : span.row_start + span.end - span.start] = span.offset
+        offset[span.row_start : span.row_start + span.n_tokens] = span.offset
     tiles = None
     if row.prefix:
         new = position[row.prefix :].contiguous()

@@ -48,16 +48,18 @@ class SegmentHit:
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Reused tokens that are contiguous in the prompt and share one rotation.
+    """Reused tokens that share one rotation and are seen by the same queries.
 
     Attributes:
         start, end: token range in the prompt; also positions.
         offset: queries that see this span are rotated by ``-offset``.
         row_start: index of the span's first token in the KV row.
-        slots: int64 [end - start], KV slots, whole pages.
+        slots: int64 [n], KV slots, whole pages.
         first_seer: rank, among computed tokens, of the first one behind the span.
         state: as in ``SegmentHit``; ``None`` for an ordinary prefix, whose state
             SGLang itself has put into the request's slot.
+        among: int64 [n], positions of the tokens where they are not the whole
+            range: what an earlier turn computed between its cores.
     """
 
     start: int
@@ -67,6 +69,16 @@ class Span:
     slots: torch.Tensor
     first_seer: int
     state: CoreState | None = None
+    among: torch.Tensor | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        return self.slots.numel()
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """int64 [n_tokens]."""
+        return torch.arange(self.start, self.end) if self.among is None else self.among
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +88,7 @@ class LinkPlan:
     Attributes:
         n_tokens: tokens of prompt plus those generated before a retraction.
         reused: number of reused tokens; the row's first ``reused`` entries.
-        spans: the reused tokens, in position order.
+        spans: the reused tokens, in row order: by position, then earlier turns.
         order: int64 [n_tokens], ``order[i]`` is the logical index, hence the
             position, of row entry ``i``.
         natural: the row is in logical order and may be cached as a prefix.
@@ -104,19 +116,25 @@ class LinkPlan:
         logical = torch.sort(self.order).values
         if not torch.equal(logical, torch.arange(self.n_tokens)):
             raise PicIntegrityError("row order is not a permutation of the prompt")
-        if self.reused % page or any((s.end - s.start) % page for s in self.spans):
+        if self.reused % page or any(s.n_tokens % page for s in self.spans):
             raise PicIntegrityError("reused tokens are not whole pages")
         live = self.order[self.reused :]
         if live.numel() == 0 or bool((live[1:] <= live[:-1]).any()):
             raise PicIntegrityError("computed tokens are not in logical order")
         for span in self.spans:
-            if span.first_seer != int((live < span.start).sum()):
+            if span.first_seer != int((live < span.end).sum()):
                 raise PicIntegrityError(f"span at {span.start} is seen by the wrong tokens")
 
 
 def unlinked_plan(n_tokens: int) -> LinkPlan:
     """A row in logical order, on our attention, nothing linked."""
     return LinkPlan(n_tokens, 0, (), torch.arange(n_tokens), natural=True)
+
+
+def grown_plan(n_tokens: int, slots: torch.Tensor) -> LinkPlan:
+    """A compile whose first tokens, int64 ``slots``, are those of a shorter segment."""
+    span = Span(0, slots.numel(), 0, 0, slots, 0)
+    return LinkPlan(n_tokens, slots.numel(), (span,), torch.arange(n_tokens), natural=True)
 
 
 def make_plan(
@@ -166,5 +184,43 @@ def make_plan(
         spans.append(Span(start, end, offset, reused, slots, first_seer, state))
         reused += end - start
     computed = torch.nonzero(live).squeeze(1)
-    cores = [torch.arange(span.start, span.end) for span in spans]
+    cores = [span.positions for span in spans]
     return LinkPlan(n_tokens, reused, tuple(spans), torch.cat([*cores, computed]))
+
+
+def reuse_turns(
+    plan: LinkPlan, turns: Sequence[torch.Tensor], forgotten: int, state: CoreState | None
+) -> LinkPlan:
+    """Take the first computed tokens of a plan from earlier turns.
+
+    Args:
+        plan: without them.
+        turns: int64, slots of its first computed tokens, turn by turn, whole pages.
+        forgotten: how many of its spans the last turn had, whose linear states
+            are within its own.
+        state: of the linear layers behind the last turn; ``None`` in models without.
+    """
+    computed = plan.order[plan.reused :]
+    done = sum(slots.numel() for slots in turns)
+    spans = []
+    for i, span in enumerate(plan.spans):
+        seen = max(0, span.first_seer - done)
+        held = None if i < forgotten else span.state
+        spans.append(dataclasses.replace(span, first_seer=seen, state=held))
+    at = 0
+    for i, slots in enumerate(turns):
+        among = computed[at : at + slots.numel()]
+        spans.append(
+            Span(
+                int(among[0]),
+                int(among[-1]) + 1,
+                0,
+                plan.reused + at,
+                slots,
+                0,
+                state if i == len(turns) - 1 else None,
+                among,
+            )
+        )
+        at += slots.numel()
+    return dataclasses.replace(plan, reused=plan.reused + done, spans=tuple(spans))

@@ -105,6 +105,8 @@ class LinkOptions:
         link: ``False`` keeps ordinary prefix caching but runs the request on
             our attention, the honest baseline for speed.
         state: one of ``STATE_POLICIES``; models without linear layers ignore it.
+        turns: reuse what earlier turns of the conversation computed, and keep what
+            this one computes for the next.
         ablation: one of ``ABLATIONS``, for evaluation only, or ``None``.
     """
 
@@ -114,7 +116,13 @@ class LinkOptions:
     require_exact: bool = False
     link: bool = True
     state: str = "compose"
+    turns: bool = True
     ablation: str | None = None
+
+    @property
+    def reuses_turns(self) -> bool:
+        """Whether earlier turns may serve it: relocated pages are a row's own."""
+        return self.turns and self.mode == "share" and self.ablation is None
 
     def recompute_policy(self) -> RecomputePolicy:
         if self.policy == "seam":

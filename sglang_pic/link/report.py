@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from sglang_pic.link.plan import LinkPlan
 from sglang_pic.link.policy import LinkOptions
 
@@ -54,6 +56,7 @@ class LinkReport:
         tokens_reused, tokens_computed: of the prompt.
         prefix_tokens: those of ``tokens_reused`` that come from SGLang's
             ordinary prefix cache.
+        turn_tokens: those that an earlier turn of this conversation computed.
     """
 
     exactness: str
@@ -64,6 +67,7 @@ class LinkReport:
     tokens_reused: int
     tokens_computed: int
     prefix_tokens: int
+    turn_tokens: int
     segments: tuple[SegmentReport, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -83,10 +87,6 @@ class Found:
     id: str | None = None
     miss: str | None = None
     opening: bool = False
-
-
-def _overlap(start: int, end: int, ranges: Sequence[tuple[int, int]]) -> int:
-    return sum(max(0, min(end, b) - max(start, a)) for a, b in ranges)
 
 
 def _why(found: Found, options: LinkOptions, reason: str | None, linked: int, total: int) -> str:
@@ -119,13 +119,17 @@ def make_report(
         plan: the link plan, or ``None`` if nothing is linked.
         reason: why linking is off for the whole request, or ``None``.
     """
-    prefix = [(0, prefix_tokens)]
-    cores = [(s.start, s.end) for s in plan.spans if s.start >= prefix_tokens] if plan else []
+    linked_at = (
+        torch.cat([span.positions for span in plan.spans if span.end > prefix_tokens])
+        if plan is not None and plan.reused > prefix_tokens
+        else torch.empty(0, dtype=torch.int64)
+    )
+    turn_tokens = 0 if plan is None else sum(s.n_tokens for s in plan.spans if s.among is not None)
     made = []
-    exactness = EXACT
+    exactness = COMPOSED if turn_tokens else EXACT
     for found in segments:
-        linked = _overlap(found.start, found.end, cores)
-        total = linked + _overlap(found.start, found.end, prefix)
+        linked = int(((linked_at >= found.start) & (linked_at < found.end)).sum())
+        total = linked + max(0, min(found.end, prefix_tokens) - found.start)
         if linked and not found.opening:
             exactness = COMPOSED
         made.append(
@@ -139,7 +143,7 @@ def make_report(
                 tokens_computed=found.end - found.start - total,
             )
         )
-    reused = prefix_tokens + sum(end - start for start, end in cores)
+    reused = prefix_tokens + linked_at.numel()
     return LinkReport(
         exactness=exactness,
         reason=reason,
@@ -149,5 +153,6 @@ def make_report(
         tokens_reused=reused,
         tokens_computed=n_tokens - reused,
         prefix_tokens=prefix_tokens,
+        turn_tokens=turn_tokens,
         segments=tuple(made),
     )
