@@ -71,7 +71,7 @@ def _asked(
     prompt = Prompt(rng.sample(documents, len(documents)), pair.tokens(rng, QUESTION_TOKENS))
     if method == "unlinked":
         return _body(prompt, str(rng.random()), {"link": False})
-    return _body(prompt, "growth", {"segments": prompt.ranges, "seam": seam})
+    return _body(prompt, "growth", {"segments": prompt.ranges, "seam": seam, "turns": False})
 
 
 def _compiled(
@@ -149,7 +149,7 @@ def take_apart(pair: Bench, *, seam: int, seed: int) -> list[dict[str, Any]]:
 
     def ask() -> float:
         parts = [{"segment": text} for text in rng.sample(documents, len(documents))]
-        pic = {"parts": [*parts, question], "seam": seam}
+        pic = {"parts": [*parts, question], "seam": seam, "turns": False}
         seconds, first = pair.ours.first_token(
             pic=pic, cache_salt="stages", sampling_params={"max_new_tokens": 1, "temperature": 0}
         )

@@ -168,7 +168,7 @@ def _generate(
         "token_ids_logprob": [VOCABULARY for _ in asked],
     }
     if method.pic is not None:
-        fields = {"seam": method.seam, **method.pic}
+        fields = {"seam": method.seam, "turns": False, **method.pic}
         body["pic"] = [{"segments": one.segments, **fields} for one in asked]
     return server.generate(**body)
 

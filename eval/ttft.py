@@ -61,7 +61,7 @@ def measure(
     def body(documents: list[list[int]], salt: str, pic: Any = None) -> dict[str, Any]:
         prompt = Prompt(documents, pair.tokens(rng, QUESTION_TOKENS))
         if pic == "link":
-            pic = {"segments": prompt.ranges, "seam": seam}
+            pic = {"segments": prompt.ranges, "seam": seam, "turns": False}
         return _body(prompt.ids, salt, pic)
 
     calls = {

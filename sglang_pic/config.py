@@ -17,6 +17,7 @@ from sglang_pic.link.policy import AUTO, MODES, POLICIES, STATE_POLICIES, LinkOp
 
 ENV_NAME = "SGLANG_PIC_CONFIG"
 STATE_DTYPES = ("float32", "float16")
+AUDIT_ACTIONS = ("log", "off")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +35,25 @@ class PicConfig:
             empty compiles a segment from nothing.
         min_segment: a segment shorter than this many tokens is computed, not
             compiled.
+        compile_timeout_s: how long a link waits for its segments to be compiled
+            before it goes on without them.
+        kv_mib: budget in MiB for KV pages of compiled segments and conversations;
+            ``None`` for nine tenths of the pool. Ordinary prefixes and running
+            requests have what is left of the pool, or whatever is unused.
+        pin_share: how much of each budget the pins of one tenant may take, from
+            0 to 1. All pins together take at most the larger of it and a half.
+        store: directory for saved segments, loaded at start-up; ``None`` for none.
         state: default state policy of hybrid models: ``compose``, ``last``, or
             ``auto`` to choose by ``server.calibrate``.
         state_dtype: how operators and end states are stored.
-        state_mib: budget for them, in MiB; the least recently used go first.
+        state_mib: budget for them, in MiB.
         operator_threshold: an operator whose norm is below this is not stored
             but taken for zero: the segment outlived the layer's memory.
+        canary_kl: how far from full recompute the canary may be linked, in nats; above
+            it nothing is.
+        audit_rate: share of composed answers that are computed again in full.
+        audit_kl: how far off they may be in the mean, in nats.
+        audit_action: what to do above that: ``log`` it, or turn linking ``off``.
     """
 
     seam: int = 16
@@ -47,16 +61,26 @@ class PicConfig:
     mode: str = "share"
     compile_context: tuple[int, ...] = ()
     min_segment: int = 32
+    compile_timeout_s: float = 60.0
+    kv_mib: int | None = None
+    pin_share: float = 0.25
+    store: str | None = None
     state: str = "compose"
     state_dtype: str = "float32"
     state_mib: int = 1024
     operator_threshold: float = 1e-6
+    canary_kl: float = 1.0
+    audit_rate: float = 0.0
+    audit_kl: float = 0.5
+    audit_action: str = "log"
 
     def __post_init__(self) -> None:
         if self.seam < 0:
             raise PicConfigError(f"seam must be at least 0, got {self.seam}")
         if self.min_segment < 1:
             raise PicConfigError(f"min_segment must be at least 1, got {self.min_segment}")
+        if self.compile_timeout_s <= 0:
+            raise PicConfigError(f"compile_timeout_s must be above 0, got {self.compile_timeout_s}")
         if self.policy not in POLICIES:
             raise PicConfigError(f"policy must be one of {sorted(POLICIES)}, got {self.policy!r}")
         if self.state not in (*STATE_POLICIES, AUTO):
@@ -66,8 +90,20 @@ class PicConfig:
             raise PicConfigError(
                 f"state_dtype must be one of {STATE_DTYPES}, got {self.state_dtype!r}"
             )
+        if self.kv_mib is not None and self.kv_mib < 1:
+            raise PicConfigError(f"kv_mib must be at least 1, got {self.kv_mib}")
+        if not 0 <= self.pin_share <= 1:
+            raise PicConfigError(f"pin_share must be from 0 to 1, got {self.pin_share}")
         if self.state_mib < 1 or self.operator_threshold < 0:
             raise PicConfigError("state_mib must be at least 1, operator_threshold at least 0")
+        if not 0 <= self.audit_rate <= 1:
+            raise PicConfigError(f"audit_rate must be from 0 to 1, got {self.audit_rate}")
+        if self.canary_kl < 0 or self.audit_kl < 0:
+            raise PicConfigError("canary_kl and audit_kl must be at least 0")
+        if self.audit_action not in AUDIT_ACTIONS:
+            raise PicConfigError(
+                f"audit_action must be one of {AUDIT_ACTIONS}, got {self.audit_action!r}"
+            )
         if self.mode not in MODES:
             raise PicConfigError(f"mode must be one of {sorted(MODES)}, got {self.mode!r}")
 

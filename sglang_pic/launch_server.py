@@ -12,7 +12,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from sglang_pic.config import STATE_DTYPES, PicConfig
+from sglang_pic.config import AUDIT_ACTIONS, STATE_DTYPES, PicConfig
 from sglang_pic.errors import PicConfigError
 from sglang_pic.link.policy import AUTO, MODES, POLICIES, STATE_POLICIES
 
@@ -65,6 +65,61 @@ def pic_parser() -> argparse.ArgumentParser:
         default=defaults.min_segment,
         metavar="TOKENS",
         help="shorter segments are computed, not compiled (%(default)s)",
+    )
+    parser.add_argument(
+        "--pic-compile-timeout",
+        type=float,
+        default=defaults.compile_timeout_s,
+        metavar="SECONDS",
+        help="how long a request waits for its segments to be compiled (%(default)s)",
+    )
+    parser.add_argument(
+        "--pic-kv-mib",
+        type=int,
+        default=defaults.kv_mib,
+        metavar="MIB",
+        help="KV memory that compiled segments and conversations may take of the pool "
+        "(nine tenths of it)",
+    )
+    parser.add_argument(
+        "--pic-pin-share",
+        type=float,
+        default=defaults.pin_share,
+        metavar="SHARE",
+        help="share of each memory budget that one tenant may pin (%(default)s)",
+    )
+    parser.add_argument(
+        "--pic-store",
+        metavar="DIR",
+        help="where POST /pic/save writes segments; what is there is loaded at start-up",
+    )
+    check = parser.add_argument_group("self-check and audit")
+    check.add_argument(
+        "--pic-canary-kl",
+        type=float,
+        default=defaults.canary_kl,
+        metavar="NATS",
+        help="link nothing if the canary, linked, is further from full recompute (%(default)s)",
+    )
+    check.add_argument(
+        "--pic-audit-rate",
+        type=float,
+        default=defaults.audit_rate,
+        metavar="SHARE",
+        help="share of composed answers computed again in full, in idle time (%(default)s)",
+    )
+    check.add_argument(
+        "--pic-audit-kl",
+        type=float,
+        default=defaults.audit_kl,
+        metavar="NATS",
+        help="how far off they may be in the mean (%(default)s)",
+    )
+    check.add_argument(
+        "--pic-audit-action",
+        choices=AUDIT_ACTIONS,
+        default=defaults.audit_action,
+        help="above that, log it or turn linking off (%(default)s)",
     )
     hybrid = parser.add_argument_group("hybrid models (linear attention)")
     hybrid.add_argument(
@@ -121,10 +176,18 @@ def read_config(args: argparse.Namespace) -> PicConfig:
         mode=args.pic_mode,
         compile_context=context,
         min_segment=args.pic_min_segment,
+        compile_timeout_s=args.pic_compile_timeout,
+        kv_mib=args.pic_kv_mib,
+        pin_share=args.pic_pin_share,
+        store=args.pic_store,
         state=args.pic_state,
         state_dtype=args.pic_state_dtype,
         state_mib=args.pic_state_mib,
         operator_threshold=args.pic_operator_threshold,
+        canary_kl=args.pic_canary_kl,
+        audit_rate=args.pic_audit_rate,
+        audit_kl=args.pic_audit_kl,
+        audit_action=args.pic_audit_action,
     )
 
 

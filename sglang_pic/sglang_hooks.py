@@ -25,7 +25,6 @@ from sglang_pic.errors import PicConfigError
 
 SGLANG_VERSION = "0.5.23"
 CACHE_BACKEND = "pic"
-TIMER_KEY = "pic_timer"  # among what SGLang's set_internal_state takes
 _SRT = "sglang.srt."
 _OPS = "sglang.kernels.ops."
 
@@ -65,68 +64,40 @@ def write_positions(batch: Any, schedule_batch: Any, model_runner: Any) -> None:
         at += int(extend)
 
 
-def hand_back_uncompiled(
+def answer_at_once(
     original: Callable[..., None], scheduler: Any, req: Any, is_retracted: bool = False
 ) -> None:
-    """Around ``Scheduler._add_request_to_queue``: a strict link whose segments
-    are not in the forest goes back to the front, which compiles them first."""
+    """Around ``Scheduler._add_request_to_queue``: commands to the cache, and strict
+    links whose segments are not in the forest, go back to the front unqueued."""
     missing = uncompiled(scheduler.tree_cache, req, is_retracted)
-    if not missing:
+    if missing is None:
         original(scheduler, req, is_retracted)
         return
     from sglang.srt.managers.scheduler import _make_abort_req
 
-    from sglang_pic.server.funnel import MISSING
+    from sglang_pic.manage.commands import obey
+    from sglang_pic.request.hints import COMMAND, DONE, MISSING, find_action
 
-    reason = {
-        "type": "abort",
-        "status_code": HTTPStatus.BAD_REQUEST,
-        "message": f"{MISSING}{missing}",
-    }
+    command = find_action(req.kv_hints, COMMAND)
+    answer = f"{MISSING}{missing}" if command is None else DONE + obey(scheduler, req, command)
+    reason = {"type": "abort", "status_code": HTTPStatus.BAD_REQUEST, "message": answer}
     scheduler.send_abort_output(_make_abort_req(req, finished_reason=reason), req)
 
 
-def uncompiled(cache: Any, req: Any, is_retracted: bool) -> list[int]:
-    """Which segments of a strict link the forest does not hold."""
+def uncompiled(cache: Any, req: Any, is_retracted: bool) -> list[int] | None:
+    """Which segments of a strict link the forest does not hold; an empty list for a
+    command to the cache, ``None`` for a request that is to run."""
     if req.kv_hints is None or is_retracted:
+        return None
+    from sglang_pic.forest.cache import PicCache
+    from sglang_pic.request.hints import COMMAND, find_action, read_link
+
+    if not isinstance(cache, PicCache) or req.output_ids or req.finished():
+        return None
+    if find_action(req.kv_hints, COMMAND) is not None:
         return []
-    from sglang_pic.forest.cache import PicCache
-    from sglang_pic.request.hints import read_link
-
-    link = read_link(req.kv_hints) if isinstance(cache, PicCache) else None
-    if link is None or not link.strict or req.output_ids or req.finished():
-        return []
-    return cache.missing(req)
-
-
-def add_forest_state(result: Any, scheduler: Any, recv_req: Any) -> None:
-    """After ``Scheduler.get_internal_state``: the forest, for ``GET /pic/forest``,
-    and the timer, for ``GET /pic/timer``."""
-    from sglang_pic import timer
-    from sglang_pic.forest.cache import PicCache
-
-    if isinstance(scheduler.tree_cache, PicCache):
-        result.internal_state["pic"] = scheduler.tree_cache.state()
-        result.internal_state["pic_timer"] = timer.engine.to_json()
-
-
-def add_timer_switch(handlers: dict[str, Any], controller: Any) -> None:
-    """After ``SchedulerInternalStateController._update_handlers``: ``POST /pic/timer``."""
-    from sglang.srt.managers.scheduler_components.internal_state import _UpdateHandler
-
-    from sglang_pic import timer
-    from sglang_pic.forest.cache import PicCache
-
-    if not isinstance(controller.scheduler.tree_cache, PicCache):
-        return
-
-    def switch(_: str, on: float) -> None:
-        if on:
-            timer.engine.start(controller.scheduler.tp_worker.model_runner.model)
-        else:
-            timer.engine.stop()
-
-    handlers[TIMER_KEY] = _UpdateHandler(lambda *_: None, switch)
+    link = read_link(req.kv_hints)
+    return (cache.missing(req) or None) if link is not None and link.strict else None
 
 
 def generate_request(original: Any, manager: Any, obj: Any, request: Any = None) -> Any:
@@ -144,16 +115,20 @@ def render_marked(original: Any, serving: Any, messages: Any, **kwargs: Any) -> 
 
 
 def install_http(server_args: Any, *_: Any, **__: Any) -> None:
-    """Before ``_setup_and_run_http_server``: middleware and ``/pic`` routes."""
+    """Before ``_setup_and_run_http_server``: middleware, ``/pic`` routes, metrics, canary."""
     if server_args.radix_cache_backend != CACHE_BACKEND:
         return
     from sglang.srt.entrypoints.http_server import app
 
+    from sglang_pic.metrics import prometheus
     from sglang_pic.server.middleware import PicMiddleware
-    from sglang_pic.server.routes import router
+    from sglang_pic.server.routes import install as install_routes
+    from sglang_pic.server.startup import canary_first
 
     app.add_middleware(PicMiddleware)
-    app.include_router(router)
+    install_routes(app)
+    app.include_router(prometheus.router)
+    app.router.lifespan_context = canary_first(app.router.lifespan_context)
 
 
 def wrap_hybrid(original: Callable[..., Any], runner: Any, full_attn_backend: Any) -> Any:
@@ -193,25 +168,10 @@ ENGINE_HOOKS = (
     Hook(
         _SRT + "managers.scheduler.Scheduler._add_request_to_queue",
         HookType.AROUND,
-        hand_back_uncompiled,
+        answer_at_once,
         ("self", "req", "is_retracted"),
-        "only the scheduler knows what the forest holds, only the front can compile",
-    ),
-    Hook(
-        _SRT + "managers.scheduler.Scheduler.get_internal_state",
-        HookType.AFTER,
-        add_forest_state,
-        ("self", "recv_req"),
-        "SGLang's own channel for state of the scheduler's process",
-    ),
-    Hook(
-        _SRT
-        + "managers.scheduler_components.internal_state.SchedulerInternalStateController"
-        + "._update_handlers",
-        HookType.AFTER,
-        add_timer_switch,
-        ("self",),
-        "SGLang's own way to change a running scheduler, for a fixed list of names",
+        "only the scheduler knows what the forest holds, only the front can compile; and "
+        "SGLang's own channel to a running scheduler carries numbers only",
     ),
     Hook(
         _SRT + "layers.attention.attention_registry.attn_backend_wrapper",
@@ -332,7 +292,6 @@ RELIED_ON = {
         "seq_lens_cpu",
     ),
     _SRT + "managers.scheduler._make_abort_req": ("req", "finished_reason"),
-    _SRT + "managers.scheduler_components.internal_state._UpdateHandler": ("validate", "apply"),
     _SRT + "managers.scheduler.Scheduler.send_abort_output": ("self", "abort_req", "req"),
 }
 

@@ -48,7 +48,7 @@ ENGINE_STAGES = (
     Stage(
         "SGLang's tree", "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.match_prefix"
     ),
-    Stage("plan", "sglang_pic.forest.cache.make_plan"),
+    Stage("plan", "sglang_pic.forest.planning.make_plan"),
     Stage(
         "forward, other",
         "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"

@@ -76,7 +76,8 @@ def check_linked(
     """The answer is the oracle's, and exactly the tokens of the formula were reused."""
     planned = dense.layout(len(ids), segments, seam=seam, page=page, policy=policy, prompt_ids=ids)
     report = answer["meta_info"]["pic"]
-    assert report["tokens_reused"] - report["prefix_tokens"] == planned.n_reused, report
+    reused = report["tokens_reused"] - report["prefix_tokens"] - report["turn_tokens"]
+    assert reused == planned.n_reused, report
     chosen = answer["output_ids"]
     expected = hybrid.linked_logprobs(
         model(page),
@@ -331,3 +332,63 @@ def test_segments_give_way_with_their_states_and_come_back(small: Server) -> Non
         answer = small.generate(**body(ids, segments, 2, salt, seam=4))
         assert [s["hit"] for s in answer["meta_info"]["pic"]["segments"]] == [True, True]
         check_behind_context(answer, ids, segments, 4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("state", ["compose", "last"])
+def test_the_next_turn_goes_on_from_the_states_of_the_last(
+    hybrid1: Server, seed: int, state: str
+) -> None:
+    salt = fresh_salt()
+    parts = [("text", ids_of(seed, 7 * seed)), ("segment", ids_of(801, 40)), ("text", [5] * seed)]
+    ids, segments = assemble([*parts, ("segment", ids_of(802, 50)), ("text", ids_of(803, 11))])
+    third = ids_of(804, 45)
+    options = {"seam": 4, "state": state, "turns": True}
+    found = []
+    for turn in range(4):
+        answer = hybrid1.generate(**body(ids, segments, 5, salt, **options))
+        check_linked(answer, ids, segments, seam=4, page=1, state=state)
+        found.append(answer["meta_info"]["pic"]["turn_tokens"])
+        ids = [*ids, *answer["output_ids"], *ids_of(830 + turn, 9)]
+        if turn == 1:
+            segments = [*segments, (len(ids), len(ids) + len(third))]
+            ids = [*ids, *third, *ids_of(840, 9)]
+    assert found[0] == 0 and found[0] < found[1] < found[2] < found[3], found
+
+
+def test_without_an_exact_state_no_turn_is_kept(hybrid16: Server) -> None:
+    salt = fresh_salt()
+    ids, segments = assemble(
+        [("segment", ids_of(1, 64)), ("segment", ids_of(2, 64)), ("text", [7])]
+    )
+    for _ in range(2):
+        answer = hybrid16.generate(**body(ids, segments, 2, salt, turns=True))
+        assert answer["meta_info"]["pic"]["turn_tokens"] == 0
+        check_linked(answer, ids, segments, seam=16, page=16)
+
+
+def test_a_growing_segment_goes_on_from_the_shorter_one(paged: tuple[Server, int]) -> None:
+    """Compiling what was appended alone gives the states of compiling all of it."""
+    server, page = paged
+    salt = fresh_salt()
+    grown: list[int] = []
+    for step, n in enumerate((90, 1, 70, 33)):
+        grown = grown + ids_of(860 + step, n)
+        made = server.post("/pic/compile", {"input_ids": grown, "cache_salt": salt}).json()
+        computed = made["segments"][0]["tokens_computed"]
+        if step and n > page:
+            assert computed < n + 2 * page, (step, computed)
+    parts = [("text", ids_of(1, 20)), ("segment", grown), ("segment", ids_of(2, 64))]
+    ids, segments = assemble([*parts, ("text", ids_of(3, 5))])
+    answer = server.generate(**body(ids, segments, 3, salt))
+    assert answer["meta_info"]["pic"]["segments"][0]["hit"]
+    check_linked(answer, ids, segments, seam=16, page=page)
+    # The shorter ones are still there, as what they were.
+    ids, segments = assemble([("text", ids_of(4, 20)), ("segment", grown[:90]), ("text", [9])])
+    answer = server.generate(**body(ids, segments, 3, salt))
+    check_linked(answer, ids, segments, seam=16, page=page)
+    # Opening the prompt, it is exact.
+    ids, segments = assemble([("segment", grown), ("text", ids_of(5, 5))])
+    answer = server.generate(**body(ids, segments, 2, salt))
+    assert answer["meta_info"]["pic"]["exactness"] == "exact"
+    check_exact(answer, ids, page)

@@ -71,7 +71,8 @@ def check_linked(
     where = {"seam": seam, "page": page, "policy": policy}
     planned = dense.layout(len(ids), segments, prompt_ids=ids, **where)
     report = answer["meta_info"]["pic"]
-    assert report["tokens_reused"] - report["prefix_tokens"] == planned.n_reused, report
+    reused = report["tokens_reused"] - report["prefix_tokens"] - report["turn_tokens"]
+    assert reused == planned.n_reused, report
     chosen = answer["output_ids"]
     expected = mamba2.linked_logprobs(
         model(page), ids, segments, state=state, forced=chosen, **where
@@ -190,3 +191,32 @@ def test_operators_are_stored_as_scalars(mamba16: Server) -> None:
     layers, heads, dk, dv, channels, history = 2, 8, 16, 16, 160, 3
     numbers = layers * (heads * (2 * dk * dv + 1) + channels * history)
     assert held["state_bytes"] == 4 * numbers
+
+
+def test_a_growing_segment_goes_on_from_the_shorter_one(paged: tuple[Server, int]) -> None:
+    server, page = paged
+    salt = fresh_salt()
+    grown = ids_of(90, 80)
+    for step, n in enumerate((0, 70)):
+        grown = grown + ids_of(91 + step, n)
+        made = server.post("/pic/compile", {"input_ids": grown, "cache_salt": salt}).json()
+    assert made["segments"][0]["tokens_computed"] < 70 + 2 * page
+    parts = [("text", ids_of(1, 20)), ("segment", grown), ("segment", ids_of(2, 64))]
+    ids, segments = assemble([*parts, ("text", ids_of(3, 5))])
+    pic: dict[str, Any] = {"state": "compose"}
+    answer = server.generate(**body(ids, segments, 3, salt, **pic))
+    check_linked(answer, ids, segments, seam=16, page=page, **pic)
+
+
+def test_the_next_turn_goes_on_from_the_states_of_the_last(mamba1: Server) -> None:
+    salt = fresh_salt()
+    parts = [("segment", ids_of(70, 40)), ("segment", ids_of(71, 50)), ("text", ids_of(72, 11))]
+    ids, segments = assemble(parts)
+    reused = []
+    for turn in range(3):
+        pic: dict[str, Any] = {"state": "compose", "turns": True}
+        answer = mamba1.generate(**body(ids, segments, 5, salt, seam=4, **pic))
+        check_linked(answer, ids, segments, seam=4, page=1, state="compose")
+        reused.append(answer["meta_info"]["pic"]["turn_tokens"])
+        ids = [*ids, *answer["output_ids"], *ids_of(73 + turn, 9)]
+    assert reused[0] == 0 and reused[0] < reused[1] < reused[2], reused

@@ -130,9 +130,10 @@ def test_a_server_says_where_the_time_went(page1: Server) -> None:
     page1.generate(**body)
     again = page1.get("/pic/timer").json()
     assert not again["front"]["on"] and again["ranks"][0]["stages"] == stages
-    for wrong in ({}, {"on": 1}, {"on": True, "off": False}, [True]):
+    wrongs = (({}, "on"), ({"on": 1}, "on"), ({"on": True, "off": False}, "off"), ([True], "body"))
+    for wrong, named in wrongs:
         refused = page1.post("/pic/timer", wrong)
-        assert refused.status_code == 400 and refused.json()["error"]["param"] == "on"
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == named
 
 
 def test_every_stage_is_there() -> None:

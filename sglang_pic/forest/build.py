@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import pathlib
 from typing import Any
 
 from sglang.srt.mem_cache.registry import create_unified_radix_cache
+from sglang.srt.runtime_context import get_parallel
 
 from sglang_pic.attention.relocate import Relocator
 from sglang_pic.config import PicConfig
 from sglang_pic.errors import PicConfigError
 from sglang_pic.forest.cache import PicCache
+from sglang_pic.forest.cost import PrefillCost
 from sglang_pic.forest.hybrid import PicHybridCache
+from sglang_pic.manage.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +57,29 @@ def build_cache(ctx: Any) -> PicCache:
     vocabulary = ctx.model_config.vocab_size
     if any(not 0 <= token < vocabulary for token in config.compile_context):
         raise PicConfigError("the compile context holds a token outside the vocabulary")
-    cache.configure(config, refusal)
+    model = ctx.model_config
+    cost = PrefillCost.of_model(
+        runner.model,
+        runner.token_to_kv_pool,
+        kv_itemsize=runner.kv_cache_dtype.itemsize,
+        kv_heads=model.get_total_num_kv_heads(),
+        heads=model.num_attention_heads,
+    )
+    cache.configure(config, refusal, cost)
     if refusal is None:
         cache.relocate = Relocator(runner.token_to_kv_pool, backend.ropes)
         if isinstance(cache, PicHybridCache):
             cache.shape = backend.shape
         logger.info("sglang_pic links: %s", config)
+        if config.store is not None:
+            cache.store = Store(
+                cache,
+                runner,
+                pathlib.Path(config.store),
+                rank=get_parallel().tp_rank,
+                ranks=get_parallel().tp_size,
+            )
+            logger.warning("sglang_pic restored: %s", cache.store.restore(everyone=True))
     else:
         logger.warning("sglang_pic does not link, every request is exact: %s", refusal)
     return cache

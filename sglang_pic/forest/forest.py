@@ -2,17 +2,16 @@
 
 A segment is a path of its own in SGLang's radix tree, under a namespace that
 ordinary traffic cannot reach: the compile context first, then the segment's
-tokens. The tree owns pages, compares tokens, counts references and evicts in
-LRU order, for segments and ordinary prefixes alike; the forest names segments,
-finds their pages and says why one is missing. Nothing outside this folder
-knows how it stores.
+tokens. The tree owns pages, compares tokens and counts references; the forest
+names segments, finds their pages and says why one is missing. Nothing outside
+this folder knows how it stores.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -20,12 +19,19 @@ from cachetools import LRUCache
 
 from sglang_pic.errors import PicIntegrityError
 from sglang_pic.forest.keys import namespace, segment_id
+from sglang_pic.forest.nodes import SEGMENT, NodeIndex
 from sglang_pic.link import report
 
 if TYPE_CHECKING:
     from sglang_pic.linear.state import CoreState
 
 MAX_RECORDS = 65536
+# Of the KV budget: segments that were compiled for links still on their way.
+FRESH_SHARE = 0.5
+# Such a link that has not come after so many others will not come.
+FRESH_TICKS = 256
+# Compiled by name, a segment begins as if it had been used twice.
+NAMED_USES = 2
 
 
 class PageTree(Protocol):
@@ -35,7 +41,7 @@ class PageTree(Protocol):
 
     def find_path(
         self, tokens: array, extra_key: str | None, salt: str
-    ) -> tuple[Any, torch.Tensor]:
+    ) -> tuple[int, torch.Tensor]:
         """Deepest node on the path of ``tokens`` and the slots held up to it
         (int64, whole pages, verified token by token). Marks the path as used."""
         ...
@@ -47,10 +53,16 @@ class PageTree(Protocol):
 
 @dataclasses.dataclass
 class SegmentRecord:
-    """What the forest remembers of a compiled segment.
+    """What the forest remembers of a compiled segment, held or not.
 
-    ``path`` is compile context plus segment; ``compiled`` and ``last_use`` are
-    ticks of the forest's logical clock, which advances with every link.
+    Attributes:
+        path: compile context plus segment.
+        tokens: length of the segment.
+        compiled, last_use: ticks of the forest's logical clock, which advances
+            with every compile and every link.
+        node: node of the tree that ends its pages; ``None`` where they are gone.
+        named: it was compiled by name, not for a link.
+        hits: links that reused it.
     """
 
     id: str
@@ -60,6 +72,8 @@ class SegmentRecord:
     tokens: int
     compiled: int
     last_use: int
+    node: int | None
+    named: bool = False
     hits: int = 0
 
 
@@ -76,7 +90,7 @@ class Lookup:
     """
 
     id: str
-    node: Any
+    node: int
     slots: torch.Tensor
     miss: str | None
     state: CoreState | None = None
@@ -88,15 +102,35 @@ class SegmentForest:
     Args:
         tree: owner of the pages.
         context: compile context, a whole number of pages long.
+        nodes: every node in eviction order.
+        tree_index: which of its trees holds the segments.
+        fresh_tokens: most tokens kept for links still on their way.
+        on_release: told a segment that need wait for its link no longer.
     """
 
-    def __init__(self, tree: PageTree, context: Sequence[int]):
+    def __init__(
+        self,
+        tree: PageTree,
+        context: Sequence[int],
+        nodes: NodeIndex,
+        tree_index: int,
+        fresh_tokens: int,
+        on_release: Callable[[str], None],
+    ):
         if len(context) % tree.page_size:
             raise PicIntegrityError("the compile context is not a whole number of pages")
         self.context = array("q", context)
         self._tree = tree
+        self._nodes = nodes
+        self._tree_index = tree_index
         self._records: LRUCache[str, SegmentRecord] = LRUCache(MAX_RECORDS)
+        # Compiled for a link that has not come yet: id -> tick. Not offered to eviction.
+        self._fresh: dict[str, int] = {}
+        self._fresh_tokens = fresh_tokens
+        self._on_release = on_release
         self._clock = 0
+        # Went before anyone used them a second time.
+        self.on_probation_evicted = 0
 
     def find(self, tokens: array, extra_key: str | None, tenant: str | None) -> Lookup:
         """Look a segment up by content.
@@ -120,30 +154,176 @@ class SegmentForest:
                 miss = report.PARTLY_EVICTED if slots.numel() else report.EVICTED
         return Lookup(name, node, slots, miss)
 
-    def note_compiled(self, path: array, extra_key: str | None, salt: str) -> str:
-        """Record that a segment was compiled; returns its id."""
-        tokens = path[len(self.context) :]
-        name = segment_id(salt, extra_key, tokens)
-        self._clock += 1
+    # -- a segment's life ---------------------------------------------------------
+
+    def first_uses(self, name: str, *, named: bool) -> int:
+        """Uses that a segment begins with when it is compiled: those of its former
+        life, as long as it is remembered."""
         record = self._records.get(name)
-        hits = record.hits if record is not None else 0
+        return (record.hits if record is not None else 0) + (NAMED_USES if named else 0)
+
+    def note_compiled(
+        self,
+        path: array,
+        extra_key: str | None,
+        salt: str,
+        node: int | None,
+        *,
+        named: bool = False,
+        hits: int | None = None,
+    ) -> str:
+        """Record that a segment was compiled; returns its id.
+
+        Args:
+            node: node of the tree that ends its pages; ``None`` if it has no whole one.
+            named: compiled by name: it may go whenever it is worth least. Otherwise
+                a link has asked for it and is on its way.
+            hits: of its former life; by default what is remembered of it.
+        """
+        name = segment_id(salt, extra_key, path[len(self.context) :])
+        self._clock += 1
+        former = self._records.get(name)
+        if hits is None:
+            hits = former.hits if former is not None else 0
+        uses = hits + (NAMED_USES if named else 0)
         self._records[name] = SegmentRecord(
-            name, path, extra_key, salt, len(tokens), self._clock, self._clock, hits
-        )
+            name, path, extra_key, salt, len(path) - len(self.context), self._clock, self._clock,
+            node, named, hits,
+        )  # fmt: skip
+        if node is None:
+            return name
+        self._nodes.note(self._tree_index, node, SEGMENT, salt, uses=uses, offer=named)
+        self._nodes.end_segment(self._tree_index, node, name)
+        if not named:
+            self._fresh[name] = self._clock
+            self._release_old()
         return name
 
-    def note_hits(self, names: Sequence[str]) -> None:
+    def note_hits(self, names: Collection[str]) -> None:
         """Advance the clock by one link that reused these segments."""
         self._clock += 1
         for name in names:
             record = self._records.get(name)
+            if record is None:
+                continue
+            record.hits += 1
+            record.last_use = self._clock
+            if record.node is not None:
+                self._nodes.use(self._tree_index, record.node, SEGMENT, record.salt)
+            self._release(name)
+        self._release_old()
+
+    def note_gone(self, names: Collection[str]) -> None:
+        """The last page of these segments is gone."""
+        for name in names:
+            self._fresh.pop(name, None)
+            record = self._records.get(name)
             if record is not None:
-                record.hits += 1
-                record.last_use = self._clock
+                record.node = None
+                self.on_probation_evicted += record.hits <= 1 and not record.named
+
+    def remove_pages(self, name: str) -> int:
+        """Free the pages of a segment that nothing else needs: no longer segment,
+        no running request, no pin. It is remembered, and no longer held.
+
+        Returns:
+            Tokens freed.
+        """
+        record = self._records.get(name)
+        if record is None or record.node is None:
+            return 0
+        node, record.node = record.node, None
+        self._fresh.pop(name, None)
+        self._nodes.unend_segment(self._tree_index, node, name)
+        return self._nodes.remove_path(self._tree_index, node)
+
+    def delete(self, name: str) -> int:
+        """``remove_pages``, and it is not remembered either."""
+        freed = self.remove_pages(name)
+        self._records.pop(name, None)
+        return freed
+
+    def release_fresh(self) -> None:
+        """Memory is needed: links on their way may find their segments gone."""
+        for name in list(self._fresh):
+            self._release(name)
+
+    def _release(self, name: str) -> None:
+        if self._fresh.pop(name, None) is None:
+            return
+        record = self._records.get(name)
+        if record is not None and record.node is not None:
+            self._nodes.unlocked(self._tree_index, record.node)
+        self._on_release(name)
+
+    def _release_old(self) -> None:
+        held = sum(self._tokens_of(name) for name in self._fresh)
+        for name, tick in list(self._fresh.items()):
+            if held <= self._fresh_tokens and self._clock - tick <= FRESH_TICKS:
+                break
+            held -= self._tokens_of(name)
+            self._release(name)
+
+    def _tokens_of(self, name: str) -> int:
+        record = self._records.get(name)
+        return record.tokens if record is not None else 0
 
     def forget(self) -> None:
         """Drop every record; the tree was flushed."""
         self._records.clear()
+        self._fresh.clear()
+
+    # -- looking at it ------------------------------------------------------------
+
+    @property
+    def clock(self) -> int:
+        return self._clock
+
+    def is_in_use(self, record: SegmentRecord) -> bool:
+        """Whether a running request, or a pin, holds the last of its pages."""
+        return record.node is not None and self._nodes.is_held(self._tree_index, record.node)
+
+    def value(self, record: SegmentRecord) -> float:
+        """Where it stands in the eviction order: the lowest goes first."""
+        return 0.0 if record.node is None else self._nodes.value(self._tree_index, record.node)
+
+    def record(self, name: str, tenant: str | None) -> SegmentRecord | None:
+        """A held segment of this tenant, or ``None``: those of others do not exist."""
+        record = self._records.get(name)
+        if record is None or record.node is None:
+            return None
+        return record if record.salt == namespace(self.context, tenant) else None
+
+    def records(self, tenant: str | None) -> list[SegmentRecord]:
+        """All held segments of this tenant, the last used first. O(segments)."""
+        salt = namespace(self.context, tenant)
+        held = [r for r in list(self._records.values()) if r.salt == salt and r.node is not None]
+        return sorted(held, key=lambda record: -record.last_use)
+
+    @property
+    def count(self) -> int:
+        """Segments held, of all tenants. O(segments)."""
+        return sum(record.node is not None for record in list(self._records.values()))
+
+    def holds(self, name: str, tenant: str | None) -> bool:
+        """Whether this tenant has compiled a segment and its whole pages are held."""
+        record = self._records.get(name)
+        if record is None or record.salt != self.namespace(tenant):
+            return False
+        return record.node is not None or record.tokens < self._tree.page_size
+
+    def is_held(self, name: str) -> bool:
+        """Whether a segment of any tenant is held."""
+        record = self._records.get(name)
+        return record is not None and record.node is not None
+
+    def slots(self, record: SegmentRecord) -> torch.Tensor:
+        """int64, slots of a segment's path, compile context included."""
+        return self._tree.find_path(record.path, record.extra_key, record.salt)[1]
+
+    def namespace(self, tenant: str | None) -> str:
+        """Where a tenant's segments live."""
+        return namespace(self.context, tenant)
 
     def dump(self) -> dict[str, Any]:
         """Every compiled segment with its pages, and what the rest of the tree holds.
@@ -183,8 +363,9 @@ class SegmentForest:
         }
 
     def check(self) -> None:
-        """Raise ``PicIntegrityError`` unless every page has one owner and every
-        segment's pages are whole, contiguous within the page, and owned by the tree."""
+        """Raise ``PicIntegrityError`` unless every page has one owner, every
+        segment's pages are whole, contiguous within the page, and owned by the
+        tree, and what is recorded as held is."""
         page = self._tree.page_size
         slots = self._tree.all_slots()
         owned = set(slots.tolist())
@@ -200,6 +381,8 @@ class SegmentForest:
                 raise PicIntegrityError(f"segment {record.id} is not made of whole pages")
             if not owned.issuperset(held.tolist()):
                 raise PicIntegrityError(f"segment {record.id} names pages the tree does not own")
+            if record.node is not None and held.numel() < record.tokens // page * page:
+                raise PicIntegrityError(f"segment {record.id} is taken for held and is not")
 
     def _path_slots(self, record: SegmentRecord) -> torch.Tensor:
         _, slots = self._tree.find_path(record.path, record.extra_key, record.salt)

@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.base_prefix_cache import (
     EvictParams,
     EvictResult,
-    InsertParams,
     MatchPrefixParams,
     MatchResult,
 )
@@ -31,10 +29,16 @@ from sglang.srt.runtime_context import mamba_checkpoint_grid
 
 from sglang_pic.config import PicConfig
 from sglang_pic.forest.cache import PicCache
-from sglang_pic.forest.forest import Lookup
+from sglang_pic.forest.cost import PrefillCost
+from sglang_pic.forest.files import SavedSegment
+from sglang_pic.forest.forest import Lookup, SegmentRecord
 from sglang_pic.forest.keys import segment_id
+from sglang_pic.forest.nodes import TURN
+from sglang_pic.forest.state import LinkHandle, LinkState
+from sglang_pic.forest.turns import Chain, Turn
 from sglang_pic.linear.capture import Capture
-from sglang_pic.linear.state import LinearShape, StateStore
+from sglang_pic.linear.state import CoreState, LinearShape, SegmentState, StateStore
+from sglang_pic.link.plan import grown_plan
 from sglang_pic.link.policy import LinkOptions, Seam
 from sglang_pic.link.report import NO_STATE
 from sglang_pic.request.base import LinkRequest
@@ -42,6 +46,11 @@ from sglang_pic.request.hints import COMPILE, find_action
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
+
+
+def _turn_end(turn: Turn, tokens: int) -> str:
+    """Name of the state behind so many tokens of a turn's path."""
+    return f"{turn.salt}:{tokens}"
 
 
 class PicHybridCache(PicCache):
@@ -60,9 +69,86 @@ class PicHybridCache(PicCache):
             dataclasses.replace(params, tree_components=(ComponentType.FULL,), enable_metrics=False)
         )
 
-    def configure(self, config: PicConfig, refusal: str | None) -> None:
-        super().configure(config, refusal)
-        self.states = StateStore(config)
+    def configure(self, config: PicConfig, refusal: str | None, cost: PrefillCost) -> None:
+        self.states = StateStore(config, self._state_gone, self.release_held_back)
+        # Lengths of each turn's path behind which a state is held, and its node.
+        self._turn_ends: dict[str, dict[int, int]] = {}
+        super().configure(config, refusal, cost)
+
+    @property
+    def state_budget(self) -> int:
+        return self.states.budget
+
+    def state_bytes_of(self, segment: str) -> int:
+        return self.states.nbytes_of(segment)
+
+    def state_bytes(self, kind: str) -> int:
+        return self.states.bytes_of_group(kind)
+
+    @property
+    def usual_state_bytes(self) -> int:
+        return self.shape.state_nbytes(1, self.states.itemsize) if self.refusal is None else 0
+
+    @property
+    def states_evicted(self) -> int:
+        return self.states.evicted
+
+    def segment_released(self, name: str) -> None:
+        self.states.release(name)
+
+    def prefix_device_indices(self, req: Req) -> torch.Tensor:
+        if isinstance(req.last_node, LinkHandle):
+            for name in req.last_node.segments:
+                self.states.use(name)
+        return super().prefix_device_indices(req)
+
+    def state_tensors(self, segment: str) -> dict[str, torch.Tensor]:
+        return self.states.tensors(segment)
+
+    def core_end(self, segment: str) -> int | None:
+        held = self.states.find(segment)
+        return held.core_end if held is not None else None
+
+    def adopt(self, saved: SavedSegment, held: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        context = len(self.forest.context)
+        name = segment_id(saved.salt, saved.extra_key, saved.path[context:])
+        if saved.core_end is not None and not self.states.adopt(
+            name,
+            saved.core_end,
+            saved.tensors,
+            device=self.device,
+            cost=self.cost.flops(context, len(saved.path)),
+        ):
+            return None
+        empty = super().adopt(saved, held)
+        if empty is None:
+            self.states.drop(name)
+        return empty
+
+    def hold(self, record: SegmentRecord) -> Callable[[], None]:
+        release = super().hold(record)
+        self.states.pin(record.id)
+
+        def release_both() -> None:
+            release()
+            self.states.unpin(record.id)
+
+        return release_both
+
+    def _segments_gone(self, names: Collection[str]) -> None:
+        """Without its pages a state is of no use."""
+        super()._segments_gone(names)
+        for name in names:
+            self.states.drop(name)
+            self._forget_turn_end(name)
+
+    def _state_gone(self, name: str) -> None:
+        """Nor are the pages without it, but those it shares."""
+        self.forest.remove_pages(name)
+        node = self._forget_turn_end(name)
+        if node is not None:
+            self.order.unend_segment(1, node, name)
+            self.order.remove_path(1, node)
 
     @property
     def prefix_grid(self) -> int:
@@ -77,12 +163,38 @@ class PicHybridCache(PicCache):
         compiling = find_action(req.kv_hints, COMPILE) if req is not None else None
         if compiling is None or self.refusal is not None:
             return super().match_prefix(params)
-        # From its first token, whatever the tree holds: the pair must see them
-        # all. The path goes into the segments' tree when it is complete.
+        # From its first token, or from where a shorter segment's cores end: the
+        # pairs must see all tokens. Pages and states are kept by ``_keep``.
         req.skip_radix_cache_insert = True
-        if req not in self._captures:
-            self._captures[req] = self._capture(req, compiling["seams"])
-        return self._root_match(req.extra_key)
+        capture = self._capture(req, compiling["seams"])
+        self._captures[req] = capture
+        root = self._root_match(req.extra_key)
+        shorter = self._shorter(req, capture)
+        if shorter is None:
+            return root
+        node, slots, capture.grown_from = shorter
+        plan = grown_plan(len(req.origin_input_ids), slots)
+        handle = LinkHandle(root.last_device_node, (node,), plan, ())
+        return MatchResult(plan.reused, handle, handle, handle)
+
+    def _shorter(self, req: Req, capture: Capture) -> tuple[int, torch.Tensor, SegmentState] | None:
+        """The longest segment that this one begins with and whose states fit: where
+        its pages end, slots up to where its cores end, and its states."""
+        key = RadixKey(req.origin_input_ids, req.extra_key, cache_salt=req.cache_salt)
+        matched, deepest, _ = self.segment_tree.tree_core.match_full_device_prefix(
+            key.page_aligned(self.page_size)
+        )
+        for node, names in self.order.ends_on_path(1, deepest, matched):
+            for name in sorted(names):
+                held = self.states.find(name)
+                if (
+                    held is not None
+                    and held.core_end < capture.core_end
+                    and set(capture.heads) <= set(held.pairs)
+                ):
+                    slots = self.segment_tree.path_device_indices(node)
+                    return node, slots[: capture.start + held.core_end].to(torch.int64), held
+        return None
 
     def _capture(self, req: Req, seams: Sequence[int]) -> Capture:
         start = len(self.forest.context)
@@ -93,33 +205,76 @@ class PicHybridCache(PicCache):
         return Capture(self.shape, start=start, heads=heads, core_end=core_end)
 
     def claim_kv_row(self, req: Req) -> bool:
-        capture = self._captures.get(req)
-        if capture is not None and req.finished():
-            del self._captures[req]
-            if not isinstance(req.finished_reason, FINISH_ABORT):
-                self._keep(req, capture)
-        return super().claim_kv_row(req)
+        claimed = super().claim_kv_row(req)
+        if req.finished():
+            self._captures.pop(req, None)
+        return claimed
 
-    def _keep(self, req: Req, capture: Capture) -> None:
-        """Hand a complete compile's pages to the segments' tree, and its states
-        to the store."""
+    def _keep(self, req: Req, *, named: bool) -> bool:
+        """Pages and states, or neither."""
+        capture = self._captures[req]
         ids = req.origin_input_ids
-        key = RadixKey(ids, req.extra_key, cache_salt=req.cache_salt).page_aligned(self.page_size)
-        row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : len(key)]
-        if len(key):
-            self.segment_tree.insert(
-                InsertParams(key=key, value=row.to(torch.int64, copy=True), priority=0)
-            )
-            # Pages it held already have been freed; the rest are the tree's.
-            req.kv.cache_protected_len = len(key)
-        if capture.complete:
-            self.states.add(
-                segment_id(req.cache_salt, req.extra_key, ids[capture.start :]),
-                core_end=capture.core_end,
-                conv_tail=capture.conv_tail,
-                end=capture.end(),
-                pairs=capture.pairs(),
-            )
+        name = segment_id(req.cache_salt, req.extra_key, ids[capture.start :])
+        if capture.complete and not self.states.add(
+            name,
+            core_end=capture.core_end,
+            conv_tail=capture.conv_tail,
+            end=capture.end(),
+            pairs=capture.pairs(),
+            cost=self.cost.flops(capture.start, len(ids)),
+            uses=self.forest.first_uses(name, named=named),
+            offer=named,
+        ):
+            return False
+        kept = super()._keep(req, named=named)
+        if not kept:
+            self.states.drop(name)
+        return kept
+
+    # -- earlier turns -------------------------------------------------------------
+
+    def _keep_turn(self, req: Req, link: LinkState) -> None:
+        # The request's state is that of its last token only where SGLang runs no
+        # step ahead and pages cut nothing off.
+        exact = self.page_size == 1 and not self.enable_mamba_extra_buffer
+        if exact and req.owned_kv_len() == req.kv.kv_committed_len:
+            super()._keep_turn(req, link)
+
+    def _turn_kept(self, req: Req, turn: Turn, tokens: int, node: int) -> None:
+        cache = self.req_to_token_pool.mamba_pool.mamba_cache
+        slot = int(req.kv.mamba_pool_idx)
+        name = _turn_end(turn, tokens)
+        if self.states.add(
+            name,
+            core_end=tokens,
+            conv_tail=cache.conv[0][:, slot].float(),
+            end=cache.temporal[:, slot].float().transpose(-1, -2),
+            pairs={},
+            cost=self.cost.flops(0, req.kv.kv_committed_len),
+            group=TURN,
+        ):
+            self._turn_ends.setdefault(turn.salt, {})[tokens] = node
+            self.order.end_segment(1, node, name)
+
+    def _usable(self, turn: Turn, held: int) -> int:
+        return max((n for n in self._turn_ends.get(turn.salt, ()) if n <= held), default=0)
+
+    def _turn_state(self, chain: Chain) -> CoreState | None:
+        held = self.states.find(_turn_end(chain.turn, len(chain.tokens)))
+        assert held is not None
+        self.states.use(_turn_end(chain.turn, len(chain.tokens)))
+        return CoreState(None, held.end, held.conv_tail)
+
+    def _forget_turn_end(self, name: str) -> int | None:
+        """A turn's state is gone; the node where it stood."""
+        salt, _, tokens = name.rpartition(":")
+        ends = self._turn_ends.get(salt)
+        if ends is None:
+            return None
+        node = ends.pop(int(tokens), None)
+        if not ends:
+            del self._turn_ends[salt]
+        return node
 
     # -- linking ----------------------------------------------------------------
 
@@ -198,46 +353,39 @@ class PicHybridCache(PicCache):
         total, *rest = super().total_size()
         return total + self.segment_tree.total_size()[0], *rest
 
+    def check(self) -> None:
+        super().check()
+        self.states.check()
+
     def sanity_check(self) -> None:
         super().sanity_check()
         self.segment_tree.sanity_check()
 
-    def _evict(
-        self, params: EvictParams, available_size_targets: Any = None, **options: Any
-    ) -> EvictResult:
-        """Evict pages from the tree that holds more of them, then from the other."""
-        wanted = params.num_tokens
-        segments_first = self.segment_tree.full_evictable_size() > super().full_evictable_size()
-        freed = 0
-        if segments_first:
-            freed = self._evict_segments(wanted, available_size_targets)
-            params = dataclasses.replace(params, num_tokens=max(0, wanted - freed))
-        result = super()._evict(params, available_size_targets, **options)
-        short = wanted - freed - result.num_tokens_evicted
-        if not segments_first and short > 0:
-            freed += self._evict_segments(short, available_size_targets)
-        return dataclasses.replace(result, num_tokens_evicted=result.num_tokens_evicted + freed)
-
-    def _evict_segments(self, wanted: int, targets: Any) -> int:
-        if wanted <= 0:
-            return 0
+    def _evict_as_sglang(self, params: EvictParams, targets: Any, satisfied: Any) -> EvictResult:
+        result = super()._evict_as_sglang(params, targets, satisfied)
+        short = params.num_tokens - result.num_tokens_evicted
+        if short <= 0 or satisfied is not None:
+            return result
         own = None
         if targets is not None and ComponentType.FULL in targets:
             own = {ComponentType.FULL: targets[ComponentType.FULL]}
-        return self.segment_tree._evict(EvictParams(num_tokens=wanted), own).num_tokens_evicted
+        more = self.segment_tree._evict(EvictParams(num_tokens=short), own).num_tokens_evicted
+        if self.nodes is not None:
+            self.nodes.note_unseen(more, 0)
+        return dataclasses.replace(result, num_tokens_evicted=result.num_tokens_evicted + more)
 
     def reset(self) -> None:
         if hasattr(self, "states"):
             self.states.clear()
+            self._turn_ends.clear()
             self.segment_tree.reset()
         super().reset()
 
     def state(self) -> dict[str, Any]:
         """As in ``PicCache``, with ``state_bytes`` of every segment and in all."""
         made = super().state()
-        held = self.states.bytes_by_segment()
         for segment in made["segments"]:
-            segment["state_bytes"] = held.get(segment["id"], 0)
+            segment["state_bytes"] = self.states.nbytes_of(segment["id"])
         return {
             **made,
             "prefix_tokens": int(UnifiedRadixCache.all_values_flatten(self).numel()),

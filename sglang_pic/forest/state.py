@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglang_pic.forest.turns import Chain, Core
 from sglang_pic.link.plan import LinkPlan
 from sglang_pic.request.base import LinkRequest
 
@@ -17,18 +18,20 @@ if TYPE_CHECKING:
 @dataclasses.dataclass(frozen=True, eq=False)
 class LinkHandle:
     """Stands where SGLang expects the node that ends a request's prefix: that
-    node, those of the segments' tree whose pages the row reuses, each once, and
-    the ids of the segments found."""
+    node, those of the segments' tree whose pages the row reuses, each once, the
+    ids of the segments found, and the earlier turns."""
 
     prefix: Any
     nodes: tuple[Any, ...]
     plan: LinkPlan
     segments: tuple[str, ...]
+    chain: Chain | None = None
 
 
 @dataclasses.dataclass
 class LinkState:
-    """A linked request's decoded link, current plan and private copies.
+    """A linked request's decoded link, current plan and private copies; the cores
+    of the plan and the earlier turns it reuses.
 
     ``private`` holds the slots of relocated pages between load-back and
     allocation; from then on the row owns them.
@@ -36,6 +39,8 @@ class LinkState:
 
     request: LinkRequest
     plan: LinkPlan | None = None
+    cores: tuple[Core, ...] = ()
+    chain: Chain | None = None
     private: torch.Tensor | None = None
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from sglang_pic.kernels.operators.pair import Pair
-from sglang_pic.linear.state import LinearShape
+from sglang_pic.linear.state import LinearShape, SegmentState
 
 # Key of the state at the core's end with everything before it, beside those of
 # pairs, which are the core's first token.
@@ -30,22 +30,42 @@ class Capture:
         start: tokens of the compile context, in front of the segment.
         heads: first tokens of the cores wanted, relative to the segment.
         core_end: where all of them end, relative to the segment.
+        grown_from: states of a shorter segment that this one begins with; its cores
+            are gone on from.
     """
 
-    def __init__(self, shape: LinearShape, *, start: int, heads: Sequence[int], core_end: int):
+    def __init__(
+        self,
+        shape: LinearShape,
+        *,
+        start: int,
+        heads: Sequence[int],
+        core_end: int,
+        grown_from: SegmentState | None = None,
+    ):
         self.shape = shape
         self.start = start
         self.heads = tuple(heads)
         self.core_end = core_end
+        self.grown_from = grown_from
         self.conv_tail: torch.Tensor | None = None
         self.running: dict[int, torch.Tensor] = {}
 
+    @property
+    def first(self) -> int:
+        """The prompt's first token that is computed."""
+        return 0 if self.grown_from is None else self.start + self.grown_from.core_end
+
     def restart(self, device: torch.device) -> None:
-        """Begin with the prompt's first token."""
+        """Begin with the first token."""
         begun = self.shape.begun(self.shape.layers, device)
         self.running = dict.fromkeys(self.heads, begun)
         self.running[END] = torch.zeros_like(begun)
         self.conv_tail = None
+        if self.grown_from is not None:
+            for head in self.heads:
+                pair = self.grown_from.pairs[head].unpack()
+                self.running[head] = self.shape.running(pair).to(device)
 
     @property
     def complete(self) -> bool:
@@ -126,7 +146,7 @@ def build_capture(rows: Sequence[CaptureRow], device: torch.device) -> CaptureSt
         starts.append(at)
         at += row.extend
         capture = row.capture
-        if row.prefix == 0:
+        if row.prefix == capture.first:
             capture.restart(device)
         begin, stop = row.prefix, row.prefix + row.extend
         core_end = capture.start + capture.core_end

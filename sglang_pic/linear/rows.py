@@ -98,6 +98,8 @@ class PicLinearBackend(MambaAttnBackendBase):
                 others.append((i, torch.arange(at, at + extends[i])))
                 if capture is not None:
                     compiling.append(CaptureRow(capture, *where))
+                    if prefixes[i] == capture.first:
+                        self._grow(capture, slots[i])
             at += extends[i]
         if compiling:
             self._capture_step = build_capture(compiling, self.device)
@@ -106,6 +108,15 @@ class PicLinearBackend(MambaAttnBackendBase):
             self._others = _rows_of(batch, [i for i, _ in others]) if others else None
             tokens = [tokens for _, tokens in others]
             self._other_tokens = torch.cat(tokens).to(self.device) if tokens else None
+
+    def _grow(self, capture: Capture, slot: int) -> None:
+        """A growing segment goes on from where the shorter one's cores end."""
+        held = capture.grown_from
+        if held is None:
+            return
+        cache = self.req_to_token_pool.mamba_pool.mamba_cache
+        cache.temporal[:, slot] = held.end.transpose(-1, -2).to(cache.temporal)
+        cache.conv[0][:, slot] = held.conv_tail.to(cache.conv[0])
 
 
 def _rows_of(batch: Any, rows: list[int]) -> Any:

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from cachetools import LRUCache
 
 from sglang_pic.config import PicConfig
+from sglang_pic.errors import PicIntegrityError
+from sglang_pic.forest.nodes import SEGMENT
+from sglang_pic.forest.order import EvictionOrder
 from sglang_pic.kernels.operators.pair import Pair
 from sglang_pic.kernels.operators.storage import PackedPair, pack, pack_state
 
@@ -51,6 +55,15 @@ class LinearShape:
         """Shape of an operator of all layers."""
         return (self.layers, self.heads, *(() if self.scalar else (self.dk, self.dk)))
 
+    def state_nbytes(self, pairs: int, itemsize: int) -> int:
+        """Upper bound of the bytes a segment's states take with this many pairs."""
+        state = self.layers * self.heads * self.dk * self.dv * itemsize
+        operators = math.prod(self.operator)
+        operator = operators * 4 if self.scalar else operators * itemsize
+        kept = 0 if self.scalar else self.layers * self.heads * 8
+        conv_tail = self.layers * self.channels * self.history * 4
+        return pairs * (operator + kept + state) + state + conv_tail
+
     def begun(self, count: int, device: torch.device) -> torch.Tensor:
         """float32 [count, heads, dv + n, dk], running states of no tokens."""
         operator = torch.ones(1, self.dk) if self.scalar else torch.eye(self.dk)
@@ -58,6 +71,13 @@ class LinearShape:
         begun = torch.zeros(count, self.heads, rows, self.dk, device=device)
         begun[:, :, self.dv :] = operator.to(device)
         return begun
+
+    def running(self, pair: Pair) -> torch.Tensor:
+        """float32 [..., heads, dv + n, dk], what ``pair`` reads it from."""
+        operator = pair.A.float()
+        if self.scalar:
+            operator = operator[..., None, None].expand(*operator.shape, self.dk, 1)
+        return torch.cat([pair.B.float(), operator], -1).transpose(-1, -2).contiguous()
 
     def pair(self, running: torch.Tensor) -> Pair:
         """``A`` and ``B`` [..., heads, dk, dv] of a running state."""
@@ -120,21 +140,43 @@ class SegmentState:
 class StateStore:
     """States of compiled segments by segment id, within a budget of bytes.
 
-    The least recently used go first. A link holds the states of its segments
+    Evicts in the same order as pages are (``forest.order``), by what a segment
+    saves for the bytes of its state. A link holds the states of its segments
     itself, so that nothing in use disappears; the budget counts what the store
     holds.
+
+    Args:
+        config: the server's settings.
+        on_evict: told a segment whose state had to go.
+        on_shortage: asked to ``release`` what was held back.
     """
 
-    def __init__(self, config: PicConfig):
+    def __init__(
+        self,
+        config: PicConfig,
+        on_evict: Callable[[str], None] = lambda _: None,
+        on_shortage: Callable[[], None] = lambda: None,
+    ):
         self._dtype = getattr(torch, config.state_dtype)
+        self.itemsize = self._dtype.itemsize
         self._threshold = config.operator_threshold
-        self._states: LRUCache[str, SegmentState] = LRUCache(
-            config.state_mib << 20, getsizeof=lambda state: state.nbytes
-        )
+        self._on_evict = on_evict
+        self._on_shortage = on_shortage
+        self._states: dict[str, SegmentState] = {}
+        self._order: EvictionOrder[str] = EvictionOrder()
+        self._pinned: set[str] = set()
+        self.budget = config.state_mib << 20
+        self.nbytes = 0
+        self.evicted = 0
 
     def find(self, segment: str) -> SegmentState | None:
-        """States of a segment; marks them as used."""
+        """States of a segment."""
         return self._states.get(segment)
+
+    def use(self, segment: str) -> None:
+        """One link uses it."""
+        if segment in self._states:
+            self._order.use(segment)
 
     def add(
         self,
@@ -144,41 +186,168 @@ class StateStore:
         conv_tail: torch.Tensor,
         end: torch.Tensor,
         pairs: dict[int, Pair],
-    ) -> None:
-        """Keep what a compile captured, beside the pairs of other seam widths."""
+        cost: float = 0.0,
+        uses: int = 1,
+        group: str = SEGMENT,
+        offer: bool = True,
+    ) -> bool:
+        """Keep what a compile captured, beside the pairs of other seam widths.
+
+        Args:
+            cost: FLOPs that one use of the segment saves.
+            uses, group: as in ``EvictionOrder.add``.
+            offer: it may go at once, or from ``release`` on.
+
+        Returns:
+            Whether it fits; if not, nothing is kept of this segment.
+        """
         packed = {
             first: pack(pair, dtype=self._dtype, threshold=self._threshold)
             for first, pair in pairs.items()
         }
-        held = self._states.pop(segment, None)
+        held = self._states.get(segment)
         if held is not None and held.core_end == core_end:
             packed = {**held.pairs, **packed}
         # A copy: what was captured is a view of a whole step's tensor.
         state = SegmentState(core_end, conv_tail.clone(), pack_state(end, self._dtype), packed)
-        if state.nbytes > self._states.maxsize:
+        return self._put(segment, state, cost, uses, group, offer)
+
+    def _put(
+        self,
+        segment: str,
+        state: SegmentState,
+        cost: float,
+        uses: int,
+        group: str = SEGMENT,
+        offer: bool = True,
+    ) -> bool:
+        pinned = segment in self._pinned
+        self.drop(segment)
+        if not self._make_room(state.nbytes):
             logger.warning(
-                "sglang_pic: a segment's state of %d bytes exceeds --pic-state-mib and is not kept",
+                "sglang_pic: a segment's state of %d bytes does not fit and is not kept",
                 state.nbytes,
             )
-            return
+            return False
         self._states[segment] = state
+        self.nbytes += state.nbytes
+        self._order.add(segment, group, cost=cost, nbytes=state.nbytes, uses=uses)
+        if pinned:
+            self._pinned.add(segment)
+        elif offer:
+            self._order.offer(segment)
+        return True
+
+    def release(self, segment: str) -> None:
+        """What was held back may go."""
+        self._order.offer(segment)
+
+    def tensors(self, segment: str) -> dict[str, torch.Tensor]:
+        """All that is kept of a segment, by name, for ``adopt``; empty if nothing is."""
+        state = self._states.get(segment)
+        if state is None:
+            return {}
+        found = {"conv_tail": state.conv_tail, "end": state.end}
+        for first, pair in state.pairs.items():
+            found[f"pair.{first}.operator"] = pair.operator
+            found[f"pair.{first}.state"] = pair.state
+            if pair.kept is not None:
+                found[f"pair.{first}.kept"] = pair.kept
+        return found
+
+    def adopt(
+        self,
+        segment: str,
+        core_end: int,
+        tensors: dict[str, torch.Tensor],
+        *,
+        device: Any,
+        cost: float,
+    ) -> bool:
+        """Keep what ``tensors`` gave of a segment, as it is; evicts nothing.
+
+        Returns:
+            Whether it fits.
+        """
+        heads = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("pair.")})
+
+        def of(name: str) -> torch.Tensor:
+            return tensors[name].to(device)
+
+        pairs = {
+            first: PackedPair(
+                of(f"pair.{first}.operator"),
+                of(f"pair.{first}.kept") if f"pair.{first}.kept" in tensors else None,
+                of(f"pair.{first}.state"),
+            )
+            for first in heads
+        }
+        state = SegmentState(core_end, of("conv_tail"), of("end"), pairs)
+        if self.nbytes + state.nbytes > self.budget:
+            return False
+        return self._put(segment, state, cost, 1)
+
+    def _make_room(self, nbytes: int) -> bool:
+        if nbytes > self.budget - self.pinned_bytes:
+            return False
+        while self.nbytes + nbytes > self.budget:
+            victim = self._order.park()
+            if victim is None:
+                self._on_shortage()
+                victim = self._order.park()
+            if victim is None:
+                return False
+            if victim in self._pinned:
+                continue
+            self._order.evicted(victim)
+            self.nbytes -= self._states.pop(victim).nbytes
+            self.evicted += 1
+            self._on_evict(victim)
+        return True
+
+    def pin(self, segment: str) -> None:
+        """Keep a segment's state, if it has one, until ``unpin``."""
+        if segment in self._states:
+            self._pinned.add(segment)
+
+    def unpin(self, segment: str) -> None:
+        """It may go again."""
+        self._pinned.discard(segment)
+        self._order.offer(segment)
 
     def drop(self, segment: str) -> None:
         """Forget a segment, whose pages are gone."""
-        self._states.pop(segment, None)
+        state = self._states.pop(segment, None)
+        if state is not None:
+            self.nbytes -= state.nbytes
+            self._order.remove(segment)
+            self._pinned.discard(segment)
 
     def clear(self) -> None:
         self._states.clear()
+        self._order.clear()
+        self._pinned.clear()
+        self.nbytes = 0
 
-    def bytes_by_segment(self) -> dict[str, int]:
-        """Bytes held for each segment."""
-        return {name: state.nbytes for name, state in self._states.items()}
+    def nbytes_of(self, segment: str) -> int:
+        """Bytes held for a segment."""
+        state = self._states.get(segment)
+        return state.nbytes if state is not None else 0
+
+    def bytes_of_group(self, group: str) -> int:
+        """Bytes held for all of a group. O(n)."""
+        entries = ((name, self._order.get(name)) for name in self._states)
+        return sum(self.nbytes_of(n) for n, e in entries if e is not None and e.group == group)
 
     @property
-    def nbytes(self) -> int:
-        return int(self._states.currsize)
+    def pinned_bytes(self) -> int:
+        return sum(self.nbytes_of(segment) for segment in self._pinned)
 
-    @property
-    def budget(self) -> int:
-        """Bytes the store may hold."""
-        return int(self._states.maxsize)
+    def check(self) -> None:
+        """Raise ``PicIntegrityError`` unless sums, order and budget hold."""
+        if set(self._order) != set(self._states) or not self._pinned <= set(self._states):
+            raise PicIntegrityError("the states and their eviction order differ")
+        if self.nbytes != sum(state.nbytes for state in self._states.values()):
+            raise PicIntegrityError("the bytes of states do not add up")
+        if self.nbytes > self.budget:
+            raise PicIntegrityError(f"states of {self.nbytes} bytes exceed {self.budget}")

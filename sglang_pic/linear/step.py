@@ -55,7 +55,11 @@ def runs_of(plan: LinkPlan, prefix: int, extend: int) -> list[Run]:
     cores = [span for span in plan.spans if span.state is not None]
     # Tokens generated since the plan was made follow all cores.
     bounds = [span.first_seer for span in cores if done <= span.first_seer < done + extend]
-    before = {span.first_seer: (span.state, span.end - span.start) for span in cores}
+    # An earlier turn has the history of all that precedes its end.
+    lengths = [span.n_tokens if span.among is None else span.end for span in cores]
+    before = {
+        span.first_seer: (span.state, length) for span, length in zip(cores, lengths, strict=True)
+    }
     edges = [*sorted({done, *bounds}), done + extend]
     return [
         Run(stop - start, *before.get(start, (None, 0)))

@@ -9,7 +9,8 @@
         "mode": "share" | "relocate",
         "state": "compose" | "last" | "auto",
         "require_exact": false,
-        "link": true
+        "link": true,
+        "turns": true
     }
 
 ``segments`` counts tokens where the prompt is given as token ids, characters
@@ -43,6 +44,7 @@ _KNOWN = {
     "ablation",
     "require_exact",
     "link",
+    "turns",
 }
 
 
@@ -177,6 +179,7 @@ def parse_fields(pic: Any, defaults: LinkOptions) -> PicFields:
             require_exact=_flag(pic.get("require_exact", defaults.require_exact), "require_exact"),
             link=_flag(pic.get("link", defaults.link), "link"),
             state=_choice(pic.get("state", defaults.state), "state", (*STATE_POLICIES, AUTO)),
+            turns=_flag(pic.get("turns", defaults.turns), "turns"),
             ablation=None
             if pic.get("ablation") is None
             else _choice(pic["ablation"], "ablation", ABLATIONS),

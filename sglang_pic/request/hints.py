@@ -1,8 +1,9 @@
 """The wire between SGLang's processes: ``kv_hints`` actions.
 
-``pic`` is public (a user of ``sgl.Engine`` may attach it); ``pic.link`` and
-``pic.compile`` are internal, made by ``server.funnel`` and never accepted from
-outside.
+``pic`` is public (a user of ``sgl.Engine`` may attach it); the others are
+internal, made by our front and never accepted from outside. The scheduler
+answers some requests unqueued, by an abort whose message begins with ``MISSING``
+or ``DONE``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,14 @@ from sglang_pic.request.base import LinkRequest, TokenSpan
 PUBLIC = "pic"
 LINK = "pic.link"
 COMPILE = "pic.compile"
+COMMAND = "pic.command"
+INTERNAL = (LINK, COMPILE, COMMAND)
+
+# A strict link comes back: followed by a JSON list of segment indices.
+MISSING = "sglang_pic: not compiled: "
+# A command was carried out: followed by its result as JSON.
+DONE = "sglang_pic: done: "
+
 _VERSION = "1"
 
 
@@ -53,10 +62,16 @@ def link_hints(request: LinkRequest) -> KvHintsEnvelope:
     return _envelope(LINK, payload)
 
 
-def compile_hints(seams: Sequence[int]) -> KvHintsEnvelope:
+def compile_hints(seams: Sequence[int], *, named: bool = False) -> KvHintsEnvelope:
     """Mark an internal request as the compilation of one segment, whose linear
-    states are wanted for these seam widths in tokens (0: no head)."""
-    return _envelope(COMPILE, {"seams": list(seams)})
+    states are wanted for these seam widths in tokens (0: no head); ``named``: it
+    was asked for by name, no link waits for it."""
+    return _envelope(COMPILE, {"seams": list(seams), "named": named})
+
+
+def command_hints(command: dict[str, Any]) -> KvHintsEnvelope:
+    """Encode a command to the cache (``manage.commands``)."""
+    return _envelope(COMMAND, command)
 
 
 def find_action(hints: KvHintsEnvelope | None, action: str) -> dict[str, Any] | None:

@@ -73,6 +73,12 @@ def _encode_whole(
     return encoded["input_ids"], tuple(spans)
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise ``PicRequestError`` on a server that cannot read text."""
+    if tokenizer is None:
+        raise PicRequestError("text", "this server has no tokenizer: give 'input_ids'")
+
+
 def encode_marked(
     tokenizer: Any,
     text: str,
@@ -84,7 +90,7 @@ def encode_marked(
     """Tokenise ``text`` and carry the marked character ranges over to tokens.
 
     Args:
-        tokenizer: a Hugging Face tokenizer.
+        tokenizer: a Hugging Face tokenizer; ``None`` on a server that has none.
         text: the prompt, without any marker.
         ranges: character ranges, sorted, disjoint, not empty, inside the text.
         rule: ``pieces`` or ``whole``.
@@ -94,7 +100,9 @@ def encode_marked(
         Token ids and one token span a range.
 
     Raises:
-        PicRequestError: the rule cannot be followed for this text.
+        PicRequestError: the rule cannot be followed for this text, or there is no
+            tokenizer.
     """
+    check_tokenizer(tokenizer)
     encode = _encode_pieces if rule == "pieces" else _encode_whole
     return encode(tokenizer, text, ranges, add_special_tokens)

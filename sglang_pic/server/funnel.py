@@ -8,6 +8,7 @@ scheduler as a link.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -23,16 +24,19 @@ from sglang_pic.errors import PicRequestError
 from sglang_pic.forest.keys import is_reserved, namespace
 from sglang_pic.link.policy import AUTO, floor_to
 from sglang_pic.link.report import COMPOSED
+from sglang_pic.metrics.front import counts
 from sglang_pic.request.base import OPENING, LinkRequest
 from sglang_pic.request.fields import check_inside, check_length, parse_fields
-from sglang_pic.request.hints import COMPILE, LINK, PUBLIC, find_action, link_hints
+from sglang_pic.request.hints import INTERNAL, LINK, MISSING, PUBLIC, find_action, link_hints
 from sglang_pic.request.tokenize import encode_marked
-from sglang_pic.server.calibrate import Calibration, Prompt
+from sglang_pic.server.audit import Audit
+from sglang_pic.server.calibrate import Calibration
+from sglang_pic.server.canary import Canary, Model
+from sglang_pic.server.commands import command
+from sglang_pic.server.compare import Prompt
 from sglang_pic.server.compiler import CompileItem, Compiler
 from sglang_pic.server.exchange import Exchange, current
-
-# How the scheduler hands a strict link back, followed by a JSON list of indices.
-MISSING = "sglang_pic: not compiled: "
+from sglang_pic.server.gate import Gate
 
 _funnels: weakref.WeakKeyDictionary[Any, Funnel] = weakref.WeakKeyDictionary()
 
@@ -82,9 +86,9 @@ def _check_reserved(obj: GenerateReqInput) -> None:
         raise PicRequestError("cache_salt", "this prefix is reserved for compiled segments")
     for hints in _each(obj.kv_hints):
         if isinstance(hints, KvHintsEnvelope) and any(
-            find_action(hints, action) is not None for action in (LINK, COMPILE)
+            find_action(hints, action) is not None for action in INTERNAL
         ):
-            raise PicRequestError("kv_hints", f"{LINK} and {COMPILE} are internal; use 'pic'")
+            raise PicRequestError("kv_hints", f"{', '.join(INTERNAL)} are internal; use 'pic'")
 
 
 class Funnel:
@@ -96,10 +100,24 @@ class Funnel:
         context = self.config.compile_context
         page = get_schedule().page_size
         self.context = tuple(context[: floor_to(len(context), page)])
-        self._is_hybrid = mambaish_config(manager.model_config) is not None
+        self.is_hybrid = mambaish_config(manager.model_config) is not None
         unhooked = type(manager).generate_request.__wrapped__
-        self.compiler = Compiler(lambda obj: unhooked(manager, obj))
-        self.calibration = Calibration(lambda obj: anext(unhooked(manager, obj)))
+        self.compiler = Compiler(lambda obj: unhooked(manager, obj), page)
+        self.gate = Gate()
+
+        async def generate(obj: GenerateReqInput) -> Any:
+            return await anext(unhooked(manager, obj))
+
+        async def flush(salt: str) -> None:
+            await command(manager, "flush", cache_salt=salt)
+
+        self.calibration = Calibration(generate)
+        self.audit = Audit(
+            generate, flush, lambda: not manager.rid_to_state, self.config, self.gate
+        )
+        self.canary = Canary(
+            generate, functools.partial(command, manager), self._model, self.config, self.gate
+        )
 
     async def run(
         self,
@@ -111,8 +129,11 @@ class Funnel:
     ) -> AsyncGenerator[Any, None]:
         """Compile what is missing, link, and tidy the report in every output."""
         asked = self._resolve(obj, pic, exchange)
+        await self.canary.settle()
+        off = self.gate.reason
         prompts = [self._with_state(*one) for one in asked]
-        auto = self._is_hybrid and len(asked) == 1 and asked[0][1].options.state == AUTO
+        answered = _Answered(self, obj, asked, prompts)
+        counted: set[int] = set()
         if isinstance(pic, dict) and _samples(obj) == 1:
             _set_link(obj, *prompts[0], strict=True)
             outputs = original(self._manager, obj, request)
@@ -122,8 +143,9 @@ class Funnel:
                     missing = _missing_of(out)
                     if missing is not None:
                         break
-                    out = _tidy(out, exchange)
-                    yield self._calibrate(obj, prompts[0], out) if auto else out
+                    out = _tidy(out, exchange, counted, off=off)
+                    answered.see(out)
+                    yield out
             except ValueError as error:
                 missing = _parse_missing(str(error))
                 if missing is None:
@@ -140,34 +162,37 @@ class Funnel:
             _set_links(obj, prompts)
         compiled = await self._compile(wanted)
         async for out in original(self._manager, obj, request):
-            out = _tidy(out, exchange, compiled)
-            yield self._calibrate(obj, prompts[0], out) if auto else out
+            out = _tidy(out, exchange, counted, compiled, off=off)
+            answered.see(out)
+            yield out
 
     async def _compile(self, wanted: Sequence[Sequence[CompileItem]]) -> list[int]:
         """Compile each prompt's items, all in one batch; tokens computed by prompt."""
-        results = iter(await self.compiler.compile([item for items in wanted for item in items]))
+        items = [item for items in wanted for item in items]
+        timeout_s = self.config.compile_timeout_s
+        results = iter(await self.compiler.compile(items, timeout_s=timeout_s))
         made = [[next(results) for _ in items] for items in wanted]
         return [sum(n for n in counts if isinstance(n, int)) for counts in made]
 
-    # -- the state policy of hybrids ------------------------------------------------
+    # -- what a request leaves to us --------------------------------------------------
 
     def _with_state(self, ids: list[int], link: LinkRequest) -> tuple[list[int], LinkRequest]:
-        """Settle the state policy of a request that leaves it to us."""
+        """Settle the state policy, and whether anything is linked now."""
         options = link.options
-        if options.state != AUTO:
-            return ids, link
-        options = dataclasses.replace(options, state=self.calibration.policy)
+        if options.state == AUTO:
+            options = dataclasses.replace(options, state=self.calibration.policy)
+        if self.gate.reason is not None:
+            options = dataclasses.replace(options, require_exact=True)
         return ids, LinkRequest(link.spans, options)
 
-    def _calibrate(
-        self, obj: GenerateReqInput, prompt: tuple[list[int], LinkRequest], out: Any
-    ) -> Any:
-        """Offer an answered prompt to the calibration, if one is under way; returns
-        ``out``. Before it is handed on: nobody asks a generator for more than it needs."""
-        meta = out["meta_info"] if isinstance(out, dict) else {}
-        if meta.get("finish_reason") and meta.get("pic", {}).get("exactness") == COMPOSED:
-            self.calibration.consider(Prompt(*prompt, obj.cache_salt, obj.extra_key, obj.lora_path))
-        return out
+    def _model(self) -> Model:
+        config = self._manager.model_config
+        return Model(
+            vocabulary=config.vocab_size,
+            longest=self._manager.max_req_input_len,
+            page=get_schedule().page_size,
+            context=self.context,
+        )
 
     # -- to the internal form ---------------------------------------------------
 
@@ -278,12 +303,57 @@ class Funnel:
         lora: str | None = None,
         *,
         seam: int | None = None,
+        named: bool = False,
     ) -> CompileItem:
         """The internal request that compiles one segment for one tenant, in a
         hybrid for links of one seam width: the server's own by default."""
         space = namespace(self.context, salt)
         seams = (self.config.seam if seam is None else seam,)
-        return CompileItem((*self.context, *ids), space, extra_key, lora, seams=seams)
+        return CompileItem((*self.context, *ids), space, extra_key, lora, seams=seams, named=named)
+
+
+class _Answered:
+    """Offers an answer to calibration and audit, when it is complete and was linked.
+
+    Before it is handed on: nobody asks a generator for more than it needs. Only
+    requests with one prompt and one sample; and the audit judges the server's own
+    options, not those that a client has chosen.
+    """
+
+    def __init__(
+        self,
+        funnel: Funnel,
+        obj: GenerateReqInput,
+        asked: Sequence[tuple[list[int], LinkRequest]],
+        prompts: Sequence[tuple[list[int], LinkRequest]],
+    ):
+        self._funnel = funnel
+        self._obj = obj
+        self._prompts = prompts
+        self._is_single = len(prompts) == 1 and _samples(obj) == 1
+        self._asked = [link.options for _, link in asked]
+        self._report: dict[str, Any] = {}
+
+    def see(self, out: Any) -> None:
+        """One output of the request, its report in place."""
+        if not self._is_single or not isinstance(out, dict):
+            return
+        meta = out["meta_info"]
+        self._report = meta.get("pic", self._report)
+        reason = meta.get("finish_reason")
+        if not reason or reason["type"] == "abort" or self._report.get("exactness") != COMPOSED:
+            return
+        obj, funnel, (options,) = self._obj, self._funnel, self._asked
+        prompt = Prompt(*self._prompts[0], obj.cache_salt, obj.extra_key, obj.lora_path)
+        if funnel.is_hybrid and options.state == AUTO:
+            funnel.calibration.consider(prompt)
+        usual = funnel.config.link_defaults
+        # Turns are left out of an audit.
+        if dataclasses.replace(options, turns=usual.turns) == usual:
+            ids = out.get("output_ids", [])
+            # The last piece of a stream in pieces is not all of it.
+            complete = len(ids) == meta.get("completion_tokens")
+            funnel.audit.consider(prompt, ids if complete else [])
 
 
 def _samples(obj: GenerateReqInput) -> int:
@@ -341,9 +411,17 @@ def _missing_of(out: Any) -> list[int] | None:
     return _parse_missing(reason.get("message") or "")
 
 
-def _tidy(out: Any, exchange: Exchange | None, compiled: Sequence[int] = (0,)) -> Any:
+def _tidy(
+    out: Any,
+    exchange: Exchange | None,
+    counted: set[int],
+    compiled: Sequence[int] = (0,),
+    off: str | None = None,
+) -> Any:
     """Turn SGLang's list of per-token values into the one report it holds, and add
-    what was compiled for each prompt."""
+    what was compiled for each prompt. A report is counted when first seen: every
+    chunk of a stream repeats it, or the first alone has it. ``counted`` holds the
+    prompts, or samples, whose report was; ``off`` is why nothing is linked now."""
     items = out if isinstance(out, list) else [out]
     for i, item in enumerate(items):
         meta = item.get("meta_info", {})
@@ -351,6 +429,11 @@ def _tidy(out: Any, exchange: Exchange | None, compiled: Sequence[int] = (0,)) -
         if values:
             tokens = compiled[i] if len(compiled) == len(items) else compiled[0]
             meta["pic"] = {**values[0], "tokens_compiled": tokens}
+            if off is not None and meta["pic"]["reason"] == "require_exact":
+                meta["pic"]["reason"] = off
             if exchange is not None:
                 exchange.report = meta["pic"]
+            if (index := item.get("index", i)) not in counted:
+                counted.add(index)
+                counts.observe(meta["pic"])
     return out

@@ -1,0 +1,1 @@
+"""Managing the cache of a running server, on the scheduler's side."""

@@ -1,0 +1,108 @@
+"""Commands to the cache, carried out by the scheduler between two steps.
+
+They come through the request queue (``sglang_hooks.answer_at_once``), so that
+every tensor-parallel rank carries out the same ones at the same point of the
+request stream. ``server.commands`` sends them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+
+from sglang_pic import timer
+from sglang_pic.errors import PicRefused
+from sglang_pic.forest.cache import PicCache
+from sglang_pic.manage import segments
+from sglang_pic.manage.selfcheck import selfcheck
+from sglang_pic.manage.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+def obey(scheduler: Any, req: Any, command: dict[str, Any]) -> str:
+    """Carry out one command.
+
+    Args:
+        scheduler: SGLang's scheduler, on our tree cache.
+        req: the internal request that brought it; its prompt and link are what
+            ``explain`` is about.
+        command: ``{"do": name, ...}``; the front has validated it.
+
+    Returns:
+        The result as JSON; ``{"refused": {"status", "message", "field"}}`` where
+        the cache refuses or fails.
+    """
+    try:
+        result = COMMANDS[command["do"]](scheduler, req, command)
+        return orjson.dumps(result).decode()
+    except PicRefused as error:
+        refused = error
+    except Exception as error:
+        # An operator's command must not end the server.
+        logger.exception("sglang_pic: command %r failed", command["do"])
+        refused = PicRefused(500, f"command failed: {error}", "do")
+    return orjson.dumps({"refused": refused.to_json()}).decode()
+
+
+def _timer(scheduler: Any, req: Any, command: dict[str, Any]) -> Any:
+    on = command.get("on")
+    if on is True:
+        timer.engine.start(scheduler.tp_worker.model_runner.model)
+    elif on is False:
+        timer.engine.stop()
+    return timer.engine.to_json()
+
+
+Command = Callable[[Any, Any, dict[str, Any]], Any]
+
+
+def _of_one(function: Callable[[PicCache, str, str | None], Any]) -> Command:
+    return lambda scheduler, req, command: function(
+        scheduler.tree_cache, command["id"], tenant_of(req)
+    )
+
+
+def _store(scheduler: Any) -> Store:
+    store = scheduler.tree_cache.store
+    if store is None:
+        raise PicRefused(409, "the server was started without --pic-store", "store")
+    return store
+
+
+def tenant_of(req: Any) -> str | None:
+    """SGLang gives a batched request without a salt the empty one."""
+    return req.cache_salt or None
+
+
+COMMANDS: dict[str, Command] = {
+    "timer": _timer,
+    "forest": lambda scheduler, req, command: scheduler.tree_cache.state(),
+    "stats": lambda scheduler, req, command: segments.stats(scheduler.tree_cache),
+    "budgets": lambda scheduler, req, command: segments.budgets(scheduler.tree_cache),
+    "explain": lambda scheduler, req, command: scheduler.tree_cache.explain(req),
+    "list": lambda scheduler, req, command: {
+        "segments": segments.list_all(scheduler.tree_cache, tenant_of(req))
+    },
+    "get": _of_one(segments.get),
+    "pin": _of_one(segments.pin),
+    "unpin": _of_one(segments.unpin),
+    "delete": _of_one(segments.delete),
+    "flush": lambda scheduler, req, command: segments.flush(scheduler.tree_cache, tenant_of(req)),
+    "reserve": lambda scheduler, req, command: segments.reserve(
+        scheduler.tree_cache, command["tokens"]
+    ),
+    "save": lambda scheduler, req, command: _store(scheduler).save(
+        tenant_of(req), command["segments"]
+    ),
+    "restore": lambda scheduler, req, command: _store(scheduler).restore(tenant_of(req)),
+    "held": lambda scheduler, req, command: {
+        "held": segments.held(scheduler.tree_cache, command["segments"], tenant_of(req))
+    },
+    "selfcheck": lambda scheduler, req, command: selfcheck(
+        scheduler, req, at=command["at"], seam=command["seam"]
+    ),
+}

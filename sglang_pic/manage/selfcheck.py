@@ -1,0 +1,70 @@
+"""The scheduler's part of the canary: what is cached against what a single pass makes.
+
+The front has compiled two segments, one behind the other as a third, and of the
+third all up to the core of the second (``server.canary``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_pic.attention.selfcheck import first_layer_checks, rotary_check
+from sglang_pic.errors import PicRefused
+from sglang_pic.forest.cache import PicCache
+from sglang_pic.forest.hybrid import PicHybridCache
+from sglang_pic.forest.keys import namespace, segment_id
+from sglang_pic.linear.selfcheck import first_layer_check
+from sglang_pic.link.policy import Seam
+
+
+def selfcheck(scheduler: Any, req: Any, *, at: int, seam: int) -> dict[str, Any]:
+    """Check rotation, first layer and, of a hybrid, first state.
+
+    Args:
+        req: its prompt is the third segment, its salt the canary's own.
+        at: where the second segment begins, a multiple of the page size.
+        seam: the head's width in tokens.
+
+    Returns:
+        Checks by name.
+
+    Raises:
+        PicRefused: 404 where a segment, or its state, is not held.
+    """
+    cache, runner = scheduler.tree_cache, scheduler.tp_worker.model_runner
+    ropes = runner.attn_backend.ropes
+    whole = req.origin_input_ids
+    alone = _slots(cache, req, whole[at:])
+    behind = _slots(cache, req, whole)
+    checks = first_layer_checks(runner.token_to_kv_pool, ropes, alone, behind)
+    rotary = rotary_check(runner.model, ropes)
+    if rotary is not None:
+        checks["rotation"] = rotary
+    if isinstance(cache, PicHybridCache):
+        length = len(whole) - at
+        first, last = Seam(seam).core(length, page=cache.page_size, opening=False)
+        core = _states(cache, req, whole[at:]).core(first, last, opening=False)
+        if core is None:
+            raise PicRefused(404, "no state for this seam", "seam")
+        checks["first_layer_state"] = first_layer_check(
+            core,
+            _states(cache, req, whole[: at + first + 1]).end,
+            _states(cache, req, whole).end,
+            inputs=runner.dtype,
+        )
+    return {name: check.to_json() for name, check in checks.items()}
+
+
+def _slots(cache: PicCache, req: Any, ids: Any) -> Any:
+    lookup = cache.forest.find(ids, req.extra_key, req.cache_salt)
+    if lookup.miss is not None:
+        raise PicRefused(404, "a segment of the canary is not held", "ids")
+    return lookup.slots
+
+
+def _states(cache: PicHybridCache, req: Any, ids: Any) -> Any:
+    space = namespace(cache.forest.context, req.cache_salt)
+    held = cache.states.find(segment_id(space, req.extra_key, ids))
+    if held is None:
+        raise PicRefused(404, "a state of the canary is not held", "ids")
+    return held

@@ -1,0 +1,137 @@
+"""Save compiled segments to a directory, and start warm from it.
+
+The directory is the operator's (``--pic-store``), never a client's choice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pathlib
+from collections.abc import Collection
+from typing import Any
+
+from sglang_pic import __version__
+from sglang_pic.errors import PicRefused
+from sglang_pic.forest import files
+from sglang_pic.forest.cache import PicCache
+from sglang_pic.forest.files import BadFile
+from sglang_pic.forest.keys import segment_id
+
+logger = logging.getLogger(__name__)
+
+
+def _architecture(config: Any) -> str:
+    """The model's configuration, wherever it lies."""
+    fields = config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        fields.pop(name, None)
+    return json.dumps(fields, sort_keys=True, default=str)
+
+
+class Store:
+    """The files of one rank.
+
+    Args:
+        cache: whose segments.
+        runner: SGLang's model runner.
+        directory: for all ranks; each has a folder of its own.
+        rank, ranks: tensor-parallel.
+    """
+
+    def __init__(
+        self, cache: PicCache, runner: Any, directory: pathlib.Path, *, rank: int, ranks: int
+    ):
+        self._cache = cache
+        self._pool = runner.token_to_kv_pool
+        self._layers = sorted(runner.attn_backend.ropes)
+        self._directory = directory / f"rank{rank}"
+        first = self._pool.get_key_buffer(self._layers[0])
+        self._marks = files.fingerprint(
+            sglang_pic=__version__,
+            weights=files.digest_of_weights(runner.model),
+            architecture=_architecture(runner.model_config.hf_config),
+            kv_dtype=first.dtype,
+            kv_heads_and_dimension=tuple(first.shape[1:]),
+            attention_layers=self._layers,
+            ranks=ranks,
+            page_size=cache.page_size,
+            compile_context=list(cache.forest.context),
+            linear_layers=getattr(cache, "shape", None),
+            state_dtype=cache.config.state_dtype,
+            operator_threshold=cache.config.operator_threshold,
+        )
+
+    def save(self, tenant: str | None, chosen: Collection[str] | None) -> dict[str, Any]:
+        """Write segments of a tenant, all or those chosen by id.
+
+        Raises:
+            PicRefused: 404 for an id that is not held; 507 where the disk refuses.
+        """
+        cache = self._cache
+        records = cache.forest.records(tenant)
+        if chosen is not None:
+            held = {record.id: record for record in records}
+            if any(name not in held for name in chosen):
+                raise PicRefused(404, "no such segment", "ids")
+            records = [held[name] for name in dict.fromkeys(chosen)]
+        written = 0
+        try:
+            for record in records:
+                slots = cache.forest.slots(record)
+                tensors = cache.state_tensors(record.id)
+                for layer in self._layers:
+                    tensors[f"k.{layer}"] = self._pool.get_key_buffer(layer)[slots]
+                    tensors[f"v.{layer}"] = self._pool.get_value_buffer(layer)[slots]
+                saved = files.SavedSegment(
+                    record.path, record.extra_key, record.salt, record.hits, tensors,
+                    cache.core_end(record.id),
+                )  # fmt: skip
+                file = files.write(self._directory, record.id, saved, self._marks)
+                written += file.stat().st_size
+        except OSError as error:
+            raise PicRefused(507, f"cannot write {self._directory}: {error}", "ids") from error
+        return {"segments": len(records), "bytes": written}
+
+    def restore(self, tenant: str | None = None, *, everyone: bool = False) -> dict[str, Any]:
+        """Load what was saved, of one tenant or of everyone, as far as it fits.
+
+        Returns:
+            ``{"segments": loaded, "present": held already, "refused": [{"file",
+            "reason"}]}``; nothing of a refused file is loaded.
+        """
+        cache = self._cache
+        loaded = present = 0
+        refused = []
+        for file in files.listed(self._directory):
+            try:
+                saved = files.read(file, self._marks)
+                if not everyone and saved.salt != cache.forest.namespace(tenant):
+                    continue
+                name = segment_id(
+                    saved.salt, saved.extra_key, saved.path[len(cache.forest.context) :]
+                )
+                if file.stem != name:
+                    raise BadFile("its name is not that of the segment it holds")
+                if cache.forest.is_held(name):
+                    present += 1
+                    continue
+                self._load(saved)
+                loaded += 1
+            except BadFile as error:
+                logger.warning("sglang_pic: %s is not restored: %s", file.name, error)
+                refused.append({"file": file.name, "reason": str(error)})
+        return {"segments": loaded, "present": present, "refused": refused}
+
+    def _load(self, saved: files.SavedSegment) -> None:
+        held = saved.tensors[f"k.{self._layers[0]}"].shape[0]
+        if held % self._cache.page_size or held > len(saved.path):
+            raise BadFile("its pages are not those of its tokens")
+        empty = self._cache.adopt(saved, held)
+        if empty is None:
+            raise BadFile("it does not fit into what is free of the budgets")
+        tokens, slots = empty
+        for layer in self._layers:
+            keys, values = self._pool.get_key_buffer(layer), self._pool.get_value_buffer(layer)
+            keys[slots] = saved.tensors[f"k.{layer}"][tokens.cpu()].to(keys.device)
+            values[slots] = saved.tensors[f"v.{layer}"][tokens.cpu()].to(values.device)

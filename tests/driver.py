@@ -1,0 +1,205 @@
+"""Drive a real ``PicCache`` as SGLang's scheduler does, without a model.
+
+What a forward pass would compute is replaced by writing each token's id and
+position into its KV slot, so that whoever reads a row sees whether every slot still
+holds what the plan says.
+"""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
+from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.common import evict_from_tree_cache, release_kv_cache
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+
+from sglang_pic.config import PicConfig
+from sglang_pic.forest.cache import PicCache
+from sglang_pic.forest.cost import PrefillCost
+from sglang_pic.forest.keys import is_reserved, namespace
+from sglang_pic.forest.nodes import SEGMENT
+from sglang_pic.link.policy import LinkOptions, ceil_to
+from sglang_pic.request.base import LinkRequest, TokenSpan
+from sglang_pic.request.hints import compile_hints, link_hints
+
+_rids = itertools.count()
+
+
+class Driver:
+    """One scheduler's worth of pools and cache.
+
+    Args:
+        page: tokens per page.
+        size: tokens in the pool.
+        config: the server's settings.
+    """
+
+    def __init__(self, page: int, size: int, config: PicConfig):
+        set_global_server_args_for_scheduler(ServerArgs(model_path="dummy", page_size=page))
+        self.page = page
+        self.size = size
+        self.pool = MHATokenToKVPool(
+            size=size, page_size=page, dtype=torch.float32, head_num=1, head_dim=2,
+            layer_num=1, device="cpu", enable_memory_saver=False,
+        )  # fmt: skip
+        kind: Any = TokenToKVPoolAllocator
+        args: tuple[Any, ...] = (size,)
+        if page > 1:
+            kind, args = PagedTokenToKVPoolAllocator, (size, page)
+        self.allocator = kind(
+            *args, dtype=torch.float32, device="cpu", kvcache=self.pool, need_sort=False
+        )
+        self.rows = ReqToTokenPool(64, 4096, "cpu", False)
+        self.cache = PicCache(
+            CacheInitParams(
+                False, self.rows, self.allocator, page, tree_components=(ComponentType.FULL,)
+            )
+        )
+        self.cache.configure(config, None, PrefillCost(1e6, 10.0, 16))
+        self.running: list[Req] = []
+
+    # -- requests -----------------------------------------------------------------------
+
+    def request(self, ids: Sequence[int], salt: str | None = None, hints: Any = None) -> Req:
+        req = Req(
+            rid=str(next(_rids)),
+            origin_input_text="",
+            origin_input_ids=array("q", ids),
+            sampling_params=SamplingParams(temperature=0, max_new_tokens=64),
+            cache_salt=salt,
+        )
+        req.kv_hints = hints
+        return req
+
+    def compile(self, ids: Sequence[int], salt: str | None = None, *, named: bool = False) -> bool:
+        """Run a compile from start to end; whether it could run at all."""
+        context = self.cache.forest.context
+        req = self.request(
+            [*context, *ids], namespace(context, salt), compile_hints([16], named=named)
+        )
+        if not self.start(req):
+            return False
+        self.finish(req)
+        return True
+
+    def link(
+        self, ids: Sequence[int], spans: Sequence[tuple[int, int]], salt: str | None = None,
+        **options: Any,
+    ) -> Req:  # fmt: skip
+        made = LinkRequest(
+            tuple(TokenSpan(start, end) for start, end in spans), LinkOptions(**options)
+        )
+        return self.request(ids, salt, link_hints(made))
+
+    # -- the scheduler's steps ------------------------------------------------------------
+
+    def start(self, req: Req, *, between: Any = None) -> bool:
+        """Match, lock, allocate, compute; ``between`` runs between match and lock.
+        False, and nothing is held, where memory does not suffice."""
+        req.init_next_round_input(self.cache)
+        if between is not None:
+            between()
+        req.lock = self.cache.lock(req.last_node)
+        total = len(req.full_untruncated_fill_ids)
+        wanted = ceil_to(total - req.prefix_len, self.page)
+        evict_from_tree_cache(self.cache, wanted)
+        slots = self.allocator.alloc(wanted)
+        if slots is None:
+            self.cache.unlock(req.lock)
+            req.lock = None
+            self.cache.on_release(req, checkpointed=False)
+            return False
+        prefix = torch.empty(0, dtype=torch.int64)
+        if req.prefix_len:
+            prefix = self.cache.prefix_device_indices(req)
+        self.rows.alloc([req])
+        assert prefix.numel() == req.prefix_len
+        row = torch.cat([prefix, slots[: total - req.prefix_len]])
+        self.rows.write((req.kv.req_pool_idx, slice(0, total)), row)
+        # Only what is beyond a page's end is ours to give back later.
+        req.kv.kv_allocated_len = req.kv.kv_committed_len = total
+        req.extend_end = total
+        self._compute(req, req.prefix_len, total)
+        self.running.append(req)
+        return True
+
+    def _compute(self, req: Req, start: int, end: int) -> None:
+        req.refresh_fill_ids() if not req.skip_radix_cache_insert else None
+        row = self.rows.req_to_token[req.kv.req_pool_idx, start:end].long()
+        tokens = torch.tensor(list(req.full_untruncated_fill_ids[start:end]), dtype=torch.float32)
+        self.pool.k_buffer[0][row, 0, 0] = tokens
+        self.pool.k_buffer[0][row, 0, 1] = self._positions(req, end)[start:end].float()
+
+    def _positions(self, req: Req, end: int) -> torch.Tensor:
+        """Of the first ``end`` entries of its row."""
+        plan = self.cache.plans_of([req])[0]
+        if plan is None:
+            return torch.arange(end)
+        return torch.cat([plan.order, torch.arange(plan.n_tokens, max(end, plan.n_tokens))])[:end]
+
+    def decode(self, req: Req, token: int) -> bool:
+        """Sample a token and compute the one before it."""
+        # SGLang computes a token's KV one step after sampling it.
+        end = req.kv.kv_committed_len
+        if req.output_ids:
+            if end % self.page == 0:
+                evict_from_tree_cache(self.cache, self.page)
+                slots = self.allocator.alloc(self.page)
+                if slots is None:
+                    return False
+                slot = slots[:1]
+            else:
+                slot = self.rows.req_to_token[req.kv.req_pool_idx, end - 1 : end].long() + 1
+            self.rows.write((req.kv.req_pool_idx, slice(end, end + 1)), slot)
+            self.pool.k_buffer[0][slot, 0, 0] = float(req.output_ids[-1])
+            self.pool.k_buffer[0][slot, 0, 1] = float(end)
+            req.kv.kv_committed_len = req.kv.kv_allocated_len = end + 1
+        req.output_ids.append(token)
+        return True
+
+    def finish(self, req: Req, *, abort: bool = False) -> None:
+        req.finished_reason = FINISH_ABORT("gone") if abort else FINISH_LENGTH(len(req.output_ids))
+        self.running.remove(req)
+        release_kv_cache(req, self.cache, checkpoint=not abort)
+
+    # -- what must hold ---------------------------------------------------------------------
+
+    def tokens_seen(self, req: Req) -> list[int]:
+        """The tokens its row holds, in position order; each key stands, moved by its
+        span's offset, where the plan says."""
+        plan = self.cache.plans_of([req])[0]
+        end = req.kv.kv_committed_len
+        row = self.rows.req_to_token[req.kv.req_pool_idx, :end].long()
+        held, computed_at = self.pool.k_buffer[0][row, 0].long().unbind(-1)
+        position = self._positions(req, end)
+        offset = torch.zeros(end, dtype=torch.int64)
+        for span in plan.spans if plan is not None else ():
+            offset[span.row_start : span.row_start + span.n_tokens] = span.offset
+        assert torch.equal(computed_at + offset, position)
+        return held[torch.argsort(position)].tolist()
+
+    def check(self) -> None:
+        """Integrity, no leak, no budget exceeded, every row as it should be."""
+        self.cache.sanity_check()
+        self.cache.check()
+        for req in self.running:
+            ids = [*req.origin_input_ids, *req.output_ids]
+            assert self.tokens_seen(req) == ids[: req.kv.kv_committed_len]
+        for node in self.cache.order._nodes.values():
+            assert (node.kind == SEGMENT) == is_reserved(node.salt)
+        own = 0
+        for req in self.running:
+            own += ceil_to(req.kv.kv_allocated_len, self.page) - req.kv.cache_protected_len
+        cache = self.cache
+        held = cache.evictable_size() + cache.protected_size() + own
+        assert self.allocator.available_size() + held == self.size

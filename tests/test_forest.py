@@ -1,0 +1,462 @@
+"""The forest under pressure, in a real tree cache without a model."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from driver import Driver
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from sglang_pic.config import PicConfig
+from sglang_pic.errors import PicRefused
+from sglang_pic.forest.keys import namespace, segment_id
+from sglang_pic.manage import segments
+
+KV = 16  # bytes a token, as the driver says
+
+
+def _tokens(seed: int, n: int) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.randrange(1, 1000) for _ in range(n)]
+
+
+def _config(**settings: Any) -> PicConfig:
+    return PicConfig(**{"min_segment": 1, "seam": 2, **settings})
+
+
+def _name(driver: Driver, ids: list[int], salt: str | None = None) -> str:
+    return segment_id(namespace(driver.cache.forest.context, salt), None, ids)
+
+
+class Machine(RuleBasedStateMachine):
+    """Compile, link, abort, release, evict, pin, grow, flush, in any order, against
+    a simple model: what is compiled, named and pinned, and by whom."""
+
+    @initialize(page=st.sampled_from([1, 4]), context=st.sampled_from([0, 4]))
+    def begin(self, page: int, context: int) -> None:
+        self.driver = Driver(page, 256, _config(compile_context=tuple(range(2000, 2000 + context))))
+        self.known: dict[tuple[str | None, str], list[int]] = {}
+        self.pinned: set[tuple[str | None, str]] = set()
+        # Of linked requests: spans, salt, policy.
+        self.links: dict[str, tuple[list[tuple[int, int]], str | None, str]] = {}
+        self.turns: list[tuple[list[int], list[tuple[int, int]], str | None, str]] = []
+
+    def _pick(self, seed: int, salt: str | None) -> list[int] | None:
+        mine = [ids for (whose, _), ids in sorted(self.known.items(), key=str) if whose == salt]
+        return mine[seed % len(mine)] if mine else None
+
+    salts = st.sampled_from([None, "a"])
+    seeds = st.integers(0, 9)
+
+    @rule(seed=seeds, n=st.integers(1, 40), salt=salts, named=st.booleans())
+    def compile(self, seed: int, n: int, salt: str | None, named: bool) -> None:
+        ids = _tokens(seed, n)
+        if self.driver.compile(ids, salt, named=named):
+            self.known[salt, _name(self.driver, ids, salt)] = ids
+
+    @rule(seed=seeds, n=st.integers(1, 20), salt=salts)
+    def grow(self, seed: int, n: int, salt: str | None) -> None:
+        ids = self._pick(seed, salt)
+        if ids is not None and len(ids) < 80:
+            ids = ids + _tokens(seed + 100, n)
+            if self.driver.compile(ids, salt):
+                self.known[salt, _name(self.driver, ids, salt)] = ids
+
+    @rule(
+        chosen=st.lists(st.integers(0, 20), min_size=1, max_size=3),
+        before=st.integers(0, 6),
+        question=st.integers(0, 6),
+        salt=salts,
+        policy=st.sampled_from(["seam", "none"]),
+        evict=st.booleans(),
+    )
+    def link(
+        self,
+        chosen: list[int],
+        before: int,
+        question: int,
+        salt: str | None,
+        policy: str,
+        evict: bool,
+    ) -> None:
+        ids, spans = _tokens(500, before), []
+        for seed in chosen:
+            segment = self._pick(seed, salt)
+            if segment is not None:
+                spans.append((len(ids), len(ids) + len(segment)))
+                ids = ids + segment
+        ids = ids + _tokens(501, question)
+        if not spans:
+            return
+        req = self.driver.link(ids, spans, salt, policy=policy)
+
+        # SGLang evicts nothing between a match and the lock on it. But a request is
+        # asked what it misses, waits, is matched, finds no room, waits, and is matched
+        # again; whenever it waits, pages may go.
+        def wait() -> None:
+            cache = self.driver.cache
+            cache.unlock(cache.lock(req.last_node))
+            self.evict(60)
+            req.init_next_round_input(cache)
+
+        if evict:
+            self.driver.cache.missing(req)
+            self.evict(60)
+        if self.driver.start(req, between=wait if evict else None):
+            self.links[req.rid] = (spans, salt, policy)
+
+    @precondition(lambda self: getattr(self, "turns", None))
+    @rule(
+        which=st.integers(0, 9),
+        cut=st.integers(0, 3),
+        add=st.one_of(st.none(), st.integers(0, 9)),
+        question=st.integers(1, 6),
+    )
+    def next_turn(self, which: int, cut: int, add: int | None, question: int) -> None:
+        ids, spans, salt, policy = self.turns[-1 - which % len(self.turns)]
+        ids = ids[: len(ids) - cut]
+        spans = [(start, end) for start, end in spans if end <= len(ids)]
+        segment = self._pick(add, salt) if add is not None else None
+        if segment is not None:
+            spans = [*spans, (len(ids), len(ids) + len(segment))]
+            ids = ids + segment
+        ids = ids + _tokens(600 + question, question)
+        if spans and len(ids) < 200:
+            req = self.driver.link(ids, spans, salt, policy=policy)
+            if self.driver.start(req):
+                self.links[req.rid] = (spans, salt, policy)
+
+    @rule(seed=seeds, n=st.integers(1, 30), salt=salts)
+    def ask(self, seed: int, n: int, salt: str | None) -> None:
+        self.driver.start(self.driver.request(_tokens(seed, n), salt))
+
+    @precondition(lambda self: hasattr(self, "driver") and self.driver.running)
+    @rule(which=st.integers(0, 9), token=st.integers(1, 999), times=st.integers(1, 6))
+    def decode(self, which: int, token: int, times: int) -> None:
+        req = self.driver.running[which % len(self.driver.running)]
+        for _ in range(times):
+            self.driver.decode(req, token)
+
+    @precondition(lambda self: hasattr(self, "driver") and self.driver.running)
+    @rule(which=st.integers(0, 9), abort=st.booleans())
+    def finish(self, which: int, abort: bool) -> None:
+        req = self.driver.running[which % len(self.driver.running)]
+        self.driver.finish(req, abort=abort)
+        if req.rid in self.links:
+            self.turns.append(([*req.origin_input_ids, *req.output_ids], *self.links[req.rid]))
+
+    @rule(n=st.integers(1, 100))
+    def evict(self, n: int) -> None:
+        from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+        self.driver.cache.evict(EvictParams(num_tokens=n))
+
+    @rule(seed=seeds, salt=salts, whose=salts)
+    def pin(self, seed: int, salt: str | None, whose: str | None) -> None:
+        ids = self._pick(seed, whose)
+        if ids is None:
+            return
+        name = _name(self.driver, ids, whose)
+        try:
+            card = segments.pin(self.driver.cache, name, salt)
+        except PicRefused as refused:
+            assert refused.status == (404 if salt != whose else refused.status)
+        else:
+            assert salt == whose and card["pinned"]
+            self.pinned.add((whose, name))
+
+    @rule(seed=seeds, salt=salts)
+    def unpin(self, seed: int, salt: str | None) -> None:
+        mine = sorted((p for p in self.pinned if p[0] == salt), key=str)
+        if mine:
+            whose, name = mine[seed % len(mine)]
+            segments.unpin(self.driver.cache, name, whose)
+            self.pinned.discard((whose, name))
+
+    @rule(seed=seeds, salt=salts)
+    def delete(self, seed: int, salt: str | None) -> None:
+        ids = self._pick(seed, salt)
+        if ids is None:
+            return
+        name = _name(self.driver, ids, salt)
+        try:
+            segments.delete(self.driver.cache, name, salt)
+        except PicRefused as refused:
+            assert refused.status in (404, 409)
+        else:
+            assert (salt, name) not in self.pinned
+            assert segments.held(self.driver.cache, [name], salt) == [False]
+
+    @rule(salt=salts)
+    def flush(self, salt: str | None) -> None:
+        others = {None: "a", "a": None}[salt]
+        before = segments.list_all(self.driver.cache, others)
+        segments.flush(self.driver.cache, salt)
+        assert segments.list_all(self.driver.cache, others) == before
+
+    @invariant()
+    def holds(self) -> None:
+        if not hasattr(self, "driver"):
+            return
+        self.driver.check()
+        for salt, name in self.pinned:
+            assert segments.held(self.driver.cache, [name], salt) == [True]
+
+
+Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+TestForest = Machine.TestCase
+
+
+def _ask(driver: Driver, ids: list[int], spans: list[tuple[int, int]], answer: list[int]) -> Any:
+    """One turn from start to end; its report."""
+    req = driver.link(ids, spans)
+    assert driver.start(req)
+    report = req.customized_info["pic"][0]
+    for token in [*answer, 0]:
+        assert driver.decode(req, token)
+    driver.check()
+    driver.finish(req)
+    driver.check()
+    return report
+
+
+@pytest.mark.parametrize("page", [1, 4])
+def test_the_next_turn_computes_what_is_new(page: int) -> None:
+    driver = Driver(page, 2048, _config())
+    documents = [_tokens(i, 40) for i in range(3)]
+    for document in documents:
+        assert driver.compile(document)
+    ids, spans = _tokens(50, 8), []
+    for document in documents[:2]:
+        spans.append((len(ids), len(ids) + 40))
+        ids = ids + document
+    ids = ids + _tokens(51, 9)
+    answer = _tokens(52, 11)
+    first = _ask(driver, ids, spans, answer)
+    assert first["turn_tokens"] == 0 and first["exactness"] == "composed"
+
+    # No further segment: the path grows; twice.
+    for turn in range(2):
+        before = len(ids) + len(answer)
+        ids = ids + answer + _tokens(60 + turn, 7)
+        answer = _tokens(70 + turn, 5)
+        report = _ask(driver, ids, spans, answer)
+        assert report["exactness"] == "composed" and report["turn_tokens"] > 0
+        assert len(ids) - before <= report["tokens_computed"] < len(ids) - before + page
+
+    # A further segment: a path of its own behind it; and one more turn.
+    before = len(ids) + len(answer)
+    ids = ids + answer + _tokens(80, 3)
+    spans = [*spans, (len(ids), len(ids) + 40)]
+    ids = ids + documents[2] + _tokens(81, 4)
+    core = report["seam"]
+    report = _ask(driver, ids, spans, answer := _tokens(82, 6))
+    new = len(ids) - before
+    assert new - 40 < report["tokens_computed"] < new - 40 + core + 3 * page + 4
+    before = len(ids) + len(answer)
+    ids = ids + answer + _tokens(83, 5)
+    report = _ask(driver, ids, spans, [])
+    assert len(ids) - before <= report["tokens_computed"] < len(ids) - before + 2 * page
+
+
+def test_a_turn_is_found_by_nobody_else() -> None:
+    driver = Driver(1, 2048, _config())
+    document, other = _tokens(0, 40), _tokens(1, 40)
+    for one in (document, other):
+        assert driver.compile(one) and driver.compile(one, "a")
+    question, answer = _tokens(2, 9), _tokens(3, 5)
+    ids = [*document, *other, *question]
+    spans = [(0, 40), (40, 80)]
+    _ask(driver, ids, spans, answer)
+    follow = [*ids, *answer, *_tokens(4, 6)]
+
+    def turn_tokens(*args: Any, **options: Any) -> int:
+        req = driver.link(*args, **options)
+        assert driver.start(req)
+        driver.check()
+        found = req.customized_info["pic"][0]["turn_tokens"]
+        driver.finish(req, abort=True)
+        return found
+
+    assert turn_tokens(follow, spans) > 0
+    # Another tenant, other segments, another order, another seam, an edited question.
+    assert turn_tokens(follow, spans, "a") == 0
+    assert turn_tokens(follow, spans[1:]) == 0
+    swapped = [*other, *document, *follow[80:]]
+    assert turn_tokens(swapped, spans) == 0
+    assert turn_tokens(follow, spans, seam=4) == 0
+    edited = [*ids[:-1], 7777, *follow[len(ids) :]]
+    assert turn_tokens(edited, spans) < turn_tokens(follow, spans)
+    # Nor is it a prefix of an ordinary request.
+    req = driver.request(follow)
+    assert driver.start(req) and req.prefix_len == 0
+    driver.finish(req)
+
+
+def test_a_turn_is_not_reused_behind_a_core_it_did_not_see() -> None:
+    """The same tokens go on, but a segment stands among them now."""
+    driver = Driver(1, 2048, _config())
+    segment = [1, 2, *_tokens(5, 40), 3]
+    for one in (_tokens(0, 40), segment):
+        assert driver.compile(one)
+    ids, spans = [*_tokens(0, 40), *_tokens(1, 9)], [(0, 40)]
+    _ask(driver, [*ids, 1, 2, 3, 4, 5, 6, 7], spans, [])
+    named = [*spans, (len(ids), len(ids) + len(segment))]
+    req = driver.link([*ids, *segment, 4, 5, 6], named, seam=2)
+    assert driver.start(req)
+    driver.check()
+    assert req.customized_info["pic"][0]["turn_tokens"] > 0
+
+
+def test_segments_that_begin_alike_share_pages_and_growing_ones_extend() -> None:
+    driver = Driver(4, 512, _config())
+    begin = _tokens(0, 41)
+    assert driver.compile(begin)
+    held = driver.cache.total_tokens()
+    assert held == 40
+    grown = [*begin, *_tokens(1, 23)]
+    assert driver.compile(grown)
+    assert driver.cache.total_tokens() == 64
+    branch = [*begin[:20], *_tokens(2, 20)]
+    assert driver.compile(branch)
+    assert driver.cache.total_tokens() == 64 + 20
+    # One that differs in its last, partial page alone has the very same ones.
+    twin = [*begin[:40], 999]
+    assert driver.compile(twin)
+    assert driver.cache.total_tokens() == 64 + 20
+    # Each is whole; deleting one leaves the others.
+    names = [_name(driver, ids) for ids in (begin, grown, branch)]
+    assert segments.held(driver.cache, names, None) == [True] * 3
+    assert segments.delete(driver.cache, names[1], None)["freed_tokens"] == 24
+    assert segments.held(driver.cache, names, None) == [True, False, True]
+    driver.check()
+    assert segments.delete(driver.cache, _name(driver, twin), None)["freed_tokens"] == 0
+    assert segments.held(driver.cache, names[:1], None) == [True]
+    assert segments.delete(driver.cache, names[0], None)["freed_tokens"] == 20
+    assert segments.held(driver.cache, names, None) == [False, False, True]
+    driver.check()
+
+
+def _linked_hits(driver: Driver, chosen: list[list[int]]) -> int:
+    """Link these segments, compiling what is missing; how many were there."""
+    ids: list[int] = []
+    spans = []
+    for segment in chosen:
+        spans.append((len(ids), len(ids) + len(segment)))
+        ids = ids + segment
+    req = driver.link([*ids, 1, 2, 3], spans)
+    missing = [i for i in driver.cache.missing(req) if i >= 0]
+    for i in missing:
+        assert driver.compile(chosen[i])
+    assert driver.start(req)
+    # Whatever was compiled for it is still there.
+    assert all(part["hit"] for part in req.customized_info["pic"][0]["segments"])
+    driver.finish(req)
+    return len(chosen) - len(missing)
+
+
+def test_reuse_stays_flat_when_the_corpus_is_larger_than_the_cache() -> None:
+    """50 batches of new questions; two of four documents of each are asked for once."""
+    draw = random.Random(0)
+    driver = Driver(1, 1000, _config())
+    corpus = [_tokens(i, 50) for i in range(100)]
+    curve = []
+    for batch in range(50):
+        hits = 0
+        for question in range(4):
+            hot = [corpus[min(int(draw.paretovariate(0.9)) - 1, 99)] for _ in range(2)]
+            once = [_tokens(10_000 + 100 * batch + 10 * question + i, 50) for i in range(2)]
+            hits += _linked_hits(driver, [*hot, *once])
+        curve.append(hits / 8)
+    driver.check()
+    early, late = sum(curve[5:25]) / 20, sum(curve[30:]) / 20
+    assert late > 0.7 and late > early - 0.05, curve
+    assert driver.cache.order.fallbacks == 0
+
+
+@pytest.mark.parametrize("page", [1, 4])
+def test_budgets_are_kept_and_refusals_say_why(page: int) -> None:
+    driver = Driver(page, 1 << 17, _config(kv_mib=1, pin_share=0.3))  # 65536 tokens
+    limit = driver.cache.budgets.limit.kv
+    assert limit == 1 << 20
+    documents = [_tokens(i, 4096) for i in range(20)]
+    for document in documents:
+        assert driver.compile(document, named=True)
+        assert segments.budgets(driver.cache)["kv"]["segment"] <= limit
+    driver.check()
+    held = [d for d in documents if segments.held(driver.cache, [_name(driver, d)], None)[0]]
+    assert len(held) == 16
+    with pytest.raises(PicRefused, match="bytes of kv") as refused:
+        segments.reserve(driver.cache, [4096] * 17)
+    assert refused.value.status == 507
+    assert segments.reserve(driver.cache, [4096] * 16) == {}
+    # A third for one tenant: four of sixteen; half for all: eight.
+    for document in held[:4]:
+        segments.pin(driver.cache, _name(driver, document), None)
+    with pytest.raises(PicRefused, match="this tenant may pin") as refused:
+        segments.pin(driver.cache, _name(driver, held[4]), None)
+    assert refused.value.status == 507
+    for tenant in ("a", "b"):
+        for document in documents[:4]:
+            assert driver.compile(document, tenant, named=True)
+    for document in documents[:4]:
+        segments.pin(driver.cache, _name(driver, document, "a"), "a")
+    with pytest.raises(PicRefused, match="all tenants together"):
+        segments.pin(driver.cache, _name(driver, documents[0], "b"), "b")
+    # What is pinned stays, whatever comes.
+    for i in range(40):
+        driver.compile(_tokens(100 + i, 4096))
+    assert all(segments.held(driver.cache, [_name(driver, d) for d in held[:4]], None))
+    driver.check()
+    with pytest.raises(PicRefused, match="pinned") as refused:
+        segments.delete(driver.cache, _name(driver, held[0]), None)
+    assert refused.value.status == 409
+    stats = segments.stats(driver.cache)
+    assert stats["refused"]["quota"] == 2 and stats["refused"]["budget"] == 1
+    assert stats["pins"] == 8
+
+
+def test_no_tenant_sees_or_touches_what_is_anothers() -> None:
+    driver = Driver(1, 1024, _config())
+    document = _tokens(0, 50)
+    assert driver.compile(document, "a")
+    mine = _name(driver, document, "a")
+    assert mine != _name(driver, document)
+    for other in (None, "", "b"):
+        for act in (segments.get, segments.pin, segments.unpin, segments.delete):
+            for name in (mine, "0" * 32):
+                with pytest.raises(PicRefused) as refused:
+                    act(driver.cache, name, other)
+                assert refused.value.to_json() == {
+                    "status": 404, "message": "no such segment", "field": "id",
+                }  # fmt: skip
+        assert segments.list_all(driver.cache, other) == []
+        assert segments.flush(driver.cache, other) == {"segments": 0, "freed_tokens": 0}
+        req = driver.link([*document, 1], [(0, 50)], other)
+        explained = driver.cache.explain(req)
+        assert not explained["segments"][0]["hit"] and explained["tokens_to_compile"] == 50
+        assert explained["segments"][0]["reason"] == "not_compiled"
+    assert segments.held(driver.cache, [mine], "a") == [True]
+    req = driver.link([*document, 1], [(0, 50)], "a")
+    assert driver.cache.explain(req)["segments"][0]["hit"]
+
+
+def test_a_repeated_compile_changes_no_count() -> None:
+    driver = Driver(1, 1024, _config())
+    for _ in range(3):
+        assert driver.compile(_tokens(0, 100), named=True)
+        assert driver.request(_tokens(0, 30)) and driver.start(driver.request(_tokens(1, 30)))
+        driver.finish(driver.running[0])
+        kv = segments.budgets(driver.cache)["kv"]
+        assert (kv["segment"], kv["prefix"]) == (100 * KV, 30 * KV)
+        driver.check()
