@@ -237,7 +237,7 @@ def test_bad_input_is_named_and_survived(
         ({"input_ids": [1], "text": "x"}, "text"),
         ({"input_ids": "abc"}, "input_ids"),
         ({"input_ids": []}, "input_ids"),
-        ({"input_ids": [[1, "2"]]}, "input_ids[0]"),
+        ({"input_ids": [[1, "2"]]}, "input_ids[0][1]"),
         ({"input_ids": [[]]}, "input_ids[0]"),
         ({"input_ids": [1, 2], "cache_salt": 4}, "cache_salt"),
         ({"input_ids": [1, 2], "tokens": 4}, "tokens"),

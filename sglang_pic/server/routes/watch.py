@@ -1,0 +1,140 @@
+"""Look inside: settings, the forest, numbers and times."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fastapi import Response
+from pydantic import Field
+from sglang.srt.utils.auth import AuthLevel, auth_level
+from sglang.srt.utils.json_response import orjson_response
+
+from sglang_pic import __version__, timer
+from sglang_pic.link.policy import AUTO
+from sglang_pic.metrics import front
+from sglang_pic.server.funnel import funnel_of
+from sglang_pic.server.routes.base import Answer, Body, manager, pic_router, tell
+
+router = pic_router()
+
+
+@router.get("/info")
+async def info() -> dict[str, Any]:
+    """Version and settings; a client that finds this may send ``pic`` fields."""
+    funnel = funnel_of(manager())
+    settings = dataclasses.asdict(funnel.config)
+    settings["compile_context"] = list(funnel.context)
+    state = funnel.calibration.to_json() if funnel.config.state == AUTO else None
+    return {
+        "version": __version__,
+        "config": settings,
+        "linking": funnel.gate.to_json(),
+        "canary": funnel.canary.verdict.to_json(),
+        "state_calibration": state,
+    }
+
+
+@router.get("/forest", response_model=list[dict[str, Any]])
+@auth_level(AuthLevel.ADMIN_OPTIONAL)
+async def forest() -> Any:
+    """The forest of each data-parallel rank: segments, pages, bytes, integrity."""
+    return orjson_response(await tell("forest"))
+
+
+# -- numbers ------------------------------------------------------------------------
+
+
+class KvBytes(Answer):
+    """Bytes of the pool of KV."""
+
+    capacity: int
+    budget: int = Field(description="that segments may hold")
+    segment: int = Field(description="held by segments")
+    turn: int = Field(description="held by composed conversations")
+    prefix: int = Field(description="held by ordinary prefixes")
+    pinned: int
+    free: int
+
+
+class StateBytes(Answer):
+    """Bytes of linear states; zeros in models without linear layers."""
+
+    budget: int
+    segment: int
+    turn: int
+    pinned: int
+
+
+class Quota(Answer):
+    pinned_share: float = Field(description="of each budget, that one tenant may pin")
+
+
+class RankBudgets(Answer):
+    kv: KvBytes
+    state: StateBytes
+    quota: Quota
+
+
+class Budgets(Answer):
+    ranks: list[RankBudgets]
+
+
+class RankStats(RankBudgets):
+    clock: int
+    segments: int
+    pins: int
+    page_size: int
+    refusal: str | None = Field(description="why this server does not link at all")
+    evicted: dict[str, int] = Field(description="since start: tokens, of states their number")
+    refused: dict[str, int] = Field(description="since start, by what refused")
+    fallback_evictions: int
+
+
+class Stats(Answer):
+    front: dict[str, Any] = Field(description="answers, segments and compiles since start")
+    ranks: list[RankStats]
+
+
+@router.get("/budgets", response_model=Budgets)
+@auth_level(AuthLevel.ADMIN_OPTIONAL)
+async def budgets() -> Any:
+    """What each data-parallel rank may hold, and who holds how much of it."""
+    return orjson_response({"ranks": await tell("budgets")})
+
+
+@router.get("/stats", response_model=Stats)
+@auth_level(AuthLevel.ADMIN_OPTIONAL)
+async def stats() -> Any:
+    """Counters and sizes, of this process and of each rank."""
+    return orjson_response({"front": front.counts.to_json(), "ranks": await tell("stats")})
+
+
+# -- times --------------------------------------------------------------------------
+
+
+class Switch(Body):
+    on: bool
+
+
+@router.get("/timer", response_model=dict[str, Any])
+@auth_level(AuthLevel.ADMIN_OPTIONAL)
+async def read_timer() -> Any:
+    """Own seconds and calls by stage, of this process and of each rank's scheduler."""
+    return await _timer(None)
+
+
+@router.post("/timer", response_model=dict[str, Any])
+@auth_level(AuthLevel.ADMIN_OPTIONAL)
+async def switch_timer(body: Switch) -> Any:
+    """Turn the timer on, from zero, or off."""
+    return await _timer(body.on)
+
+
+async def _timer(on: bool | None) -> Response:
+    ranks = await tell("timer", on=on)
+    if on is True:
+        timer.front.start()
+    elif on is False:
+        timer.front.stop()
+    return orjson_response({"front": timer.front.to_json(), "ranks": ranks})
