@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("kernels", "eval")
 
 ENTRY_POINTS = {
-    "console_scripts": {"sglang-pic": "sglang_pic.launch_server:main"},
+    "console_scripts": {"sglang-pic": "sglang_pic.cli:main"},
     "sglang.srt.plugins": {"sglang_pic": "sglang_pic.plugin:register"},
     "sglang.srt.platforms": {"sglang_pic_cpu": "sglang_pic.platforms.cpu:activate"},
 }

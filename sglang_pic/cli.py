@@ -1,0 +1,29 @@
+"""``sglang-pic``: serve a model, or watch a server that runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from sglang_pic import launch_server, top
+
+USAGE = """\
+sglang-pic serve --model-path MODEL [flags]   a server; `serve` may be left out
+sglang-pic top [--url URL] [flags]            what a running server does, live
+
+Either with --help lists its flags."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what the first argument names; a flag there is one of ``serve``."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+    elif argv[0] == "top":
+        top.main(argv[1:])
+    else:
+        launch_server.main(argv[1:] if argv[0] == "serve" else argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""What this process has counted since it started: answers, segments, tokens, compiles."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+
+@dataclasses.dataclass
+class AuditCounts:
+    """Composed answers that were computed again in full, to see how far they are off.
+
+    Attributes:
+        audits: answers audited.
+        kl_sum, kl_max: over the audits, of each one's KL divergence in nats.
+        agreements: audits in which both find the same token likeliest, at every
+            place compared.
+        dropped: answers of the sample that were not audited: others came before
+            there was time, or what served them was gone.
+    """
+
+    audits: int = 0
+    kl_sum: float = 0.0
+    kl_max: float = 0.0
+    agreements: int = 0
+    dropped: int = 0
+
+    def observe(self, kl: float, agrees: bool) -> None:
+        """Count one audit."""
+        self.audits += 1
+        self.kl_sum += kl
+        self.kl_max = max(self.kl_max, kl)
+        self.agreements += agrees
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass
+class Counts:
+    """Counters of one front process; only ``compiling`` falls, and ``linking_off`` changes.
+
+    Attributes:
+        answers: answers to requests with segments, by exactness.
+        unlinked: those of them that nothing was linked for, by the report's reason.
+        segments: segments that requests named, by what became of them.
+        tokens_reused, tokens_computed: of those requests' prompts.
+        tokens_prefix: those of ``tokens_reused`` from the ordinary prefix cache.
+        tokens_compiled: computed ahead of a link, on demand or by ``/pic/compile``.
+        tokens_opening: those of ``tokens_compiled`` in text that opens a prompt,
+            which then counts as prefix.
+        compiles, compile_failures: segments and opening texts, by outcome.
+        compile_timeouts: those that a link did not wait for any longer.
+        compiling: those under way now.
+        compile_seconds, tokens_timed: wall time of the batches that compiled anything
+            new, and what they computed.
+        poll_failures: times the schedulers did not tell their numbers to ``/metrics``.
+        linking_off: why linking is switched off (``server.gate``), or ``None``.
+    """
+
+    answers: dict[str, int] = dataclasses.field(default_factory=dict)
+    unlinked: dict[str, int] = dataclasses.field(default_factory=dict)
+    segments: dict[str, int] = dataclasses.field(default_factory=dict)
+    tokens_reused: int = 0
+    tokens_prefix: int = 0
+    tokens_computed: int = 0
+    tokens_compiled: int = 0
+    tokens_opening: int = 0
+    compiles: int = 0
+    compile_failures: int = 0
+    compile_timeouts: int = 0
+    compiling: int = 0
+    compile_seconds: float = 0.0
+    tokens_timed: int = 0
+    poll_failures: int = 0
+    linking_off: str | None = None
+    audit: AuditCounts = dataclasses.field(default_factory=AuditCounts)
+
+    def observe(self, report: dict[str, Any]) -> None:
+        """Count one report: one for each answer, of a batch one for each prompt, of
+        several samples one for each sample, since each is linked."""
+        _add_one(self.answers, report["exactness"])
+        if report["reason"] is not None:
+            _add_one(self.unlinked, report["reason"])
+        for segment in report["segments"]:
+            _add_one(self.segments, segment["reason"])
+        self.tokens_reused += report["tokens_reused"]
+        self.tokens_prefix += report["prefix_tokens"]
+        self.tokens_computed += report["tokens_computed"]
+
+    def observe_compile(
+        self, computed: Sequence[int], of_segment: Sequence[bool], seconds: float, page_size: int
+    ) -> None:
+        """Count one batch of compiles.
+
+        Args:
+            computed: tokens that each item took. Of one that was there already SGLang
+                computes the end again, up to a page.
+            of_segment: whether it is a segment; else it is the text that opens a prompt.
+            seconds: wall time of the batch.
+            page_size: SGLang's.
+        """
+        tokens = sum(computed)
+        new = sum(one > page_size for one in computed)
+        self.compiles += new
+        self.tokens_compiled += tokens
+        self.tokens_opening += tokens - sum(itertools.compress(computed, of_segment))
+        # Without anything new the time is no measure of what a token takes.
+        if new:
+            self.compile_seconds += seconds
+            self.tokens_timed += tokens
+
+    @property
+    def seconds_saved(self) -> float:
+        """Estimate of the computing that links have spared, less what compiling took.
+
+        Tokens linked, less tokens compiled for it, at the seconds a token took in
+        this server's own compile batches. That is wall time, queueing and what else
+        ran included, so under load it is too high; a link's own overhead is not in
+        it. Below zero while compiles have not paid off yet.
+        """
+        if not self.tokens_timed:
+            return 0.0
+        linked = self.tokens_reused - self.tokens_prefix
+        compiled = self.tokens_compiled - self.tokens_opening
+        return (linked - compiled) * self.compile_seconds / self.tokens_timed
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "seconds_saved": self.seconds_saved}
+
+
+def _add_one(counter: dict[str, int], name: str) -> None:
+    counter[name] = counter.get(name, 0) + 1
+
+
+counts = Counts()

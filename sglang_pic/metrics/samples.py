@@ -1,0 +1,211 @@
+"""Every metric: its name, what it means, and where in ``GET /pic/stats`` its value stands.
+
+No Prometheus in here: ``prometheus`` shows them, the documentation and the Grafana
+dashboard are held against them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+PREFIX = "sglang_pic:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """One metric: a counter if its name ends in ``_total``, else a gauge.
+
+    ``read`` finds its value in the JSON of the front, or of one rank: a number, or
+    with ``label`` one number for each value of that label.
+    """
+
+    name: str
+    meaning: str
+    read: Callable[[dict[str, Any]], Any]
+    label: str | None = None
+
+    @property
+    def is_counter(self) -> bool:
+        return self.name.endswith("_total")
+
+    def samples(self, numbers: dict[str, Any]) -> Iterator[tuple[dict[str, str], float]]:
+        """Each value, with its own label if it has one."""
+        value = self.read(numbers)
+        if self.label is None:
+            yield {}, float(value)
+        else:
+            for name, one in value.items():
+                yield {self.label: name}, float(one)
+
+
+def _prompt_tokens(front: dict[str, Any]) -> dict[str, int]:
+    return {
+        "link": front["tokens_reused"] - front["tokens_prefix"],
+        "prefix": front["tokens_prefix"],
+        "computed": front["tokens_computed"],
+    }
+
+
+def _only(numbers: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: numbers[name] for name in names}
+
+
+# Of ``Counts.to_json``.
+FRONT_METRICS = (
+    Metric(
+        PREFIX + "answers_total",
+        "Answers to requests with segments.",
+        lambda front: front["answers"],
+        "exactness",
+    ),
+    Metric(
+        PREFIX + "unlinked_total",
+        "Answers to requests with segments that nothing was linked for.",
+        lambda front: front["unlinked"],
+        "reason",
+    ),
+    Metric(
+        PREFIX + "named_segments_total",
+        "Segments that requests named, by what became of them.",
+        lambda front: front["segments"],
+        "reason",
+    ),
+    Metric(
+        PREFIX + "prompt_tokens_total",
+        "Prompt tokens of requests with segments: reused by a link, from the prefix cache, "
+        "or computed.",
+        _prompt_tokens,
+        "source",
+    ),
+    Metric(
+        PREFIX + "compiled_tokens_total",
+        "Tokens computed to compile segments, and the text that opens a prompt.",
+        lambda front: front["tokens_compiled"],
+    ),
+    Metric(
+        PREFIX + "compiles_total",
+        "Segments and opening texts compiled, but for what was there already.",
+        lambda front: front["compiles"],
+    ),
+    Metric(
+        PREFIX + "compile_failures_total",
+        "Segments and opening texts whose compile failed.",
+        lambda front: front["compile_failures"],
+    ),
+    Metric(
+        PREFIX + "compile_timeouts_total",
+        "Segments and opening texts that a link did not wait for any longer.",
+        lambda front: front["compile_timeouts"],
+    ),
+    Metric(
+        PREFIX + "compile_seconds_total",
+        "Wall time of compile batches with anything new, queueing included.",
+        lambda front: front["compile_seconds"],
+    ),
+    Metric(
+        PREFIX + "compile_queue",
+        "Segments and opening texts being compiled now.",
+        lambda front: front["compiling"],
+    ),
+    Metric(
+        PREFIX + "seconds_saved",
+        "Estimate of the computing spared since start, less what compiling took.",
+        lambda front: front["seconds_saved"],
+    ),
+    Metric(
+        PREFIX + "audits_total",
+        "Composed answers computed again in full, to compare.",
+        lambda front: front["audit"]["audits"],
+    ),
+    Metric(
+        PREFIX + "audit_kl_nats_total",
+        "Sum of the audits' KL divergences from full recompute.",
+        lambda front: front["audit"]["kl_sum"],
+    ),
+    Metric(
+        PREFIX + "audit_kl_nats_max",
+        "Largest KL divergence that an audit has found since start.",
+        lambda front: front["audit"]["kl_max"],
+    ),
+    Metric(
+        PREFIX + "audit_agreements_total",
+        "Audits in which both find the same token likeliest.",
+        lambda front: front["audit"]["agreements"],
+    ),
+    Metric(
+        PREFIX + "audits_dropped_total",
+        "Answers to be audited that were not: too many waited, or what served them was gone.",
+        lambda front: front["audit"]["dropped"],
+    ),
+    Metric(
+        PREFIX + "linking_off",
+        "1 if canary, audit or operator have switched linking off.",
+        lambda front: front["linking_off"] is not None,
+    ),
+    Metric(
+        PREFIX + "poll_failures_total",
+        "Times that the schedulers did not tell their numbers.",
+        lambda front: front["poll_failures"],
+    ),
+)
+
+# Of one rank's answer to the command ``stats``.
+RANK_METRICS = (
+    Metric(
+        PREFIX + "linking",
+        "1 if the cache links, 0 if it refuses to.",
+        lambda rank: rank["refusal"] is None,
+    ),
+    Metric(PREFIX + "segments", "Segments known.", lambda rank: rank["segments"]),
+    Metric(PREFIX + "pins", "Segments pinned.", lambda rank: rank["pins"]),
+    Metric(
+        PREFIX + "kv_bytes",
+        "KV held, by kind; pinned is part of segment.",
+        lambda rank: _only(rank["kv"], "segment", "turn", "prefix", "pinned", "free"),
+        "kind",
+    ),
+    Metric(
+        PREFIX + "kv_capacity_bytes", "KV of the whole pool.", lambda rank: rank["kv"]["capacity"]
+    ),
+    Metric(
+        PREFIX + "kv_budget_bytes",
+        "KV that segments may hold.",
+        lambda rank: rank["kv"]["budget"],
+    ),
+    Metric(
+        PREFIX + "state_bytes",
+        "Linear state held, by kind; pinned is part of segment.",
+        lambda rank: _only(rank["state"], "segment", "turn", "pinned"),
+        "kind",
+    ),
+    Metric(
+        PREFIX + "state_budget_bytes",
+        "Linear state that may be held.",
+        lambda rank: rank["state"]["budget"],
+    ),
+    Metric(
+        PREFIX + "evicted_tokens_total",
+        "Tokens evicted, by kind.",
+        lambda rank: _only(rank["evicted"], "segment", "turn", "prefix"),
+        "kind",
+    ),
+    Metric(
+        PREFIX + "evicted_states_total",
+        "Linear states evicted.",
+        lambda rank: rank["evicted"]["state"],
+    ),
+    Metric(
+        PREFIX + "fallback_evictions_total",
+        "Evictions left to SGLang's own order.",
+        lambda rank: rank["fallback_evictions"],
+    ),
+    Metric(
+        PREFIX + "refused_total",
+        "Segments not kept, and pins not set.",
+        lambda rank: rank["refused"],
+        "reason",
+    ),
+)
+METRICS = (*FRONT_METRICS, *RANK_METRICS)

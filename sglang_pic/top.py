@@ -1,0 +1,285 @@
+"""``sglang-pic top``: what a server's cache holds and does, polled and drawn."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import requests
+from rich import box
+from rich.columns import Columns
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from sglang_pic.client import NotFoundError, PicClient, PicServerError, Segment
+
+TIMEOUT_S = 10.0
+HOTTEST = 10
+BAR_CELLS = 48
+LABEL_CELLS = 8
+STYLES = {
+    "pinned": "magenta",
+    "segment": "green",
+    "turn": "cyan",
+    "prefix": "blue",
+    "running": "yellow",
+    "free": "bright_black",
+}
+
+
+class TopError(RuntimeError):
+    """The server does not tell its numbers; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Poll:
+    """The numbers of one moment.
+
+    Attributes:
+        at: seconds, on a clock that only goes forward.
+        front: counters of the front process.
+        ranks: ``stats`` of each data-parallel rank.
+        segments: those of one tenant.
+    """
+
+    at: float
+    front: dict[str, Any]
+    ranks: list[dict[str, Any]]
+    segments: list[Segment]
+
+
+def poll(client: PicClient) -> Poll:
+    """Ask once.
+
+    Raises:
+        TopError: no answer, or not that of a server of ours.
+    """
+    try:
+        stats, segments = client.stats(), client.segments()
+        return Poll(time.monotonic(), stats["front"], stats["ranks"], segments)
+    except NotFoundError as error:
+        raise TopError(f"a server, but none of ours: {error}") from error
+    except PicServerError as error:
+        hint = ": --api-key" if error.status in (401, 403) else ""
+        raise TopError(f"the server refuses{hint}: {error}") from error
+    except (requests.JSONDecodeError, KeyError, TypeError) as error:
+        raise TopError(f"no server of ours: its answer cannot be read: {error!r}") from error
+    except requests.RequestException as error:
+        raise TopError(f"no server answers: {error}") from error
+
+
+# -- drawing ----------------------------------------------------------------------
+
+
+def frame(now: Poll, before: Poll | None = None) -> RenderableType:
+    """Everything on one screen; rates need the poll ``before``."""
+    counters = [
+        _counters("prompt tokens", now, before, _prompt_tokens),
+        _counters("segments named", now, before, lambda poll: poll.front["segments"]),
+        _counters("answers", now, before, _answers),
+        _counters("evicted tokens, states", now, before, lambda poll: _over_ranks(poll, "evicted")),
+        _counters("refused", now, before, lambda poll: _over_ranks(poll, "refused")),
+    ]
+    return Group(_headline(now), _budgets(now), Columns(counters), _hottest(now.segments))
+
+
+def _headline(now: Poll) -> Text:
+    front = now.front
+    prompt = front["tokens_reused"] + front["tokens_computed"]
+    line = Text.assemble(
+        ("reuse ", "bold"),
+        f"{front['tokens_reused'] / prompt:.0%}" if prompt else "-",
+        (" of prompt tokens   compiling ", "bold"),
+        f"{front['compiling']}",
+        ("   failed compiles ", "bold"),
+        f"{front['compile_failures']}",
+        ("   saved ", "bold"),
+        f"about {front['seconds_saved']:.1f} s",
+    )
+    audit = front["audit"]
+    if audit["audits"]:
+        line.append("   audits ", "bold")
+        mean = audit["kl_sum"] / audit["audits"]
+        line.append(f"{audit['audits']}, KL {mean:.3g}, at most {audit['kl_max']:.3g}")
+    for rank, stats in enumerate(now.ranks):
+        if stats["refusal"] is not None:
+            line.append(f"\nrank {rank} does not link: {stats['refusal']}", "bold red")
+    if front["linking_off"] is not None:
+        line.append(f"\nlinking is switched off: {front['linking_off']}", "bold red")
+    return line
+
+
+def _budgets(now: Poll) -> Group:
+    lines = []
+    for rank, stats in enumerate(now.ranks):
+        suffix = f" {rank}" if len(now.ranks) > 1 else ""
+        kv, state = stats["kv"], stats["state"]
+        # What running requests compute belongs to nobody yet.
+        running = max(0, kv["capacity"] - sum(kv[k] for k in ("segment", "turn", "prefix", "free")))
+        limit = f"segments may hold {_bytes(kv['budget'])} of {_bytes(kv['capacity'])}"
+        lines += _bar(f"KV{suffix}", {**kv, "running": running}, kv["capacity"], limit)
+        if state["budget"]:
+            limit = f"budget {_bytes(state['budget'])}"
+            lines += _bar(f"state{suffix}", state, state["budget"], limit)
+    return Group(*lines)
+
+
+def _bar(label: str, held: Mapping[str, int], whole: int, limit: str) -> list[Text]:
+    """A bar of what is held, by kind, and a line with the same in words. Pinned is
+    part of segment."""
+    kinds = {kind: held[kind] for kind in STYLES if kind in held}
+    cells = {**kinds, "segment": kinds["segment"] - kinds["pinned"]}
+    bar, words = Text(), Text(" " * LABEL_CELLS)
+    for kind, size in cells.items():
+        if kind != "free":
+            bar.append("█" * round(BAR_CELLS * size / max(whole, 1)), STYLES[kind])
+    bar.truncate(BAR_CELLS)
+    bar.append("░" * (BAR_CELLS - len(bar)), STYLES["free"])
+    for kind, size in kinds.items():
+        words.append(f"{kind} ", STYLES[kind]).append(f"{_bytes(size)}  ")
+    return [Text.assemble(f"{label:<{LABEL_CELLS}}", bar, f"  {limit}"), words]
+
+
+def _counters(
+    title: str, now: Poll, before: Poll | None, read: Callable[[Poll], Mapping[str, float]]
+) -> Table:
+    """Counters since start, and how fast they grow."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    table.add_column("all", justify="right")
+    table.add_column("a second", justify="right")
+    earlier = read(before) if before is not None else {}
+    for name, value in sorted(read(now).items()):
+        rate = "-"
+        if before is not None:
+            # A server that has started anew counts from zero.
+            grown = max(0.0, value - earlier.get(name, 0))
+            rate = f"{grown / max(now.at - before.at, 1e-9):,.1f}"
+        table.add_row(name, f"{value:,.0f}", rate)
+    return table
+
+
+def _prompt_tokens(poll: Poll) -> dict[str, float]:
+    front = poll.front
+    return {
+        "linked": front["tokens_reused"] - front["tokens_prefix"],
+        "prefix": front["tokens_prefix"],
+        "computed": front["tokens_computed"],
+        "compiled": front["tokens_compiled"],
+    }
+
+
+def _answers(poll: Poll) -> dict[str, float]:
+    unlinked = {f"not linked: {why}": n for why, n in poll.front["unlinked"].items()}
+    return {**poll.front["answers"], **unlinked}
+
+
+def _over_ranks(poll: Poll, key: str) -> dict[str, float]:
+    return {name: sum(stats[key][name] for stats in poll.ranks) for name in poll.ranks[0][key]}
+
+
+def _hottest(segments: Sequence[Segment]) -> Table:
+    table = Table(title="hottest segments", title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("id", "hits", "tokens", "held", "KV", "state", "value", "last use", ""):
+        table.add_column(name, justify="left" if name in ("id", "") else "right")
+    for one in sorted(segments, key=lambda segment: -segment.hits)[:HOTTEST]:
+        table.add_row(
+            one.id,
+            *(f"{count:,}" for count in (one.hits, one.tokens, one.held)),
+            *(_bytes(size) for size in (one.kv_bytes, one.state_bytes)),
+            f"{one.value:.3g}",
+            f"{one.last_use:,}",
+            Text("pinned" if one.pinned else "", STYLES["pinned"]),
+        )
+    return table
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+# -- the command ------------------------------------------------------------------
+
+
+def top_parser() -> argparse.ArgumentParser:
+    """Parser of the flags."""
+    parser = argparse.ArgumentParser(
+        prog="sglang-pic top", description="Watch a server: what its cache holds and does."
+    )
+    parser.add_argument("--url", default="http://127.0.0.1:30000", help="the server (%(default)s)")
+    parser.add_argument("--api-key", metavar="KEY", help="SGLang's --api-key, if it has one")
+    parser.add_argument(
+        "--cache-salt", metavar="SALT", help="whose segments to show (those without a salt)"
+    )
+    parser.add_argument(
+        "--interval", type=float, default=2.0, metavar="S", help="seconds between (%(default)s)"
+    )
+    parser.add_argument("--once", action="store_true", help="print one frame and end")
+    parser.add_argument(
+        "--json",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="append each poll's numbers to a file, a line of JSON each",
+    )
+    return parser
+
+
+def _write(poll: Poll, path: pathlib.Path) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(dataclasses.asdict(poll)) + "\n")
+
+
+def watch(client: PicClient, console: Console, path: pathlib.Path | None) -> Iterator[None]:
+    """Poll and draw, for ever; yields after each frame. A server that goes away is
+    shown as such, above the last numbers, and asked again."""
+    last: Poll | None = None
+    drawn: RenderableType = ""
+    with Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
+        while True:
+            try:
+                now = poll(client)
+            except TopError as error:
+                problem = Panel(Text(str(error)), title="no new numbers", style="bold red")
+                live.update(Group(problem, drawn), refresh=True)
+            else:
+                drawn = frame(now, last)
+                live.update(drawn, refresh=True)
+                if path is not None:
+                    _write(now, path)
+                last = now
+            yield
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Watch until interrupted, or once."""
+    parser = top_parser()
+    args = parser.parse_args(argv)
+    if args.interval <= 0:
+        parser.error("--interval: must be more than 0")
+    client = PicClient(args.url, args.api_key, args.cache_salt, timeout_s=TIMEOUT_S)
+    console = Console()
+    if args.once:
+        try:
+            now = poll(client)
+        except TopError as error:
+            parser.exit(1, f"{parser.prog}: {args.url}: {error}\n")
+        console.print(frame(now))
+        if args.json is not None:
+            _write(now, args.json)
+        return
+    with contextlib.suppress(KeyboardInterrupt):
+        for _ in watch(client, console, args.json):
+            time.sleep(args.interval)
