@@ -15,36 +15,16 @@ import asyncio
 import dataclasses
 import logging
 import statistics
-import uuid
-from collections.abc import Awaitable, Callable
 from typing import Any
 
-from sglang.srt.managers.io_struct import GenerateReqInput
-
-from sglang_pic.link.divergence import kl_with_remainder
 from sglang_pic.link.policy import STATE_POLICIES
-from sglang_pic.request.base import LinkRequest
-from sglang_pic.request.hints import link_hints
+from sglang_pic.server.compare import Generate, Prompt, fresh_salt, in_full, linked
 
 logger = logging.getLogger(__name__)
 
 PROMPTS = 4
-TOP = 64
 # A prompt of one segment tells nothing: no core has another in front of it.
 MIN_SEGMENTS = 2
-
-Generate = Callable[[GenerateReqInput], Awaitable[dict[str, Any]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """A linked prompt in internal form, and whose it is."""
-
-    ids: list[int]
-    link: LinkRequest
-    cache_salt: str | None
-    extra_key: str | None
-    lora_path: str | None
 
 
 class Calibration:
@@ -77,16 +57,12 @@ class Calibration:
 
     async def _measure(self, prompt: Prompt) -> None:
         try:
-            full = await self._next(prompt, None, [])
-            (top,) = full["meta_info"]["output_top_logprobs"]
-            wanted = [token for _, token, _ in top]
+            full = await in_full(self._generate, prompt, fresh_salt("calibration"))
             found = {}
             for policy in STATE_POLICIES:
-                output = await self._next(prompt, policy, wanted)
-                (row,) = output["meta_info"]["output_token_ids_logprobs"]
-                values = {token: value for value, token, _ in row}
-                linked = [values[token] for token in wanted]
-                found[policy] = kl_with_remainder([value for value, *_ in top], linked)
+                options = dataclasses.replace(prompt.link.options, state=policy)
+                under = await linked(self._generate, prompt, options, full.tokens)
+                found[policy] = under.kl_from(full)
         except Exception as error:
             # The prompt after this one takes its place.
             self._taken -= 1
@@ -98,26 +74,6 @@ class Calibration:
             means = {policy: statistics.fmean(values) for policy, values in self.kl.items()}
             self.choice = min(means, key=lambda policy: means[policy])
             logger.warning("sglang_pic: state policy %s, calibrated: KL %s", self.choice, means)
-
-    async def _next(self, prompt: Prompt, policy: str | None, wanted: list[int]) -> dict[str, Any]:
-        """One further token: in full without a policy, else linked under it."""
-        made = GenerateReqInput(
-            input_ids=list(prompt.ids),
-            sampling_params={"max_new_tokens": 1, "temperature": 0},
-            return_logprob=True,
-            extra_key=prompt.extra_key,
-            lora_path=prompt.lora_path,
-        )
-        if policy is None:
-            # A namespace of its own: nothing cached, nothing left behind for others.
-            made.cache_salt = f"sglang-pic-calibration-{uuid.uuid4()}"
-            made.top_logprobs_num = TOP
-        else:
-            options = dataclasses.replace(prompt.link.options, state=policy)
-            made.cache_salt = prompt.cache_salt
-            made.token_ids_logprob = wanted
-            made.kv_hints = link_hints(LinkRequest(prompt.link.spans, options, strict=False))
-        return await self._generate(made)
 
     def to_json(self) -> dict[str, Any]:
         """``{"policy", "calibrated", "kl": {policy: mean so far or null}}``."""
