@@ -29,11 +29,13 @@ COMMON_ARGS = (
 
 @dataclasses.dataclass(frozen=True)
 class Server:
-    """A running server: its address, its log, and how long it took to start."""
+    """A running server: its address, its log, how long it took to start, and the
+    process that the others are children of."""
 
     url: str
     log: pathlib.Path
     start_s: float
+    pid: int
 
     def post(self, path: str, body: Any, *, timeout: float = 300) -> requests.Response:
         return requests.post(self.url + path, json=body, timeout=timeout)
@@ -133,7 +135,7 @@ def serve(
             if process.poll() is not None or time.monotonic() - started > START_TIMEOUT_S:
                 raise RuntimeError(f"{line} did not start:\n{log.read_text()[-4000:]}")
             time.sleep(0.5)
-        yield Server(url, log, time.monotonic() - started)
+        yield Server(url, log, time.monotonic() - started, process.pid)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
-from tiny_models import tiny_llama
 
 from sglang_pic.eval import serving
 from sglang_pic.eval.models.smollm2 import ensure_model
+from sglang_pic.eval.models.tiny import tiny_llama
 from sglang_pic.eval.serving import Server
 
 # How fast an example runs says more about the machine than about the code.

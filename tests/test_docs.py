@@ -28,12 +28,13 @@ from sglang_pic import sglang_hooks
 from sglang_pic.config import PicConfig
 from sglang_pic.eval.models.smollm2 import ensure_model
 from sglang_pic.eval.serving import Server
-from sglang_pic.forest import build, cache
+from sglang_pic.forest import build, cache, planning
 from sglang_pic.forest import state as forest_state
 from sglang_pic.kernels.operators.pair import Pair
 from sglang_pic.launch_server import pic_parser, read_config
 from sglang_pic.linear.state import StateStore
 from sglang_pic.link import report
+from sglang_pic.server import gate
 from sglang_pic.server.routes import router
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,6 +163,7 @@ def test_every_reason_is_explained() -> None:
         and isinstance(node.value, ast.Constant)
         and node.value.value
     } | set(_literals_given_as_reason())
+    whole |= {gate.CANARY_FAILED, gate.AUDIT_FAILED, gate.SWITCHED_OFF}
     assert {"require_exact", "link_off", "no_room_to_relocate", "input_logprobs"} <= whole
     explained = {name for row in rows_of(USING / "report.md") for name in named(row[0])}
     told = {name for row in rows_of(USING / "report.md") for cell in row for name in named(cell)}
@@ -174,8 +176,9 @@ def test_every_reason_is_explained() -> None:
 
 
 def _literals_given_as_reason() -> Iterator[str]:
-    """Literal reasons for a whole request in ``forest.cache``."""
-    for node in ast.walk(ast.parse(inspect.getsource(cache))):
+    """Literal reasons for a whole request, where links are planned and rows begin."""
+    trees = [ast.parse(inspect.getsource(module)) for module in (cache, planning)]
+    for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "_unlinked":
             values: list[Any] = [node.args[-1]]
         elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "refusal":
@@ -197,7 +200,7 @@ def test_every_refusal_is_explained() -> None:
 
 def test_every_field_of_an_answer_is_explained() -> None:
     """The examples in JSON are held against a server's answers below."""
-    for page in (USING / "report.md", USING / "compile.md"):
+    for page in (USING / "report.md", USING / "compile.md", USING / "manage.md"):
         text = page.read_text()
         fields = set(re.findall(r'"(\w+)":', "".join(re.findall(r"```json.*?```", text, re.S))))
         assert fields
@@ -217,9 +220,9 @@ def test_every_hook_is_listed() -> None:
 
 
 def test_every_route_is_explained() -> None:
-    page = (USING / "compile.md").read_text()
+    pages = "".join((USING / name).read_text() for name in ("compile.md", "manage.md", "audit.md"))
     for route in router.routes:
-        assert route.path in page, route.path
+        assert route.path in pages, route.path
 
 
 # -- snippets -------------------------------------------------------------------

@@ -21,6 +21,7 @@ from sglang_pic.eval import (
     load,
     memory,
     report,
+    soak,
     steady_state,
     text_quality,
     ttft,
@@ -277,7 +278,7 @@ def test_parts_have_names_of_their_own() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [breakdown, hybrid_quality, load, memory, report, steady_state, text_quality, ttft],
+    [breakdown, hybrid_quality, load, memory, report, soak, steady_state, text_quality, ttft],
     ids=lambda module: module.__name__.rpartition(".")[2],
 )
 def test_every_evaluation_has_its_help(

@@ -13,9 +13,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import tiny_hybrid_model, tiny_llama_model
+from tiny_models import tiny_hybrid_model
 
 from sglang_pic.eval import inside
+from sglang_pic.eval.models.tiny import tiny_llama_model
 from sglang_pic.eval.oracle.dense import LIVE, Inner, arrange, layout, linked_inner, sources
 from sglang_pic.eval.oracle.hybrid import linked_states
 from sglang_pic.link.plan import SegmentHit, make_plan

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import tiny_llama, tiny_llama_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from sglang_pic.eval.models.tiny import tiny_llama, tiny_llama_model
 from sglang_pic.eval.oracle.dense import (
     LIVE,
     Layout,

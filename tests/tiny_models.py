@@ -1,4 +1,4 @@
-"""Random models of a few hundred kilobytes, for tests that need no language."""
+"""Random hybrids of a few hundred kilobytes, beside ``eval.models.tiny``'s Llama."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from transformers import (
     FalconH1ForCausalLM,
     GraniteMoeHybridConfig,
     GraniteMoeHybridForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     Qwen3_5ForCausalLM,
     Qwen3_5TextConfig,
@@ -19,58 +17,7 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
-# Large enough that attention, not the residual stream, decides the output.
-_STD = {"q_proj": 0.25, "k_proj": 0.25, "v_proj": 0.3, "o_proj": 0.3, "embed_tokens": 1.0}
-_OTHER_STD = 0.12
-
-
-def tiny_llama_model(
-    seed: int = 0, *, layers: int = 2, vocab: int = 512, max_position: int = 4096
-) -> LlamaForCausalLM:
-    """Random Llama in float32 with eager attention.
-
-    Hidden size 64, 4 query heads and 2 key-value heads of dimension 16. The
-    same seed and sizes give the same weights. No token ends a sequence.
-    """
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=max_position,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-        attn_implementation="eager",
-    )
-    model = LlamaForCausalLM(config).float().eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                std = next((std for part, std in _STD.items() if part in name), _OTHER_STD)
-                weight.normal_(std=std, generator=generator)
-    return model
-
-
-def tiny_llama(tmp_dir: str | Path, seed: int = 0) -> Path:
-    """Save a random Llama as a Hugging Face directory without a tokenizer.
-
-    2 layers, vocabulary 512, 4096 positions, float32 safetensors. SGLang loads
-    it with ``skip_tokenizer_init=True``.
-
-    Returns:
-        The directory, ``tmp_dir/tiny-llama-SEED``, written anew.
-    """
-    path = Path(tmp_dir) / f"tiny-llama-{seed}"
-    tiny_llama_model(seed).save_pretrained(path)
-    return path
-
+from sglang_pic.eval.models.tiny import OTHER_STD, STD
 
 _HYBRID = {
     "vocab_size": 512,
@@ -121,7 +68,7 @@ def tiny_hybrid_model(kind: str, seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() == 2 or "experts" in name:
-                std = next((std for part, std in _STD.items() if part in name), _OTHER_STD)
+                std = next((std for part, std in STD.items() if part in name), OTHER_STD)
                 weight.normal_(std=std, generator=generator)
             else:
                 _randomize_gates(name, weight, generator)
@@ -139,7 +86,7 @@ def _randomize_gates(name: str, weight: torch.Tensor, generator: torch.Generator
 
 
 def tiny_hybrid(tmp_dir: str | Path, kind: str, seed: int = 0) -> Path:
-    """Save a random hybrid, as ``tiny_llama``. SGLang derives the layers' kinds
+    """Save a random hybrid. SGLang derives the layers' kinds
     from ``full_attention_interval``."""
     path = Path(tmp_dir) / f"tiny-{kind}-{seed}"
     model = tiny_hybrid_model(kind, seed)
@@ -203,7 +150,7 @@ def tiny_mamba2_model(kind: str, seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() == 2:
-                std = next((std for part, std in _STD.items() if part in name), _OTHER_STD)
+                std = next((std for part, std in STD.items() if part in name), OTHER_STD)
                 weight.normal_(std=std, generator=generator)
             else:
                 _randomize_gates(name, weight, generator)
@@ -211,7 +158,7 @@ def tiny_mamba2_model(kind: str, seed: int = 0) -> PreTrainedModel:
 
 
 def tiny_mamba2(tmp_dir: str | Path, kind: str, seed: int = 0) -> Path:
-    """Save a random Mamba-2 hybrid, as ``tiny_llama``."""
+    """Save a random Mamba-2 hybrid."""
     path = Path(tmp_dir) / f"tiny-{kind}-{seed}"
     tiny_mamba2_model(kind, seed).save_pretrained(path)
     return path
