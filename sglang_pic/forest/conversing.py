@@ -39,6 +39,11 @@ class ConversingTree(HoldingTree):
         self.turns = Turns()
         super().__init__(params)
 
+    @property
+    def keeps_states(self) -> bool:
+        """Whether a turn is of use only with the state behind it."""
+        return False
+
     def reset(self) -> None:
         self.turns.forget()
         super().reset()
@@ -85,6 +90,10 @@ class ConversingTree(HoldingTree):
             tokens = array("q", ids[computed[done:stop]].tobytes())
             node, slots = self.find_path(tokens, req.extra_key, turn.salt)
             slots = slots[: self._usable(turn, slots.numel())]
+            following = plan.spans[passed].first_seer if passed < len(cores) else None
+            if self.keeps_states and done + slots.numel() == following:
+                # Two states, one behind the other, with no token between them to see.
+                break
             if not slots.numel():
                 break
             done += slots.numel()

@@ -233,6 +233,10 @@ class PicHybridCache(PicCache):
 
     # -- earlier turns -------------------------------------------------------------
 
+    @property
+    def keeps_states(self) -> bool:
+        return True
+
     def _keep_turn(self, req: Req, link: LinkState) -> None:
         # The request's state is that of its last token only where SGLang runs no
         # step ahead and pages cut nothing off.
