@@ -343,14 +343,16 @@ def plot(watch: Watch) -> Any:
     """Memory of the processes, and of the cache, over time."""
     figure, axes = new_figure(2, height=3.5)
     minutes = [sight.s / 60 for sight in watch.sights]
-    axes[0].plot(minutes, [sight.rss / MIB for sight in watch.sights])
-    axes[0].set(xlabel="minutes", ylabel="MiB resident, all processes", ylim=(0, None))
+    resident = [sight.rss / MIB for sight in watch.sights]
+    axes[0].plot(minutes, resident)
+    highest = 1.1 * max(resident)
+    axes[0].set(xlabel="minutes", ylabel="MiB resident, all processes", ylim=(0, highest))
     for name in ("segment", "turn", "prefix", "pinned"):
         axes[1].plot(minutes, [sight.kv[name] / MIB for sight in watch.sights], label=name)
     budget = watch.sights[0].kv["budget"] / MIB
     axes[1].axhline(budget, color="black", linestyle=":", label="budget of segment + turn")
-    axes[1].set(xlabel="minutes", ylabel="MiB of KV", ylim=(0, None))
-    axes[1].legend()
+    axes[1].set(xlabel="minutes", ylabel="MiB of KV", ylim=(0, 1.7 * budget))
+    axes[1].legend(ncols=2, loc="upper right")
     return figure
 
 

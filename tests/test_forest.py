@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from typing import Any
 
 import pytest
@@ -16,10 +17,13 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
 from sglang_pic.config import PicConfig
 from sglang_pic.errors import PicRefused
 from sglang_pic.forest.keys import namespace, segment_id
+from sglang_pic.forest.turns import Core, Turn, Turns
 from sglang_pic.manage import segments
 
 KV = 16  # bytes a token, as the driver says
@@ -157,8 +161,6 @@ class Machine(RuleBasedStateMachine):
 
     @rule(n=st.integers(1, 100))
     def evict(self, n: int) -> None:
-        from sglang.srt.mem_cache.base_prefix_cache import EvictParams
-
         self.driver.cache.evict(EvictParams(num_tokens=n))
 
     @rule(seed=seeds, salt=salts, whose=salts)
@@ -460,3 +462,58 @@ def test_a_repeated_compile_changes_no_count() -> None:
         kv = segments.budgets(driver.cache)["kv"]
         assert (kv["segment"], kv["prefix"]) == (100 * KV, 30 * KV)
         driver.check()
+
+
+def test_a_fresh_segment_waits_for_its_link_through_failed_admissions() -> None:
+    driver = Driver(1, 200, _config())
+    assert driver.start(driver.request(_tokens(9, 60)))
+    driver.finish(driver.running[0])
+    segment = _tokens(0, 50)
+    assert driver.compile(segment)
+    req = driver.link([*segment, 1, 2], [(0, 50)])
+    for _ in range(3):
+        req.init_next_round_input(driver.cache)
+        driver.cache.unlock(driver.cache.lock(req.last_node))
+    driver.cache.evict(EvictParams(num_tokens=40))
+    assert segments.held(driver.cache, [_name(driver, segment)], None) == [True]
+    assert driver.start(req)
+    driver.finish(req)
+    driver.cache.evict(EvictParams(num_tokens=200))
+    assert segments.held(driver.cache, [_name(driver, segment)], None) == [False]
+
+
+def test_a_flush_finds_what_a_lookup_has_split() -> None:
+    driver = Driver(1, 200, _config())
+    assert driver.start(driver.request(_tokens(0, 40), "a"))
+    driver.finish(driver.running[0])
+    other = driver.request(_tokens(0, 20), "a")
+    other.init_next_round_input(driver.cache)
+    assert segments.flush(driver.cache, "a")["freed_tokens"] == 40
+    driver.check()
+
+
+def test_what_sglang_evicts_itself_frees_what_stood_in_front() -> None:
+    driver = Driver(1, 200, _config())
+    begin = _tokens(0, 30)
+    for ids in (begin, [*begin, *_tokens(1, 20)]):
+        assert driver.start(driver.request(ids))
+        driver.finish(driver.running[0])
+    order = driver.cache.order
+    assert order._order.park() is not None  # the inner one comes up, and is put aside
+    driver.cache._evict_as_sglang(EvictParams(num_tokens=15), None, None)
+    assert order.fallbacks == 1
+    assert order.evict(lambda freed: freed >= 30)[ComponentType.FULL] == 30
+    driver.check()
+
+
+def test_many_cores_are_named_in_one_pass() -> None:
+    cores = [Core(i, i + 1, "s", b"d") for i in range(1024)]
+    turns = Turns()
+    turn = Turn(("t",), tuple(cores[:700]))
+    turns.add(turn)
+    started = time.perf_counter()
+    for _ in range(10):
+        assert turns.longest(("t",), cores, None, 0) == turn
+    assert time.perf_counter() - started < 5  # took minutes when it was quadratic
+    assert turns.longest(("u",), cores, None, 0) is None
+    assert turns.longest(("t",), cores, turn.salt, 3) is None

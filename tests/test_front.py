@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sglang_pic.config import ENV_NAME, PicConfig
 from sglang_pic.errors import PicConfigError
@@ -22,6 +23,7 @@ from sglang_pic.forest.keys import is_reserved, namespace, segment_id
 from sglang_pic.launch_server import pic_parser, read_config
 from sglang_pic.metrics.front import Counts
 from sglang_pic.server import compiler as compiler_module
+from sglang_pic.server import funnel as funnel_module
 from sglang_pic.server.compiler import CompileItem, Compiler
 from sglang_pic.server.exchange import Exchange
 from sglang_pic.server.middleware import _ReportSender
@@ -299,5 +301,27 @@ def test_a_token_leaves_a_stream_at_once() -> None:
         event = b'data: {"choices":[{"finish_reason":null}]}\n\n'
         await sender({"type": "http.response.body", "body": event, "more_body": True})
         assert sent[-1]["body"] == event
+
+    asyncio.run(run())
+
+
+def test_an_ordinary_answer_beside_a_link_is_stocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(funnel_module, "is_enabled", lambda: True)
+    closed = []
+
+    async def original(manager: Any, obj: Any, request: Any) -> Any:
+        try:
+            yield {"text": "a", "meta_info": {"id": "1", "pic": [None]}}
+            yield [{"text": "b", "meta_info": {"id": "2", "pic": [None, None]}}]
+        finally:
+            closed.append(True)
+
+    async def run() -> None:
+        sent = GenerateReqInput(input_ids=[1])
+        made = funnel_module.generate_request(original, None, sent)
+        assert await anext(made) == {"text": "a", "meta_info": {"id": "1"}}
+        assert await anext(made) == [{"text": "b", "meta_info": {"id": "2"}}]
+        await made.aclose()
+        assert closed
 
     asyncio.run(run())

@@ -392,3 +392,46 @@ def test_a_growing_segment_goes_on_from_the_shorter_one(paged: tuple[Server, int
     answer = server.generate(**body(ids, segments, 2, salt))
     assert answer["meta_info"]["pic"]["exactness"] == "exact"
     check_exact(answer, ids, page)
+
+
+def test_a_turn_may_end_right_before_a_core(hybrid1: Server) -> None:
+    salt = fresh_salt()
+    options = {"seam": 4, "policy": "none", "turns": True}
+    ids, segments = assemble([("segment", ids_of(801, 40)), ("text", ids_of(803, 20))])
+    answer = hybrid1.generate(**body(ids, segments, 5, salt, **options))
+    # The last token generated was never computed; without it nothing stands between.
+    ids = [*ids, *answer["output_ids"][:-1]]
+    segments = [*segments, (len(ids), len(ids) + 45)]
+    ids = [*ids, *ids_of(804, 45), *ids_of(805, 3)]
+    answer = hybrid1.generate(**body(ids, segments, 3, salt, **options))
+    check_linked(answer, ids, segments, seam=4, page=1, policy="none")
+
+
+def test_a_longer_prefix_is_not_taken_for_an_earlier_turns(hybrid1: Server) -> None:
+    salt = fresh_salt()
+    options = {"seam": 4, "turns": True}
+    lead, document = ids_of(811, 5), ids_of(812, 90)
+    parts = [("text", lead), ("segment", document)]
+    ids, segments = assemble([*parts, ("text", ids_of(813, 9))])
+    hybrid1.generate(**body(ids, segments, 3, salt, **options))
+    hybrid1.generate(**body(ids[:60], [], 3, salt))
+    ids, segments = assemble([*parts, ("text", ids_of(814, 9))])
+    answer = hybrid1.generate(**body(ids, segments, 3, salt, **options))
+    expected = hybrid1.generate(**body(ids, segments, 3, salt, turns=False, seam=4))
+    assert (distributions(answer) - distributions(expected)).abs().max() < TOLERANCE
+
+
+def test_what_is_flushed_keeps_no_state(hybrid1: Server) -> None:
+    salt = fresh_salt()
+
+    def state_bytes() -> int:
+        return hybrid1.get("/pic/stats").json()["ranks"][0]["state"]["segment"]
+
+    before = state_bytes()
+    documents = [ids_of(820 + i, 50) for i in range(3)]
+    hybrid1.post("/pic/compile", {"input_ids": documents, "cache_salt": salt})
+    ids, segments = assemble([("segment", ids_of(825, 50)), ("text", [7])])
+    hybrid1.generate(**body(ids, segments, 1, salt))
+    assert state_bytes() > before
+    hybrid1.post("/pic/flush", {"cache_salt": salt})
+    assert state_bytes() == before

@@ -315,3 +315,27 @@ def test_the_store_keeps_what_it_counts() -> None:
     assert found is not None and found.end.dtype is torch.float16
     assert found.conv_tail.untyped_storage().nbytes() == tails[1].numel() * 4
     assert found.nbytes == tails[1].numel() * 4 + 3 * end.numel() * 2 + 2 * 4 * 8
+
+
+def test_a_pinned_state_survives_further_seam_widths() -> None:
+    config = types.SimpleNamespace(state_dtype="float32", operator_threshold=0.0, state_mib=1)
+    store = StateStore(config)
+    pair = Pair(torch.randn(2, 4, 64, 64), torch.randn(2, 4, 64, 64))
+    tail, end = torch.zeros(2, CHANNELS, 3), torch.zeros(2, 4, 64, 64)
+
+    def add(name: str, head: int) -> bool:
+        return store.add(name, core_end=9, conv_tail=tail, end=end, pairs={head: pair})
+
+    assert add("pinned", 4)
+    store.pin("pinned")
+    assert not all(add("pinned", head) for head in range(5, 15))
+    store.check()
+    held = store.find("pinned")
+    assert held is not None and 4 in held.pairs
+    add("other", 4)
+    assert store.find("pinned") is not None
+    store.unpin("pinned")
+    for i in range(5):
+        add(f"s{i}", 4)
+    assert store.find("pinned") is None
+    store.check()

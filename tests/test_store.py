@@ -40,7 +40,7 @@ def _runner(driver: Driver, seed: int = 0) -> Any:
 
 
 def _store(driver: Driver, directory: pathlib.Path, seed: int = 0) -> Store:
-    return Store(driver.cache, _runner(driver, seed), directory, rank=0, ranks=1)
+    return Store(driver.cache, _runner(driver, seed), directory / "rank0")
 
 
 def _saved(tmp_path: pathlib.Path, page: int = 1) -> tuple[list[list[int]], pathlib.Path]:

@@ -7,7 +7,6 @@ import pathlib
 from typing import Any
 
 from sglang.srt.mem_cache.registry import create_unified_radix_cache
-from sglang.srt.runtime_context import get_parallel
 
 from sglang_pic.attention.relocate import Relocator
 from sglang_pic.config import PicConfig
@@ -30,6 +29,10 @@ def _refusal(ctx: Any, backend: Any) -> str | None:
         "sliding-window models are not supported": ctx.is_hybrid_swa,
         "speculative decoding is not supported": args.speculative_algorithm is not None,
         "pipeline parallelism is not supported": args.pp_size > 1,
+        "a hierarchical cache is not supported": args.enable_hierarchical_cache,
+        "hybrids on several tensor-parallel ranks are not supported": (
+            ctx.is_hybrid_ssm and args.tp_size > 1
+        ),
         "prefill/decode disaggregation is not supported": args.disaggregation_mode != "null",
         f"attention backend {type(backend).__name__} cannot link": not hasattr(
             backend, "set_rows" if ctx.is_hybrid_ssm else "set_plans"
@@ -71,14 +74,10 @@ def build_cache(ctx: Any) -> PicCache:
         if isinstance(cache, PicHybridCache):
             cache.shape = backend.shape
         logger.info("sglang_pic links: %s", config)
+        if config.store is not None and ctx.server_args.tp_size > 1:
+            raise PicConfigError("--pic-store works on one tensor-parallel rank only")
         if config.store is not None:
-            cache.store = Store(
-                cache,
-                runner,
-                pathlib.Path(config.store),
-                rank=get_parallel().tp_rank,
-                ranks=get_parallel().tp_size,
-            )
+            cache.store = Store(cache, runner, pathlib.Path(config.store))
             logger.warning("sglang_pic restored: %s", cache.store.restore(everyone=True))
     else:
         logger.warning("sglang_pic does not link, every request is exact: %s", refusal)

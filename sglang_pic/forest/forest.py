@@ -106,6 +106,7 @@ class SegmentForest:
         tree_index: which of its trees holds the segments.
         fresh_tokens: most tokens kept for links still on their way.
         on_release: told a segment that need wait for its link no longer.
+        on_removed: told a segment that is taken for held no longer.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class SegmentForest:
         tree_index: int,
         fresh_tokens: int,
         on_release: Callable[[str], None],
+        on_removed: Callable[[str], None],
     ):
         if len(context) % tree.page_size:
             raise PicIntegrityError("the compile context is not a whole number of pages")
@@ -128,6 +130,7 @@ class SegmentForest:
         self._fresh: dict[str, int] = {}
         self._fresh_tokens = fresh_tokens
         self._on_release = on_release
+        self._on_removed = on_removed
         self._clock = 0
         # Went before anyone used them a second time.
         self.on_probation_evicted = 0
@@ -235,6 +238,7 @@ class SegmentForest:
         node, record.node = record.node, None
         self._fresh.pop(name, None)
         self._nodes.unend_segment(self._tree_index, node, name)
+        self._on_removed(name)
         return self._nodes.remove_path(self._tree_index, node)
 
     def delete(self, name: str) -> int:
@@ -253,7 +257,7 @@ class SegmentForest:
             return
         record = self._records.get(name)
         if record is not None and record.node is not None:
-            self._nodes.unlocked(self._tree_index, record.node)
+            self._nodes.release(self._tree_index, record.node)
         self._on_release(name)
 
     def _release_old(self) -> None:

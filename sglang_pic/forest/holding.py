@@ -71,6 +71,7 @@ class HoldingTree(OrderedTree):
             tree_index=self.segment_index,
             fresh_tokens=int(self.kv_limit * FRESH_SHARE),
             on_release=self.segment_released,
+            on_removed=self.segment_removed,
         )
         if refusal is not None:
             self.nodes = None
@@ -86,6 +87,9 @@ class HoldingTree(OrderedTree):
 
     def segment_released(self, name: str) -> None:
         """A segment was held back for its link, and may go now."""
+
+    def segment_removed(self, name: str) -> None:
+        """A segment was deleted, or its state had to go."""
 
     # -- linear states, in hybrids --------------------------------------------------
 

@@ -96,10 +96,16 @@ class PicHybridCache(PicCache):
     def segment_released(self, name: str) -> None:
         self.states.release(name)
 
+    def segment_removed(self, name: str) -> None:
+        self.states.drop(name)
+
     def prefix_device_indices(self, req: Req) -> torch.Tensor:
         if isinstance(req.last_node, LinkHandle):
             for name in req.last_node.segments:
                 self.states.use(name)
+            chain = req.last_node.chain
+            if chain is not None:
+                self.states.use(_turn_end(chain.turn, len(chain.tokens)))
         return super().prefix_device_indices(req)
 
     def state_tensors(self, segment: str) -> dict[str, torch.Tensor]:
@@ -227,7 +233,7 @@ class PicHybridCache(PicCache):
         ):
             return False
         kept = super()._keep(req, named=named)
-        if not kept:
+        if not kept and not self.forest.is_held(name):
             self.states.drop(name)
         return kept
 
@@ -246,7 +252,8 @@ class PicHybridCache(PicCache):
 
     def _turn_kept(self, req: Req, turn: Turn, tokens: int, node: int) -> None:
         cache = self.req_to_token_pool.mamba_pool.mamba_cache
-        slot = int(req.kv.mamba_pool_idx)
+        index = req.kv.mamba_pool_idx.reshape(1)
+        slot = int(self.req_to_token_pool.translate_mamba_indices(index)[0])
         name = _turn_end(turn, tokens)
         if self.states.add(
             name,
@@ -266,7 +273,6 @@ class PicHybridCache(PicCache):
     def _turn_state(self, chain: Chain) -> CoreState | None:
         held = self.states.find(_turn_end(chain.turn, len(chain.tokens)))
         assert held is not None
-        self.states.use(_turn_end(chain.turn, len(chain.tokens)))
         return CoreState(None, held.end, held.conv_tail)
 
     def _forget_turn_end(self, name: str) -> int | None:
@@ -299,8 +305,6 @@ class PicHybridCache(PicCache):
 
     def _with_state(self, lookup: Lookup, core: tuple[int, int], opening: bool) -> Lookup:
         first, last = core
-        if lookup.miss is not None:
-            self.states.drop(lookup.id)
         if first >= last:
             return lookup
         held = self.states.find(lookup.id)

@@ -71,6 +71,7 @@ class NodeIndex:
         self._on_evict = on_evict
         self._nodes: dict[NodeKey, Node] = {}
         self._order: EvictionOrder[NodeKey] = EvictionOrder()
+        self._held_back: set[NodeKey] = set()
         self._split_unseen = False
         self._unseen = 0
         self.tokens: Counter[str] = Counter()
@@ -90,10 +91,16 @@ class NodeIndex:
         offer: bool = True,
     ) -> None:
         """Learn the path to a node; nodes met for the first time have ``uses``, and
-        the path's end may go at once, or from ``unlocked`` on."""
+        the path's end may go at once, or from ``release`` on."""
         self._learn(tree, node, kind, salt, uses)
-        if offer:
-            self._order.offer(NodeKey(tree, node))
+        if not offer:
+            self._held_back.add(NodeKey(tree, node))
+        self._offer(NodeKey(tree, node))
+
+    def release(self, tree: int, node: int) -> None:
+        """What was held back may go."""
+        self._held_back.discard(NodeKey(tree, node))
+        self._offer(NodeKey(tree, node))
 
     def use(self, tree: int, node: int, kind: str, salt: str | None) -> None:
         """One request uses the path to a node."""
@@ -102,7 +109,11 @@ class NodeIndex:
 
     def unlocked(self, tree: int, node: int) -> None:
         """A path was given back: its end may go now."""
-        self._order.offer(NodeKey(tree, node))
+        self._offer(NodeKey(tree, node))
+
+    def _offer(self, key: NodeKey) -> None:
+        if key not in self._held_back:
+            self._order.offer(key)
 
     def end_segment(self, tree: int, node: int, segment: str) -> None:
         """A segment's pages end with this node."""
@@ -121,7 +132,7 @@ class NodeIndex:
         known = self._nodes.get(NodeKey(tree, node))
         if known is not None:
             known.ends.discard(segment)
-            self._order.offer(NodeKey(tree, node))
+            self.release(tree, node)
 
     def is_held(self, tree: int, node: int) -> bool:
         """Whether something that runs, or a pin, holds this leaf; no inner node is."""
@@ -138,6 +149,7 @@ class NodeIndex:
         """The trees were emptied."""
         self._nodes.clear()
         self._order.clear()
+        self._held_back.clear()
         self.tokens.clear()
 
     def _learn(self, tree: int, node: int, kind: str, salt: str | None, uses: int) -> list[NodeKey]:
@@ -189,11 +201,14 @@ class NodeIndex:
     def recount(self) -> None:
         """Make the sums exact, and forget nodes that SGLang evicted itself. O(n)."""
         for key in list(self._nodes):
-            if self._info(key) is None:
+            info = self._info(key)
+            if info is None:
                 self._forget(key)
                 continue
             node = self._nodes[key]
             self._learn(key.tree, key.id, node.kind, node.salt, 1)
+            if not info.num_children:
+                self._offer(key)
         self._split_unseen = False
         self._unseen = 0
 
@@ -254,6 +269,7 @@ class NodeIndex:
         Returns:
             Tokens freed.
         """
+        self.recount()
         chosen = [k for k, node in self._nodes.items() if node.salt in salts and node.kind in kinds]
         # The deepest first: a parent may go when its children are gone.
         chosen.sort(key=lambda key: -self._nodes[key].start)
@@ -284,11 +300,13 @@ class NodeIndex:
             parent = NodeKey(key.tree, info.parent_id)
             if parent not in self._nodes and self._info(parent) is not None:
                 self._learn(*parent, node.kind, node.salt, 1)
-            self._order.offer(parent)
+            self._offer(parent)
+        self._held_back.discard(key)
         self._on_evict(node.ends)
 
     def _forget(self, key: NodeKey) -> None:
         node = self._nodes.pop(key)
+        self._held_back.discard(key)
         self.tokens[node.kind] -= node.end - node.start
         self._order.remove(key)
         self._on_evict(node.ends)

@@ -161,7 +161,12 @@ class EvictionOrder(Generic[Key]):
             KeyError: it is not there.
         """
         self._queued.pop(key, None)
-        return self._entries.pop(key)
+        entry = self._entries.pop(key)
+        heap = self._heaps.get(entry.group, [])
+        if len(heap) > 64 + 2 * len(self._queued):
+            heap[:] = [one for one in heap if self._queued.get(one[3]) == one[2]]
+            heapq.heapify(heap)
+        return entry
 
     def clear(self) -> None:
         """Forget everything, the age included."""

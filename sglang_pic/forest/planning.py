@@ -219,6 +219,10 @@ class PlanningTree(ConversingTree):
             chain = self._chain(req, request, plan, cores, limit) if cores else None
             if chain is not None:
                 plan = reuse_turns(plan, chain.slots, chain.cores, self._turn_state(chain))
+            elif best is not None:
+                # A shorter prefix is worth a turn only; in a hybrid SGLang has the
+                # state of the longest one ready, which but a turn's replaces.
+                continue
             if best is None or plan.reused > best.plan.reused:
                 best = Arranged(plan, found, seen, held, cores, chain)
         assert best is not None

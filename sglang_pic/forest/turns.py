@@ -43,6 +43,18 @@ class Core:
         return cls(start, end, segment, hashlib.blake2b(ids[start:end].tobytes()).digest())
 
 
+def _salts(
+    whose: tuple[str, ...], cores: Sequence[Core], before: str | None, reused: int
+) -> list[str]:
+    """Namespaces behind the first core, the first two, and so on, in one pass."""
+    digest = hashlib.blake2b(repr((whose, before, reused)).encode(), digest_size=16)
+    salts = []
+    for core in cores:
+        digest.update(repr((core.start, core.end, core.segment, core.digest)).encode())
+        salts.append(_PREFIX + digest.hexdigest())
+    return salts
+
+
 @dataclasses.dataclass(frozen=True)
 class Turn:
     """What stands in front of a path of computed tokens.
@@ -62,9 +74,7 @@ class Turn:
     @property
     def salt(self) -> str:
         """Namespace of the path."""
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(repr(dataclasses.astuple(self)).encode())
-        return _PREFIX + digest.hexdigest()
+        return _salts(self.whose, self.cores, self.before, self.reused)[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +132,10 @@ class Turns:
     ) -> Turn | None:
         """The turn behind ``before`` that has most of these cores, in their order;
         behind a turn at least one."""
+        salts = _salts(whose, cores, before, reused)
         for n in range(len(cores), 0, -1):
-            turn = Turn(whose, tuple(cores[:n]), before, reused)
-            if self._turns.get(turn.salt) == turn:
+            turn = self._turns.get(salts[n - 1])
+            if turn is not None and turn == Turn(whose, tuple(cores[:n]), before, reused):
                 return turn
         return None
 

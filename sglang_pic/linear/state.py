@@ -199,7 +199,7 @@ class StateStore:
             offer: it may go at once, or from ``release`` on.
 
         Returns:
-            Whether it fits; if not, nothing is kept of this segment.
+            Whether it fits; if not, what was held of this segment stays as it was.
         """
         packed = {
             first: pack(pair, dtype=self._dtype, threshold=self._threshold)
@@ -222,13 +222,22 @@ class StateStore:
         offer: bool = True,
     ) -> bool:
         pinned = segment in self._pinned
-        self.drop(segment)
-        if not self._make_room(state.nbytes):
+        held = self._states.get(segment)
+        if held is not None:
+            # What it replaces must not go to make room for it, and stays if none is.
+            self._pinned.add(segment)
+        fits = self._make_room(state.nbytes - (held.nbytes if held is not None else 0))
+        if not pinned:
+            self._pinned.discard(segment)
+        if not fits:
             logger.warning(
                 "sglang_pic: a segment's state of %d bytes does not fit and is not kept",
                 state.nbytes,
             )
+            if held is not None and not pinned:
+                self._order.offer(segment)
             return False
+        self.drop(segment)
         self._states[segment] = state
         self.nbytes += state.nbytes
         self._order.add(segment, group, cost=cost, nbytes=state.nbytes, uses=uses)

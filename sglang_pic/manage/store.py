@@ -17,6 +17,7 @@ from sglang_pic.forest import files
 from sglang_pic.forest.cache import PicCache
 from sglang_pic.forest.files import BadFile
 from sglang_pic.forest.keys import segment_id
+from sglang_pic.link.policy import floor_to
 
 logger = logging.getLogger(__name__)
 
@@ -30,31 +31,31 @@ def _architecture(config: Any) -> str:
 
 
 class Store:
-    """The files of one rank.
+    """Saved segments of one server, which runs on one tensor-parallel rank.
 
     Args:
         cache: whose segments.
         runner: SGLang's model runner.
-        directory: for all ranks; each has a folder of its own.
-        rank, ranks: tensor-parallel.
+        directory: the operator's.
     """
 
-    def __init__(
-        self, cache: PicCache, runner: Any, directory: pathlib.Path, *, rank: int, ranks: int
-    ):
+    def __init__(self, cache: PicCache, runner: Any, directory: pathlib.Path):
         self._cache = cache
         self._pool = runner.token_to_kv_pool
+        self._runner = runner
         self._layers = sorted(runner.attn_backend.ropes)
-        self._directory = directory / f"rank{rank}"
-        first = self._pool.get_key_buffer(self._layers[0])
-        self._marks = files.fingerprint(
+        self._directory = directory
+
+    def _marks(self) -> dict[str, str]:
+        """The fingerprint, of the weights that are loaded now."""
+        cache, first = self._cache, self._pool.get_key_buffer(self._layers[0])
+        return files.fingerprint(
             sglang_pic=__version__,
-            weights=files.digest_of_weights(runner.model),
-            architecture=_architecture(runner.model_config.hf_config),
+            weights=files.digest_of_weights(self._runner.model),
+            architecture=_architecture(self._runner.model_config.hf_config),
             kv_dtype=first.dtype,
             kv_heads_and_dimension=tuple(first.shape[1:]),
             attention_layers=self._layers,
-            ranks=ranks,
             page_size=cache.page_size,
             compile_context=list(cache.forest.context),
             linear_layers=getattr(cache, "shape", None),
@@ -63,7 +64,8 @@ class Store:
         )
 
     def save(self, tenant: str | None, chosen: Collection[str] | None) -> dict[str, Any]:
-        """Write segments of a tenant, all or those chosen by id.
+        """Write segments of a tenant, all or those chosen by id; not those of an
+        adapter, whose weights the fingerprint does not know.
 
         Raises:
             PicRefused: 404 for an id that is not held; 507 where the disk refuses.
@@ -75,7 +77,8 @@ class Store:
             if any(name not in held for name in chosen):
                 raise PicRefused(404, "no such segment", "ids")
             records = [held[name] for name in dict.fromkeys(chosen)]
-        written = 0
+        records = [record for record in records if not record.extra_key]
+        written, marks = 0, self._marks()
         try:
             for record in records:
                 slots = cache.forest.slots(record)
@@ -87,7 +90,7 @@ class Store:
                     record.path, record.extra_key, record.salt, record.hits, tensors,
                     cache.core_end(record.id),
                 )  # fmt: skip
-                file = files.write(self._directory, record.id, saved, self._marks)
+                file = files.write(self._directory, record.id, saved, marks)
                 written += file.stat().st_size
         except OSError as error:
             raise PicRefused(507, f"cannot write {self._directory}: {error}", "ids") from error
@@ -103,9 +106,11 @@ class Store:
         cache = self._cache
         loaded = present = 0
         refused = []
-        for file in files.listed(self._directory):
+        found = files.listed(self._directory)
+        marks = self._marks() if found else {}
+        for file in found:
             try:
-                saved = files.read(file, self._marks)
+                saved = files.read(file, marks)
                 if not everyone and saved.salt != cache.forest.namespace(tenant):
                     continue
                 name = segment_id(
@@ -124,9 +129,17 @@ class Store:
         return {"segments": loaded, "present": present, "refused": refused}
 
     def _load(self, saved: files.SavedSegment) -> None:
-        held = saved.tensors[f"k.{self._layers[0]}"].shape[0]
-        if held % self._cache.page_size or held > len(saved.path):
-            raise BadFile("its pages are not those of its tokens")
+        held = floor_to(len(saved.path), self._cache.page_size)
+        for layer in self._layers:
+            for name, buffer in (
+                (f"k.{layer}", self._pool.get_key_buffer(layer)),
+                (f"v.{layer}", self._pool.get_value_buffer(layer)),
+            ):
+                if name not in saved.tensors or saved.tensors[name].shape != (
+                    held,
+                    *buffer.shape[1:],
+                ):
+                    raise BadFile(f"{name} is not what its tokens need")
         empty = self._cache.adopt(saved, held)
         if empty is None:
             raise BadFile("it does not fit into what is free of the budgets")

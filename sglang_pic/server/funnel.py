@@ -7,6 +7,7 @@ scheduler as a link.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -64,8 +65,19 @@ def generate_request(
     pic = exchange.pic if exchange is not None else _public_action(obj.kv_hints)
     _check_reserved(obj)
     if pic is None:
-        return original(manager, obj, request)
+        return _unmarked(original(manager, obj, request))
     return funnel_of(manager).run(original, obj, request, pic, exchange)
+
+
+async def _unmarked(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    """Outputs of a request without a link. SGLang gives every request of a batch a
+    place for what one of them reports."""
+    async with contextlib.aclosing(outputs):
+        async for out in outputs:
+            for item in _each(out):
+                if isinstance(item, dict):
+                    item.get("meta_info", {}).pop("pic", None)
+            yield out
 
 
 def _each(value: Any) -> list[Any]:
