@@ -189,8 +189,11 @@ def _over_ranks(poll: Poll, key: str) -> dict[str, float]:
 
 def _hottest(segments: Sequence[Segment]) -> Table:
     table = Table(title="hottest segments", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("id", "hits", "tokens", "held", "KV", "state", "value", "last use", ""):
-        table.add_column(name, justify="left" if name in ("id", "") else "right")
+    # Whole on the narrowest screen: it is what pin and delete take.
+    table.add_column("id", min_width=32, no_wrap=True)
+    for name in ("hits", "tokens", "held", "KV", "state", "value", "last use"):
+        table.add_column(name, justify="right")
+    table.add_column("")
     for one in sorted(segments, key=lambda segment: -segment.hits)[:HOTTEST]:
         table.add_row(
             one.id,
