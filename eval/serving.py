@@ -35,7 +35,7 @@ class Server:
     url: str
     log: pathlib.Path
     start_s: float
-    pid: int
+    pid: int = 0
 
     def post(self, path: str, body: Any, *, timeout: float = 300) -> requests.Response:
         return requests.post(self.url + path, json=body, timeout=timeout)

@@ -380,12 +380,12 @@ def test_a_growing_segment_goes_on_from_the_shorter_one(paged: tuple[Server, int
             assert computed < n + 2 * page, (step, computed)
     parts = [("text", ids_of(1, 20)), ("segment", grown), ("segment", ids_of(2, 64))]
     ids, segments = assemble([*parts, ("text", ids_of(3, 5))])
-    answer = server.generate(**body(ids, segments, 3, salt))
+    answer = server.generate(**body(ids, segments, 3, salt, state="compose"))
     assert answer["meta_info"]["pic"]["segments"][0]["hit"]
     check_linked(answer, ids, segments, seam=16, page=page)
     # The shorter ones are still there, as what they were.
     ids, segments = assemble([("text", ids_of(4, 20)), ("segment", grown[:90]), ("text", [9])])
-    answer = server.generate(**body(ids, segments, 3, salt))
+    answer = server.generate(**body(ids, segments, 3, salt, state="compose"))
     check_linked(answer, ids, segments, seam=16, page=page)
     # Opening the prompt, it is exact.
     ids, segments = assemble([("segment", grown), ("text", ids_of(5, 5))])
@@ -396,7 +396,7 @@ def test_a_growing_segment_goes_on_from_the_shorter_one(paged: tuple[Server, int
 
 def test_a_turn_may_end_right_before_a_core(hybrid1: Server) -> None:
     salt = fresh_salt()
-    options = {"seam": 4, "policy": "none", "turns": True}
+    options = {"seam": 4, "policy": "none", "state": "compose", "turns": True}
     ids, segments = assemble([("segment", ids_of(801, 40)), ("text", ids_of(803, 20))])
     answer = hybrid1.generate(**body(ids, segments, 5, salt, **options))
     # The last token generated was never computed; without it nothing stands between.
