@@ -27,9 +27,9 @@ SGLANG_VERSION = "0.5.23"
 CACHE_BACKEND = "pic"
 _SRT = "sglang.srt."
 _OPS = "sglang.kernels.ops."
-
-
-# -- what the hooks do ----------------------------------------------------------
+_CORE = (
+    _SRT + "mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface."
+)  # -- what the hooks do ----------------------------------------------------------
 
 
 def set_positions(batch: Any, cls: Any, schedule_batch: Any, model_runner: Any, **_: Any) -> None:
@@ -249,6 +249,29 @@ RELIED_ON = {
         "self",
         "params",
         "available_size_targets",
+        "allocation_reclaim_satisfied",
+    ),
+    # The eviction order: SGLang's tree still evicts, and says what it holds.
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache._evict_device_leaf": (
+        "self",
+        "node_id",
+        "tracker",
+    ),
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache._component_available_size": (
+        "self",
+        "component_type",
+    ),
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.path_device_indices": ("self", "node"),
+    _CORE + "collect_path_info": ("self", "end_node_ids"),
+    _CORE + "match_full_device_prefix": ("self", "key"),
+    _CORE + "inc_full_pin": ("self", "node_id"),
+    _CORE + "dec_full_pin": ("self", "node_id"),
+    _CORE + "full_evictable_size": ("self",),
+    # Rows that end: what they owned, and a hybrid's state of their last token.
+    _SRT + "managers.schedule_batch.Req.owned_kv_len": ("self",),
+    _SRT + "mem_cache.memory_pool.HybridReqToTokenPool.translate_mamba_indices": (
+        "self",
+        "mamba_indices",
     ),
     _SRT + "layers.attention.hybrid_linear_attn_backend.HybridLinearAttnBackend": (
         "full_attn_backend",

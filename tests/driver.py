@@ -143,9 +143,7 @@ class Driver:
     def _positions(self, req: Req, end: int) -> torch.Tensor:
         """Of the first ``end`` entries of its row."""
         plan = self.cache.plans_of([req])[0]
-        if plan is None:
-            return torch.arange(end)
-        return torch.cat([plan.order, torch.arange(plan.n_tokens, max(end, plan.n_tokens))])[:end]
+        return torch.arange(end) if plan is None else plan.positions(end)
 
     def decode(self, req: Req, token: int) -> bool:
         """Sample a token and compute the one before it."""

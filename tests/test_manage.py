@@ -293,15 +293,12 @@ class FakeFunnel:
     def encode_segment(self, text: str) -> list[int]:
         return [3] * (len(text) // 8)
 
-    def _resolve_one(self, text: str | None, ids: list[int] | None, pic: Any) -> Any:
+    def prompt(self, text: str | None, ids: list[int] | None, pic: Any) -> Any:
         from sglang_pic.request.base import LinkRequest
         from sglang_pic.request.fields import parse_fields
 
         fields = parse_fields(pic, self.config.link_defaults)
         return ids or self.encode_segment(text or ""), LinkRequest(fields.ranges, fields.options)
-
-    def _with_state(self, ids: list[int], link: Any) -> Any:
-        return ids, link
 
 
 @dataclasses.dataclass(frozen=True)

@@ -120,9 +120,7 @@ def _walk(row: StepRow, device: torch.device) -> Walk:
     plan = row.plan
     assert plan is not None and row.row is not None
     total = row.prefix + row.extend
-    # Tokens generated since the plan was made: position = row index.
-    position = torch.cat([plan.order, torch.arange(plan.n_tokens, max(plan.n_tokens, total))])
-    position = position[:total]
+    position = plan.positions(total)
     ascending = torch.argsort(position)
     offset = torch.zeros(total, dtype=torch.int64)
     for span in plan.spans:

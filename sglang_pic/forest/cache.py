@@ -125,19 +125,6 @@ class PicCache(PlanningTree):
     def load_back_is_cache_owned(self) -> bool:
         return not self._load_back_is_private and super().load_back_is_cache_owned()
 
-    # -- handles where SGLang expects nodes -----------------------------------
-
-    def dfs_weight_order(self, node_handles: Sequence[Any]) -> list[int]:
-        return super().dfs_weight_order(
-            [handle.prefix if isinstance(handle, LinkHandle) else handle for handle in node_handles]
-        )
-
-    def is_root(self, node_id: Any) -> bool:
-        return not isinstance(node_id, LinkHandle) and super().is_root(node_id)
-
-    def is_backuped(self, node_id: Any) -> bool:
-        return not isinstance(node_id, LinkHandle) and super().is_backuped(node_id)
-
     def claim_kv_row(self, req: Req) -> bool:
         link = self._links.get(req) if self._links else None
         finished = req.finished() and not isinstance(req.finished_reason, FINISH_ABORT)
@@ -150,3 +137,16 @@ class PicCache(PlanningTree):
         if link is not None:
             link.plan = None
         super().on_release(req, checkpointed=checkpointed)
+
+    # -- handles where SGLang expects nodes -----------------------------------
+
+    def dfs_weight_order(self, node_handles: Sequence[Any]) -> list[int]:
+        return super().dfs_weight_order(
+            [handle.prefix if isinstance(handle, LinkHandle) else handle for handle in node_handles]
+        )
+
+    def is_root(self, node_id: Any) -> bool:
+        return not isinstance(node_id, LinkHandle) and super().is_root(node_id)
+
+    def is_backuped(self, node_id: Any) -> bool:
+        return not isinstance(node_id, LinkHandle) and super().is_backuped(node_id)

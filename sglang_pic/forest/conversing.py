@@ -138,9 +138,8 @@ class ConversingTree(HoldingTree):
         count = floor_to(end - plan.reused, page)
         if count <= 0 or not self.make_room(count, self.kv_limit):
             return
-        order = torch.cat([plan.order, torch.arange(plan.n_tokens, max(end, plan.n_tokens))])
         ids = np.frombuffer(req.origin_input_ids + req.output_ids, dtype=np.int64)
-        computed = order[plan.reused : plan.reused + count].numpy()
+        computed = plan.positions(end)[plan.reused : plan.reused + count].numpy()
         tokens = array("q", ids[computed].tobytes())
         row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
         slots = row[plan.reused : plan.reused + count].to(torch.int64, copy=True)

@@ -159,11 +159,15 @@ class SegmentForest:
 
     # -- a segment's life ---------------------------------------------------------
 
-    def first_uses(self, name: str, *, named: bool) -> int:
-        """Uses that a segment begins with when it is compiled: those of its former
-        life, as long as it is remembered."""
+    def first_uses(self, name: str, *, named: bool, hits: int | None = None) -> int:
+        """Uses that a segment begins with when it is compiled: ``hits`` of its former
+        life, by default those that are remembered."""
+        former = self._hits(name) if hits is None else hits
+        return former + (NAMED_USES if named else 0)
+
+    def _hits(self, name: str) -> int:
         record = self._records.get(name)
-        return (record.hits if record is not None else 0) + (NAMED_USES if named else 0)
+        return record.hits if record is not None else 0
 
     def note_compiled(
         self,
@@ -185,13 +189,10 @@ class SegmentForest:
         """
         name = segment_id(salt, extra_key, path[len(self.context) :])
         self._clock += 1
-        former = self._records.get(name)
-        if hits is None:
-            hits = former.hits if former is not None else 0
-        uses = hits + (NAMED_USES if named else 0)
+        uses = self.first_uses(name, named=named, hits=hits)
         self._records[name] = SegmentRecord(
             name, path, extra_key, salt, len(path) - len(self.context), self._clock, self._clock,
-            node, named, hits,
+            node, named, self._hits(name) if hits is None else hits,
         )  # fmt: skip
         if node is None:
             return name

@@ -252,15 +252,12 @@ class NodeIndex:
         freed: Counter[ComponentType] = Counter()
         key = NodeKey(tree, node)
         while (info := self._info(key)) is not None:
-            ends = self._nodes[key].ends if key in self._nodes else ()
-            if info.num_children or ends or not self._is_free(key, info):
+            if info.num_children or self._nodes[key].ends or not self._is_free(key, info):
                 break
             self._evict(key, info, freed, self._order.remove)
-            if key.tree == tree and info.path_start == 0:
+            if info.path_start == 0:
                 break
             key = NodeKey(tree, info.parent_id)
-            if key not in self._nodes:
-                break
         return freed[ComponentType.FULL]
 
     def remove_all(self, salts: Collection[str | None], kinds: Collection[str]) -> int:

@@ -74,9 +74,7 @@ class PlanningTree(ConversingTree):
         if req.positional_embed_overrides is None:
             params.key.token_ids = req.origin_input_ids + req.output_ids
         result = super().match_prefix(params)
-        refusal = self.refusal or unlinkable(req)
-        if link.request.options.require_exact:
-            refusal = "require_exact"
+        refusal = self._refusal(req, link)
         if refusal is not None:
             return self._unlinked(req, link, result, refusal)
         if not link.request.options.link:
@@ -84,6 +82,12 @@ class PlanningTree(ConversingTree):
             link.plan = unlinked_plan(len(params.key.token_ids))
             return result
         return self._linked(req, link, params, result)
+
+    def _refusal(self, req: Req, link: LinkState) -> str | None:
+        """Why nothing is linked for this request, or ``None``."""
+        if link.request.options.require_exact:
+            return "require_exact"
+        return link.request.off or self.refusal or unlinkable(req)
 
     def _opens_at(self, ids: array) -> int:
         """Where a segment would stand exactly as it was compiled, or -1."""
@@ -97,7 +101,7 @@ class PlanningTree(ConversingTree):
         if link is None or self.refusal or unlinkable(req):
             return []
         options = link.request.options
-        if not options.link or options.require_exact or options.policy == "full":
+        if not options.link or link.request.is_exact or options.policy == "full":
             return []
         found = self._find_segments(req, link.request)
         missing = [i for i, lookup in enumerate(found) if lookup is not None and lookup.miss]
@@ -237,7 +241,7 @@ class PlanningTree(ConversingTree):
         ids = req.origin_input_ids
         key = RadixKey(ids[:-1], req.extra_key, cache_salt=req.cache_salt)
         prefix = super().match_prefix(MatchPrefixParams(key=key))
-        reason = self.refusal or ("require_exact" if options.require_exact else None)
+        reason = self._refusal(req, link)
         seen = [Found(span.start, span.end) for span in link.request.spans]
         plan, prefix_tokens = None, prefix.device_prefix_len
         if reason is None and not options.link:

@@ -110,6 +110,12 @@ class LinkPlan:
             return torch.empty(0, dtype=torch.int64)
         return torch.cat([span.slots for span in self.spans])
 
+    def positions(self, count: int) -> torch.Tensor:
+        """int64 [count], of the row's first entries: tokens generated since the plan
+        was made stand at their row index."""
+        behind = torch.arange(self.n_tokens, max(count, self.n_tokens))
+        return torch.cat([self.order, behind])[:count]
+
     def check(self, page: int) -> None:
         """Raise ``PicIntegrityError`` unless the layout is a permutation of
         whole pages followed by computed tokens in logical order."""

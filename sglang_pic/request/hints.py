@@ -58,6 +58,7 @@ def link_hints(request: LinkRequest) -> KvHintsEnvelope:
         "spans": [[span.start, span.end] for span in request.spans],
         "options": dataclasses.asdict(request.options),
         "strict": request.strict,
+        "off": request.off,
     }
     return _envelope(LINK, payload)
 
@@ -93,4 +94,5 @@ def read_link(hints: KvHintsEnvelope | None) -> LinkRequest | None:
         spans=tuple(TokenSpan(start, end) for start, end in payload["spans"]),
         options=LinkOptions(**payload["options"]),
         strict=payload["strict"],
+        off=payload["off"],
     )

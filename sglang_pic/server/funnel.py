@@ -142,8 +142,7 @@ class Funnel:
         """Compile what is missing, link, and tidy the report in every output."""
         asked = self._resolve(obj, pic, exchange)
         await self.canary.settle()
-        off = self.gate.reason
-        prompts = [self._with_state(*one) for one in asked]
+        prompts = [self._settled(*one) for one in asked]
         answered = _Answered(self, obj, asked, prompts)
         counted: set[int] = set()
         if isinstance(pic, dict) and _samples(obj) == 1:
@@ -155,7 +154,7 @@ class Funnel:
                     missing = _missing_of(out)
                     if missing is not None:
                         break
-                    out = _tidy(out, exchange, counted, off=off)
+                    out = _tidy(out, exchange, counted)
                     answered.see(out)
                     yield out
             except ValueError as error:
@@ -174,7 +173,7 @@ class Funnel:
             _set_links(obj, prompts)
         compiled = await self._compile(wanted)
         async for out in original(self._manager, obj, request):
-            out = _tidy(out, exchange, counted, compiled, off=off)
+            out = _tidy(out, exchange, counted, compiled)
             answered.see(out)
             yield out
 
@@ -188,14 +187,22 @@ class Funnel:
 
     # -- what a request leaves to us --------------------------------------------------
 
-    def _with_state(self, ids: list[int], link: LinkRequest) -> tuple[list[int], LinkRequest]:
+    def prompt(
+        self, text: str | None, ids: list[int] | None, pic: Any
+    ) -> tuple[list[int], LinkRequest]:
+        """Token ids and link of one prompt, as a request would be linked now.
+
+        Raises:
+            PicRequestError: it is malformed.
+        """
+        return self._settled(*self._resolve_one(text, ids, pic))
+
+    def _settled(self, ids: list[int], link: LinkRequest) -> tuple[list[int], LinkRequest]:
         """Settle the state policy, and whether anything is linked now."""
         options = link.options
         if options.state == AUTO:
             options = dataclasses.replace(options, state=self.calibration.policy)
-        if self.gate.reason is not None:
-            options = dataclasses.replace(options, require_exact=True)
-        return ids, LinkRequest(link.spans, options)
+        return ids, dataclasses.replace(link, options=options, off=self.gate.reason)
 
     def _model(self) -> Model:
         config = self._manager.model_config
@@ -280,7 +287,7 @@ class Funnel:
         """Segments (and the opening text) of the request's prompt number
         ``index``, or those of them in ``only``."""
         options = link.options
-        if not options.link or options.require_exact or options.policy == "full":
+        if not options.link or link.is_exact or options.policy == "full":
             return []
         salt, extra_key, lora = (
             value[index] if isinstance(value, list) else value
@@ -391,7 +398,7 @@ def _hints(obj_hints: Any, link: LinkRequest) -> KvHintsEnvelope:
 def _set_link(obj: GenerateReqInput, ids: list[int], link: LinkRequest, *, strict: bool) -> None:
     """Give the request its prompt and link in internal form."""
     obj.text, obj.input_ids = None, list(ids)
-    obj.kv_hints = _hints(obj.kv_hints, LinkRequest(link.spans, link.options, strict))
+    obj.kv_hints = _hints(obj.kv_hints, dataclasses.replace(link, strict=strict))
 
 
 def _set_links(obj: GenerateReqInput, prompts: list[tuple[list[int], LinkRequest]]) -> None:
@@ -399,7 +406,7 @@ def _set_links(obj: GenerateReqInput, prompts: list[tuple[list[int], LinkRequest
     single = not (isinstance(obj.text, list) or isinstance((obj.input_ids or [0])[0], list))
     hints = obj.kv_hints if isinstance(obj.kv_hints, list) else [obj.kv_hints] * len(prompts)
     made = [
-        _hints(own, LinkRequest(link.spans, link.options, strict=False))
+        _hints(own, dataclasses.replace(link, strict=False))
         for own, (_, link) in zip(hints, prompts, strict=True)
     ]
     ids = [list(ids) for ids, _ in prompts]
@@ -428,12 +435,11 @@ def _tidy(
     exchange: Exchange | None,
     counted: set[int],
     compiled: Sequence[int] = (0,),
-    off: str | None = None,
 ) -> Any:
     """Turn SGLang's list of per-token values into the one report it holds, and add
     what was compiled for each prompt. A report is counted when first seen: every
     chunk of a stream repeats it, or the first alone has it. ``counted`` holds the
-    prompts, or samples, whose report was; ``off`` is why nothing is linked now."""
+    prompts, or samples, whose report was."""
     items = out if isinstance(out, list) else [out]
     for i, item in enumerate(items):
         meta = item.get("meta_info", {})
@@ -441,8 +447,6 @@ def _tidy(
         if values:
             tokens = compiled[i] if len(compiled) == len(items) else compiled[0]
             meta["pic"] = {**values[0], "tokens_compiled": tokens}
-            if off is not None and meta["pic"]["reason"] == "require_exact":
-                meta["pic"]["reason"] = off
             if exchange is not None:
                 exchange.report = meta["pic"]
             if (index := item.get("index", i)) not in counted:
