@@ -36,7 +36,7 @@ FRONT_STAGES = (
     Stage(HOOKS, "sglang_pic.server.middleware.take"),
     Stage(HOOKS, "sglang_pic.server.funnel.generate_request"),
     Stage("request", "sglang_pic.server.funnel.Funnel._resolve"),
-    Stage("request", "sglang_pic.server.funnel._tidy"),
+    Stage("request", "sglang_pic.server.funnel.tidy"),
     Stage("tokenise", "sglang_pic.server.funnel.encode_marked"),
 )
 ENGINE_STAGES = (

@@ -24,7 +24,7 @@ from sglang_pic.metrics import front, prometheus
 from sglang_pic.metrics.front import Counts
 from sglang_pic.metrics.prometheus import Exporter
 from sglang_pic.metrics.samples import FRONT_METRICS, METRICS, PREFIX, RANK_METRICS, Metric
-from sglang_pic.server import compiler, funnel
+from sglang_pic.server import answers, compiler
 from sglang_pic.server.compiler import CompileItem, Compiler
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +66,7 @@ def test_seconds_saved_are_tokens_linked_less_tokens_compiled() -> None:
 def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
     """Fresh counts, in every module that counts."""
     fresh = Counts()
-    for module in (front, funnel, compiler, prometheus):
+    for module in (front, answers, compiler, prometheus):
         monkeypatch.setattr(module, "counts", fresh)
     return fresh
 
@@ -79,14 +79,14 @@ def test_each_answer_is_counted_once(counts: Counts) -> None:
 
     counted: set[int] = set()
     for out in (chunk(), chunk(), {"meta_info": {"finish_reason": {"type": "stop"}}}):
-        funnel._tidy(out, None, counted)
+        answers.tidy(out, None, counted)
     assert counts.answers == {"composed": 1}
     # Several samples, streamed; then a batch at once.
     counted = set()
     for out in (chunk(index=0), chunk(index=1), chunk(index=0), chunk(index=1)):
-        funnel._tidy(out, None, counted)
+        answers.tidy(out, None, counted)
     assert counts.answers == {"composed": 3}
-    funnel._tidy([chunk(), chunk()], None, set())
+    answers.tidy([chunk(), chunk()], None, set())
     assert counts.answers == {"composed": 5}
 
 

@@ -7,10 +7,8 @@ scheduler as a link.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import json
 import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
@@ -24,17 +22,22 @@ from sglang_pic.config import PicConfig
 from sglang_pic.errors import PicRequestError
 from sglang_pic.forest.keys import is_reserved, namespace
 from sglang_pic.link.policy import AUTO, floor_to
-from sglang_pic.link.report import COMPOSED
-from sglang_pic.metrics.front import counts
 from sglang_pic.request.base import OPENING, LinkRequest
 from sglang_pic.request.fields import check_inside, check_length, parse_fields
-from sglang_pic.request.hints import INTERNAL, LINK, MISSING, PUBLIC, find_action, link_hints
+from sglang_pic.request.hints import INTERNAL, LINK, PUBLIC, find_action, link_hints
 from sglang_pic.request.tokenize import encode_marked
+from sglang_pic.server.answers import (
+    Answered,
+    missing_of,
+    parse_missing,
+    samples_of,
+    tidy,
+    unmarked,
+)
 from sglang_pic.server.audit import Audit
 from sglang_pic.server.calibrate import Calibration
 from sglang_pic.server.canary import Canary, Model
 from sglang_pic.server.commands import command
-from sglang_pic.server.compare import Prompt
 from sglang_pic.server.compiler import CompileItem, Compiler
 from sglang_pic.server.exchange import Exchange, current
 from sglang_pic.server.gate import Gate
@@ -65,19 +68,8 @@ def generate_request(
     pic = exchange.pic if exchange is not None else _public_action(obj.kv_hints)
     _check_reserved(obj)
     if pic is None:
-        return _unmarked(original(manager, obj, request))
+        return unmarked(original(manager, obj, request))
     return funnel_of(manager).run(original, obj, request, pic, exchange)
-
-
-async def _unmarked(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
-    """Outputs of a request without a link. SGLang gives every request of a batch a
-    place for what one of them reports."""
-    async with contextlib.aclosing(outputs):
-        async for out in outputs:
-            for item in _each(out):
-                if isinstance(item, dict):
-                    item.get("meta_info", {}).pop("pic", None)
-            yield out
 
 
 def _each(value: Any) -> list[Any]:
@@ -112,7 +104,7 @@ class Funnel:
         context = self.config.compile_context
         page = get_schedule().page_size
         self.context = tuple(context[: floor_to(len(context), page)])
-        self.is_hybrid = mambaish_config(manager.model_config) is not None
+        self._is_hybrid = mambaish_config(manager.model_config) is not None
         unhooked = type(manager).generate_request.__wrapped__
         self.compiler = Compiler(lambda obj: unhooked(manager, obj), page)
         self.gate = Gate()
@@ -143,22 +135,24 @@ class Funnel:
         asked = self._resolve(obj, pic, exchange)
         await self.canary.settle()
         prompts = [self._settled(*one) for one in asked]
-        answered = _Answered(self, obj, asked, prompts)
+        calibration = self.calibration if self._is_hybrid else None
+        usual = self.config.link_defaults
+        answered = Answered(calibration, self.audit, usual, obj, asked, prompts)
         counted: set[int] = set()
-        if isinstance(pic, dict) and _samples(obj) == 1:
+        if isinstance(pic, dict) and samples_of(obj) == 1:
             _set_link(obj, *prompts[0], strict=True)
             outputs = original(self._manager, obj, request)
             missing = None
             try:
                 async for out in outputs:
-                    missing = _missing_of(out)
+                    missing = missing_of(out)
                     if missing is not None:
                         break
-                    out = _tidy(out, exchange, counted)
+                    out = tidy(out, exchange, counted)
                     answered.see(out)
                     yield out
             except ValueError as error:
-                missing = _parse_missing(str(error))
+                missing = parse_missing(str(error))
                 if missing is None:
                     raise
             if missing is None:
@@ -173,7 +167,7 @@ class Funnel:
             _set_links(obj, prompts)
         compiled = await self._compile(wanted)
         async for out in original(self._manager, obj, request):
-            out = _tidy(out, exchange, counted, compiled)
+            out = tidy(out, exchange, counted, compiled)
             answered.see(out)
             yield out
 
@@ -331,55 +325,6 @@ class Funnel:
         return CompileItem((*self.context, *ids), space, extra_key, lora, seams=seams, named=named)
 
 
-class _Answered:
-    """Offers an answer to calibration and audit, when it is complete and was linked.
-
-    Before it is handed on: nobody asks a generator for more than it needs. Only
-    requests with one prompt and one sample; and the audit judges the server's own
-    options, not those that a client has chosen.
-    """
-
-    def __init__(
-        self,
-        funnel: Funnel,
-        obj: GenerateReqInput,
-        asked: Sequence[tuple[list[int], LinkRequest]],
-        prompts: Sequence[tuple[list[int], LinkRequest]],
-    ):
-        self._funnel = funnel
-        self._obj = obj
-        self._prompts = prompts
-        self._is_single = len(prompts) == 1 and _samples(obj) == 1
-        self._asked = [link.options for _, link in asked]
-        self._report: dict[str, Any] = {}
-
-    def see(self, out: Any) -> None:
-        """One output of the request, its report in place."""
-        if not self._is_single or not isinstance(out, dict):
-            return
-        meta = out["meta_info"]
-        self._report = meta.get("pic", self._report)
-        reason = meta.get("finish_reason")
-        if not reason or reason["type"] == "abort" or self._report.get("exactness") != COMPOSED:
-            return
-        obj, funnel, (options,) = self._obj, self._funnel, self._asked
-        prompt = Prompt(*self._prompts[0], obj.cache_salt, obj.extra_key, obj.lora_path)
-        if funnel.is_hybrid and options.state == AUTO:
-            funnel.calibration.consider(prompt)
-        usual = funnel.config.link_defaults
-        # Turns are left out of an audit.
-        if dataclasses.replace(options, turns=usual.turns) == usual:
-            ids = out.get("output_ids", [])
-            # The last piece of a stream in pieces is not all of it.
-            complete = len(ids) == meta.get("completion_tokens")
-            funnel.audit.consider(prompt, ids if complete else [])
-
-
-def _samples(obj: GenerateReqInput) -> int:
-    params = obj.sampling_params
-    return params.get("n", 1) if isinstance(params, dict) else getattr(params, "n", 1)
-
-
 def _other_actions(hints: Any) -> list[Any]:
     if not isinstance(hints, KvHintsEnvelope):
         return []
@@ -412,44 +357,3 @@ def _set_links(obj: GenerateReqInput, prompts: list[tuple[list[int], LinkRequest
     ids = [list(ids) for ids, _ in prompts]
     obj.text = None
     obj.input_ids, obj.kv_hints = (ids[0], made[0]) if single else (ids, made)
-
-
-# -- what comes back ------------------------------------------------------------
-
-
-def _parse_missing(message: str) -> list[int] | None:
-    if not message.startswith(MISSING):
-        return None
-    return json.loads(message[len(MISSING) :])
-
-
-def _missing_of(out: Any) -> list[int] | None:
-    reason = out.get("meta_info", {}).get("finish_reason") if isinstance(out, dict) else None
-    if not isinstance(reason, dict) or reason.get("type") != "abort":
-        return None
-    return _parse_missing(reason.get("message") or "")
-
-
-def _tidy(
-    out: Any,
-    exchange: Exchange | None,
-    counted: set[int],
-    compiled: Sequence[int] = (0,),
-) -> Any:
-    """Turn SGLang's list of per-token values into the one report it holds, and add
-    what was compiled for each prompt. A report is counted when first seen: every
-    chunk of a stream repeats it, or the first alone has it. ``counted`` holds the
-    prompts, or samples, whose report was."""
-    items = out if isinstance(out, list) else [out]
-    for i, item in enumerate(items):
-        meta = item.get("meta_info", {})
-        values = meta.pop("pic", None)
-        if values:
-            tokens = compiled[i] if len(compiled) == len(items) else compiled[0]
-            meta["pic"] = {**values[0], "tokens_compiled": tokens}
-            if exchange is not None:
-                exchange.report = meta["pic"]
-            if (index := item.get("index", i)) not in counted:
-                counted.add(index)
-                counts.observe(meta["pic"])
-    return out

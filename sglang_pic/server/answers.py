@@ -1,0 +1,135 @@
+"""What comes back from the scheduler, on its way to the client.
+
+Reports are put in order and counted, links that were handed back are told from
+answers, and complete answers are offered to calibration and audit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from sglang.srt.managers.io_struct import GenerateReqInput
+
+from sglang_pic.link.policy import AUTO, LinkOptions
+from sglang_pic.link.report import COMPOSED
+from sglang_pic.metrics.front import counts
+from sglang_pic.request.base import LinkRequest
+from sglang_pic.request.hints import MISSING
+from sglang_pic.server.audit import Audit
+from sglang_pic.server.calibrate import Calibration
+from sglang_pic.server.compare import Prompt
+from sglang_pic.server.exchange import Exchange
+
+
+async def unmarked(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    """Outputs of a request without a link. SGLang gives every request of a batch a
+    place for what one of them reports."""
+    async with contextlib.aclosing(outputs):
+        async for out in outputs:
+            for item in out if isinstance(out, list) else [out]:
+                if isinstance(item, dict):
+                    item.get("meta_info", {}).pop("pic", None)
+            yield out
+
+
+def parse_missing(message: str) -> list[int] | None:
+    """Indices of segments that are not compiled, if that is what the message says."""
+    if not message.startswith(MISSING):
+        return None
+    return json.loads(message[len(MISSING) :])
+
+
+def missing_of(out: Any) -> list[int] | None:
+    """The same of an output, if it is a link that was handed back."""
+    reason = out.get("meta_info", {}).get("finish_reason") if isinstance(out, dict) else None
+    if not isinstance(reason, dict) or reason.get("type") != "abort":
+        return None
+    return parse_missing(reason.get("message") or "")
+
+
+def tidy(
+    out: Any,
+    exchange: Exchange | None,
+    counted: set[int],
+    compiled: Sequence[int] = (0,),
+) -> Any:
+    """Turn SGLang's list of per-token values into the one report it holds, and add
+    what was compiled for each prompt. A report is counted when first seen: every
+    chunk of a stream repeats it, or the first alone has it. ``counted`` holds the
+    prompts, or samples, whose report was."""
+    items = out if isinstance(out, list) else [out]
+    for i, item in enumerate(items):
+        meta = item.get("meta_info", {})
+        values = meta.pop("pic", None)
+        if values:
+            tokens = compiled[i] if len(compiled) == len(items) else compiled[0]
+            meta["pic"] = {**values[0], "tokens_compiled": tokens}
+            if exchange is not None:
+                exchange.report = meta["pic"]
+            if (index := item.get("index", i)) not in counted:
+                counted.add(index)
+                counts.observe(meta["pic"])
+    return out
+
+
+def samples_of(obj: GenerateReqInput) -> int:
+    """How many answers each prompt of a request gets."""
+    params = obj.sampling_params
+    return params.get("n", 1) if isinstance(params, dict) else getattr(params, "n", 1)
+
+
+class Answered:
+    """Offers an answer to calibration and audit, when it is complete and was linked.
+
+    Before it is handed on: nobody asks a generator for more than it needs. Only
+    requests with one prompt and one sample; and the audit judges the server's own
+    options, not those that a client has chosen.
+
+    Args:
+        calibration: of a hybrid's state policy, or ``None``.
+        usual: the server's own options.
+        obj: the request.
+        asked, prompts: its prompts and links, as they came and as they were sent.
+    """
+
+    def __init__(
+        self,
+        calibration: Calibration | None,
+        audit: Audit,
+        usual: LinkOptions,
+        obj: GenerateReqInput,
+        asked: Sequence[tuple[list[int], LinkRequest]],
+        prompts: Sequence[tuple[list[int], LinkRequest]],
+    ):
+        self._calibration = calibration
+        self._audit = audit
+        self._usual = usual
+        self._obj = obj
+        self._prompts = prompts
+        self._is_single = len(prompts) == 1 and samples_of(obj) == 1
+        self._asked = [link.options for _, link in asked]
+        self._report: dict[str, Any] = {}
+
+    def see(self, out: Any) -> None:
+        """One output of the request, its report in place."""
+        if not self._is_single or not isinstance(out, dict):
+            return
+        meta = out["meta_info"]
+        self._report = meta.get("pic", self._report)
+        reason = meta.get("finish_reason")
+        if not reason or reason["type"] == "abort" or self._report.get("exactness") != COMPOSED:
+            return
+        obj, (options,) = self._obj, self._asked
+        prompt = Prompt(*self._prompts[0], obj.cache_salt, obj.extra_key, obj.lora_path)
+        if self._calibration is not None and options.state == AUTO:
+            self._calibration.consider(prompt)
+        # Turns are left out of an audit.
+        if dataclasses.replace(options, turns=self._usual.turns) == self._usual:
+            ids = out.get("output_ids", [])
+            # The last piece of a stream in pieces is not all of it.
+            complete = len(ids) == meta.get("completion_tokens")
+            self._audit.consider(prompt, ids if complete else [])
