@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from pydantic import Field
@@ -9,10 +10,11 @@ from sglang.srt.utils.auth import AuthLevel, auth_level
 from sglang.srt.utils.json_response import orjson_response
 
 from sglang_pic.errors import PicRequestError
+from sglang_pic.link.report import LinkReport
 from sglang_pic.request.base import LinkRequest
 from sglang_pic.server.funnel import Funnel, funnel_of
 from sglang_pic.server.middleware import read_request
-from sglang_pic.server.routes.base import Answer, Tenant, manager, pic_router, tell
+from sglang_pic.server.routes.base import Tenant, manager, pic_router, tell
 from sglang_pic.server.routes.prompts import TokenIds, check_prompt
 
 router = pic_router()
@@ -27,30 +29,12 @@ class ExplainBody(Tenant):
     extra_key: str | None = None
 
 
-class ExplainedSegment(Answer):
-    start: int
-    end: int
-    id: str | None
-    hit: bool
-    reason: str
-    tokens_reused: int
-    tokens_computed: int
+@dataclasses.dataclass(frozen=True)
+class Explanation(LinkReport):
+    """The report that the request would get now, and ``tokens_to_compile``, of
+    missing segments, which are compiled first."""
 
-
-class Explanation(Answer):
-    """The report that the request would get now."""
-
-    exactness: str
-    reason: str | None
-    policy: str
-    seam: int
-    mode: str
-    tokens_reused: int
-    tokens_computed: int
-    prefix_tokens: int
-    turn_tokens: int
-    tokens_to_compile: int = Field(description="of missing segments, compiled first")
-    segments: list[ExplainedSegment]
+    tokens_to_compile: int
 
 
 @router.post("/explain", response_model=Explanation)
