@@ -97,7 +97,7 @@ def uncompiled(cache: Any, req: Any, is_retracted: bool) -> list[int] | None:
     if find_action(req.kv_hints, COMMAND) is not None:
         return []
     link = read_link(req.kv_hints)
-    return (cache.missing(req) or None) if link is not None and link.strict else None
+    return (cache.send_back(req) or None) if link is not None and link.strict else None
 
 
 def generate_request(original: Any, manager: Any, obj: Any, request: Any = None) -> Any:

@@ -44,6 +44,11 @@ class SortedModel(RuleBasedStateMachine):
             self.offer(key)
 
     @rule(key=st.integers(0, 9))
+    def withdraw(self, key: int) -> None:
+        self.order.withdraw(key)
+        self.candidates.discard(key)
+
+    @rule(key=st.integers(0, 9))
     def use(self, key: int) -> None:
         if key in self.model:
             self.order.use(key)

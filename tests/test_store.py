@@ -40,10 +40,10 @@ def _runner(driver: Driver, seed: int = 0) -> Any:
 
 
 def _store(driver: Driver, directory: pathlib.Path, seed: int = 0) -> Store:
-    return Store(driver.cache, _runner(driver, seed), directory / "rank0")
+    return Store(driver.cache, _runner(driver, seed), directory)
 
 
-def _saved(tmp_path: pathlib.Path, page: int = 1) -> tuple[list[list[int]], pathlib.Path]:
+def _saved(tmp_path: pathlib.Path, page: int = 1) -> list[list[int]]:
     """Two segments that begin alike and one of another tenant, saved."""
     driver = Driver(page, 1024, _config(compile_context=(1, 2, 3, 4)))
     documents = [_tokens(0, 50), [*_tokens(0, 50), *_tokens(1, 20)]]
@@ -57,12 +57,12 @@ def _saved(tmp_path: pathlib.Path, page: int = 1) -> tuple[list[list[int]], path
         with pytest.raises(PicRefused) as refused:
             store.save(None, [unknown])
         assert refused.value.status == 404
-    return documents, tmp_path / "rank0"
+    return documents
 
 
 @pytest.mark.parametrize("page", [1, 4])
 def test_what_comes_back_is_what_was_saved(tmp_path: pathlib.Path, page: int) -> None:
-    documents, _ = _saved(tmp_path, page)
+    documents = _saved(tmp_path, page)
     driver = Driver(page, 1024, _config(compile_context=(1, 2, 3, 4)))
     # Something of it is there already, in other pages.
     assert driver.compile([*_tokens(0, 20), *_tokens(9, 5)])
@@ -89,10 +89,10 @@ def _flip(file: pathlib.Path, at: int) -> None:
 
 
 def test_a_damaged_file_is_refused_whole(tmp_path: pathlib.Path) -> None:
-    _, folder = _saved(tmp_path)
+    _saved(tmp_path)
     driver = Driver(1, 1024, _config(compile_context=(1, 2, 3, 4)))
     store = _store(driver, tmp_path)
-    whole = files.listed(folder)[0]
+    whole = files.listed(tmp_path)[0]
     size = whole.stat().st_size
     draw = random.Random(0)
     for case in range(60):
@@ -111,7 +111,7 @@ def test_a_damaged_file_is_refused_whole(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_foreign_file_is_refused_with_the_reason(tmp_path: pathlib.Path) -> None:
-    _, folder = _saved(tmp_path)
+    _saved(tmp_path)
 
     def reasons(driver: Driver, seed: int = 0) -> set[str]:
         found = _store(driver, tmp_path, seed).restore(everyone=True)
@@ -125,11 +125,11 @@ def test_a_foreign_file_is_refused_with_the_reason(tmp_path: pathlib.Path) -> No
     assert all(reason.startswith("made for compile_context") for reason in reasons(other))
     # A file under another's name, and things that are no such files at all.
     driver = Driver(1, 1024, _config(**context))
-    first, second, _ = files.listed(folder)
+    first, second, _ = files.listed(tmp_path)
     shutil.copy(first, second)
-    (folder / ("e" * 32 + files.SUFFIX)).write_text("hello")
-    (folder / ("d" * 32 + files.SUFFIX)).write_bytes(b"")
-    (folder / "half.part").write_bytes(first.read_bytes()[:100])
+    (tmp_path / ("e" * 32 + files.SUFFIX)).write_text("hello")
+    (tmp_path / ("d" * 32 + files.SUFFIX)).write_bytes(b"")
+    (tmp_path / "half.part").write_bytes(first.read_bytes()[:100])
     found = _store(driver, tmp_path).restore(everyone=True)
     assert found["segments"] == 2 and len(found["refused"]) == 3
     driver.check()
@@ -153,9 +153,10 @@ def test_restoring_evicts_nothing(tmp_path: pathlib.Path) -> None:
 def test_a_disk_that_refuses_is_said(tmp_path: pathlib.Path) -> None:
     driver = Driver(1, 256, _config())
     assert driver.compile(_tokens(0, 40), named=True)
-    (tmp_path / "rank0").write_text("a file where a folder should be")
+    directory = tmp_path / "store"
+    directory.write_text("a file where a folder should be")
     with pytest.raises(PicRefused, match="cannot write") as refused:
-        _store(driver, tmp_path).save(None, None)
+        _store(driver, directory).save(None, None)
     assert refused.value.status == 507
     driver.check()
 
@@ -176,13 +177,12 @@ def test_a_killed_server_starts_warm_from_what_was_complete(
                     server.post("/pic/save", {})
 
         threading.Thread(target=save, daemon=True).start()
-        folder = tmp_path / "rank0"
-        while not (folder.exists() and any(folder.iterdir())):
+        while not any(tmp_path.iterdir()):
             time.sleep(0.001)
         time.sleep(0.02)
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
-    left = list(folder.iterdir())
+    left = list(tmp_path.iterdir())
     whole = [file for file in left if file.suffix == files.SUFFIX]
     assert whole
     for file in whole:

@@ -47,8 +47,9 @@ def test_text_parts_and_ranges_are_one_form(smollm: Server) -> None:
         at += len(document)
     salt = fresh_salt()
     options = {"sampling_params": greedy(8), "cache_salt": salt}
-    parts = smollm.generate(pic=marked(DOCUMENTS), **options)
-    spans = smollm.generate(text=text, pic={"segments": ranges}, **options)
+    # As the first of its conversation, each of them.
+    parts = smollm.generate(pic={**marked(DOCUMENTS), "turns": False}, **options)
+    spans = smollm.generate(text=text, pic={"segments": ranges, "turns": False}, **options)
     reports = [answer["meta_info"]["pic"] for answer in (parts, spans)]
     compiled = [report.pop("tokens_compiled") for report in reports]
     assert compiled[0] > 300 and compiled[1] == 0
@@ -70,7 +71,8 @@ def test_unmarked_text_is_no_segment(smollm: Server) -> None:
     """The same document outside a mark is neither a segment nor reused as one."""
     salt = fresh_salt()
     document = DOCUMENTS[0]
-    pic = {"parts": [{"segment": document}, "Again: " + document + QUESTION]}
+    parts = [{"segment": document}, "Again: " + document + QUESTION]
+    pic = {"parts": parts, "turns": False}
     options = {"sampling_params": greedy(4), "cache_salt": salt}
     smollm.generate(pic=pic, **options)
     report = smollm.generate(pic=pic, **options)["meta_info"]["pic"]
@@ -191,7 +193,8 @@ def test_the_chat_prompt_is_stocks(smollm: Server) -> None:
 def test_completions(client: openai.OpenAI) -> None:
     text = DOCUMENTS[0] + DOCUMENTS[1] + QUESTION
     cut = len(DOCUMENTS[0])
-    pic = {"segments": [{"start": 0, "end": cut}, {"start": cut, "end": cut + len(DOCUMENTS[1])}]}
+    ranges = [{"start": 0, "end": cut}, {"start": cut, "end": cut + len(DOCUMENTS[1])}]
+    pic = {"segments": ranges, "turns": False}
     options = {"model": "default", "max_tokens": 6, "temperature": 0, "extra_body": {"pic": pic}}
     answer = client.completions.create(prompt=text, **options)
     assert [s["reason"] for s in answer.usage.pic["segments"]] == ["hit", "hit"]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sglang_pic.linear.state import CoreState
 
 MAX_RECORDS = 65536
-# Of the KV budget: segments that were compiled for links still on their way.
+# Of the KV budget: segments of links still on their way.
 FRESH_SHARE = 0.5
 # Such a link that has not come after so many others will not come.
 FRESH_TICKS = 256
@@ -126,7 +126,7 @@ class SegmentForest:
         self._nodes = nodes
         self._tree_index = tree_index
         self._records: LRUCache[str, SegmentRecord] = LRUCache(MAX_RECORDS)
-        # Compiled for a link that has not come yet: id -> tick. Not offered to eviction.
+        # Of a link that has not come yet: id -> tick. Not offered to eviction.
         self._fresh: dict[str, int] = {}
         self._fresh_tokens = fresh_tokens
         self._on_release = on_release
@@ -225,6 +225,16 @@ class SegmentForest:
             if record is not None:
                 record.node = None
                 self.on_probation_evicted += record.hits <= 1 and not record.named
+
+    def expect(self, names: Collection[str]) -> None:
+        """A link that uses these segments waits for others to be compiled: hold those
+        that are held back from eviction, as if they had been compiled for it."""
+        for name in names:
+            record = self._records.get(name)
+            if record is not None and record.node is not None and name not in self._fresh:
+                self._fresh[name] = self._clock
+                self._nodes.hold_back(self._tree_index, record.node)
+        self._release_old()
 
     def remove_pages(self, name: str) -> int:
         """Free the pages of a segment that nothing else needs: no longer segment,

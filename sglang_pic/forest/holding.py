@@ -85,6 +85,10 @@ class HoldingTree(OrderedTree):
         """Pages of these segments were evicted."""
         self.forest.note_gone(names)
 
+    def expect(self, names: Collection[str]) -> None:
+        """Hold segments back from eviction until a link that is on its way has come."""
+        self.forest.expect(names)
+
     def segment_released(self, name: str) -> None:
         """A segment was held back for its link, and may go now."""
 

@@ -93,6 +93,11 @@ class PicHybridCache(PicCache):
     def states_evicted(self) -> int:
         return self.states.evicted
 
+    def expect(self, names: Collection[str]) -> None:
+        for name in filter(self.forest.is_held, names):
+            self.states.hold_back(name)
+        super().expect(names)
+
     def segment_released(self, name: str) -> None:
         self.states.release(name)
 

@@ -97,6 +97,12 @@ class NodeIndex:
             self._held_back.add(NodeKey(tree, node))
         self._offer(NodeKey(tree, node))
 
+    def hold_back(self, tree: int, node: int) -> None:
+        """A known path's end may go from ``release`` on."""
+        key = NodeKey(tree, node)
+        self._held_back.add(key)
+        self._order.withdraw(key)
+
     def release(self, tree: int, node: int) -> None:
         """What was held back may go."""
         self._held_back.discard(NodeKey(tree, node))

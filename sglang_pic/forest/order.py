@@ -117,6 +117,10 @@ class EvictionOrder(Generic[Key]):
         if key in self._entries and key not in self._queued:
             self._push(key)
 
+    def withdraw(self, key: Key) -> None:
+        """It is no candidate until it is offered again."""
+        self._queued.pop(key, None)
+
     def park(self, groups: Collection[str] | None = None) -> Key | None:
         """Take the candidate of least value out of its heap.
 

@@ -113,6 +113,17 @@ class PlanningTree(ConversingTree):
                 missing.append(OPENING)
         return missing
 
+    def send_back(self, req: Req) -> list[int]:
+        """``missing``, of a link that will come again when those are compiled; what is
+        there is held back from eviction until then."""
+        missing = self.missing(req)
+        if missing:
+            link = self._link_of(req)
+            assert link is not None
+            found = self._find_segments(req, link.request)
+            self.expect([one.id for one in found if one is not None and one.miss is None])
+        return missing
+
     @property
     def prefix_grid(self) -> int:
         """An ordinary prefix is held in multiples of this many tokens."""

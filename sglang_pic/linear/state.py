@@ -247,6 +247,10 @@ class StateStore:
             self._order.offer(segment)
         return True
 
+    def hold_back(self, segment: str) -> None:
+        """It may go from ``release`` on."""
+        self._order.withdraw(segment)
+
     def release(self, segment: str) -> None:
         """What was held back may go."""
         self._order.offer(segment)
