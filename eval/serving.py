@@ -118,12 +118,14 @@ def serve(
     launcher = command or (sys.executable, "-m", module)
     line = [*launcher, "--model-path", str(model), f"--port={port}", *COMMON_ARGS, *args]
     started = time.monotonic()
+    # A test's interpreted kernels are its own.
+    own = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with log.open("wb") as out:
         process = subprocess.Popen(
             line,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(env or {})},
+            env={**own, **(env or {})},
             start_new_session=True,
         )
     url = f"http://127.0.0.1:{port}"

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
+
+# Before anything imports Triton: it decides then. Servers do not inherit it.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 from hypothesis import HealthCheck, settings

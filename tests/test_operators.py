@@ -25,8 +25,6 @@ from sglang_pic.kernels.operators.pair import (
     apply,
     compose,
     identity_like,
-    scan,
-    states_behind,
 )
 from sglang_pic.kernels.operators.storage import pack
 
@@ -243,25 +241,6 @@ def test_linked_state_is_the_single_pass_state(
         _, state, _ = family.module.chunk(*cut(inputs, first, last), state, [last - first])
         state = apply(Pair(pairs.A[i : i + 1], pairs.B[i : i + 1]), state)
     assert far(state[0], exact) < 1e-5
-
-
-@families
-@settings(max_examples=15)
-@given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=32), memory=MEMORIES, seed=seeds)
-def test_scan_is_one_after_the_other(
-    family: Family, lengths: list[int], memory: Memory, seed: int
-) -> None:
-    inputs = family.draw(sum(lengths), memory, seed)
-    pairs = family.module.capture(*inputs[1:], lengths)
-    states = apply(scan(pairs), zero_state() + 1)
-    state = zero_state() + 1
-    for i in range(len(lengths)):
-        state = apply(Pair(pairs.A[i], pairs.B[i]), state)
-        assert far(states[i], state) < 1e-10
-    # Two pieces in turn, walked as on a CPU, and composed and scanned as elsewhere.
-    other = Pair(pairs.A.flip(0), pairs.B.flip(0))
-    walked = states_behind([pairs, other], zero_state() + 1)
-    assert far(walked, apply(scan(compose(pairs, other)), zero_state() + 1)) < 1e-10
 
 
 @families

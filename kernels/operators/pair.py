@@ -17,8 +17,6 @@ number of dimensions that A has less than B.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Sequence
 
 import torch
 
@@ -65,47 +63,3 @@ def identity_like(pair: Pair) -> Pair:
         eye = torch.eye(pair.A.shape[-1], dtype=pair.A.dtype, device=pair.A.device)
         return Pair(eye.expand_as(pair.A), torch.zeros_like(pair.B))
     return Pair(torch.ones_like(pair.A), torch.zeros_like(pair.B))
-
-
-def scan(pairs: Pair) -> Pair:
-    """Running composition along the first dimension: entry i is pairs 0 to i in a row.
-
-    Doubling (Hillis and Steele): log2(n) batched compositions instead of n in
-    a row. Operators are contractions, so the order of composition costs no
-    precision.
-
-    Args:
-        pairs: ``A`` [n, ..., heads(, dk(, dk))], ``B`` [n, ..., heads, dk, dv].
-    """
-    n, step = pairs.B.shape[0], 1
-    while step < n:
-        later = Pair(pairs.A[step:], pairs.B[step:])
-        joined = compose(Pair(pairs.A[:-step], pairs.B[:-step]), later)
-        pairs = Pair(
-            torch.cat([pairs.A[:step], joined.A]),
-            torch.cat([pairs.B[:step], joined.B]),
-        )
-        step *= 2
-    return pairs
-
-
-def states_behind(pieces: Sequence[Pair], state: torch.Tensor) -> torch.Tensor:
-    """States [n, ..., heads, dk, dv] behind the i-th entries of all pieces, which
-    act in turn: piece 0's first, piece 1's first, ..., piece 0's second, and so on.
-
-    An accelerator composes and scans: launches are what it pays for. A CPU pays
-    for products, and operators need not be multiplied with each other to walk
-    a state through them (measured at 17 entries of 4 heads of 64: 5 against 24 ms).
-
-    Args:
-        pieces: ``A`` [n, ...] and ``B`` [n, ..., heads, dk, dv] each.
-        state: float [..., heads, dk, dv], in front of everything.
-    """
-    if state.device.type != "cpu":
-        return apply(scan(functools.reduce(compose, pieces)), state)
-    states = []
-    for i in range(pieces[0].B.shape[0]):
-        for piece in pieces:
-            state = act(piece.A[i], state) + piece.B[i]
-        states.append(state)
-    return torch.stack(states)

@@ -16,6 +16,7 @@ from sglang.kernels.ops.attention.linear import fused_gdn_gating as gating
 from sglang.srt.layers.attention.linear.gdn_backend import GDNAttnBackend
 
 from sglang_pic.kernels.operators.pair import Pair
+from sglang_pic.kernels.triton import wy
 from sglang_pic.linear.capture import CaptureStep
 from sglang_pic.linear.packed import convolve, indptr
 from sglang_pic.linear.rows import PicLinearBackend
@@ -71,7 +72,7 @@ class PicGDNBackend(PicLinearBackend, GDNAttnBackend):
         conv[step.slots] = history[step.last]
         g, beta = gating.fused_gdn_gating(layer.A_log, a[tokens], b[tokens], layer.dt_bias)
         inner = None
-        if step.inner_runs.numel():
+        if step.inner_lengths:
             inner = _pairs(
                 step.shape,
                 k[:, step.inner],
@@ -109,7 +110,7 @@ class PicGDNBackend(PicLinearBackend, GDNAttnBackend):
             step.slots[step.from_slot_row]
         ].float()
         k, v = k[:, step.picked], v[:, step.picked]
-        _walk(k, k, _widened(v, layer.head_k_dim), g, beta, running, step.stretch_lengths)
+        _advance(k, v, g, beta, running, step.stretch_lengths)
         step.running[:, index] = running
 
 
@@ -125,11 +126,6 @@ def _convolve(
         k.reshape(1, -1, layer.num_k_heads, layer.head_k_dim),
         v.reshape(1, -1, layer.num_v_heads, layer.head_v_dim),
     )
-
-
-def _widened(v: torch.Tensor, dk: int) -> torch.Tensor:
-    """Values [v | 0]."""
-    return torch.cat([v, v.new_zeros((*v.shape[:-1], dk))], -1)
 
 
 def _walk(
@@ -169,5 +165,44 @@ def _pairs(
 ) -> Pair:
     """Pairs of packed runs: ``A`` [runs, heads, dk, dk], ``B`` [runs, heads, dk, dv]."""
     running = shape.begun(len(lengths), v.device)
-    _walk(k, k, _widened(v, k.shape[-1]), g, beta, running, lengths)
+    _advance(k, v, g, beta, running, lengths)
     return shape.pair(running)
+
+
+def _advance(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    running: torch.Tensor,
+    lengths: Sequence[int],
+) -> None:
+    """Move running states [sequences, heads, dv + dk, dk] on over packed sequences, in
+    place: on a GPU through the chunks' WY factors, elsewhere by the whole chunk
+    kernel, under values [v | 0]."""
+    if running.is_cuda:
+        _advance_by_factors(k, v, g, beta, running, lengths)
+    else:
+        widened = torch.cat([v, v.new_zeros((*v.shape[:-1], k.shape[-1]))], -1)
+        _walk(k, k, widened, g, beta, running, lengths)
+
+
+def _advance_by_factors(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    running: torch.Tensor,
+    lengths: Sequence[int],
+) -> None:
+    """``_advance`` by the part of SGLang's chunk kernel that does not depend on the
+    state, and ``wy.advance``."""
+    bounds = indptr(lengths, v.device)
+    chunks = fla_chunk.prepare_chunk_indices(bounds, fla_chunk.CHUNK_SIZE)
+    where = {"cu_seqlens": bounds, "chunk_indices": chunks}
+    k, v = fla_chunk.l2norm_fwd(k.contiguous()), v.contiguous()
+    total = fla_chunk.chunk_local_cumsum(g, chunk_size=fla_chunk.CHUNK_SIZE, **where)
+    w, u, _ = fla_chunk.chunk_gated_delta_rule_fwd_intra(
+        k=k, v=v, g=total, beta=beta.contiguous(), **where
+    )
+    wy.advance(running, k[0], w[0], u[0], total[0], bounds)

@@ -29,6 +29,10 @@ class PicHybridBackend(HybridLinearAttnBackend):
     def refusal(self) -> str | None:
         return self.full_attn_backend.refusal
 
+    def links(self, batch: Any) -> bool:
+        """As in ``SpanBackend``; nor may a graph run what is captured for a segment."""
+        return self.full_attn_backend.links(batch) or self.linear_attn_backend.captures
+
     def set_rows(
         self,
         rids: Sequence[str],

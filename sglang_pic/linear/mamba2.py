@@ -87,7 +87,7 @@ class PicMamba2Backend(PicLinearBackend, Mamba2AttnBackend):
         step, capture = self._link_step, self._capture_step
         if step is not None:
             self._runs = self._sequences(step.lengths)
-            self._inner = self._sequences(step.inner_lengths) if step.inner_runs.numel() else None
+            self._inner = self._sequences(step.inner_lengths) if step.inner_lengths else None
         if capture is not None:
             self._stretches = self._sequences(capture.stretch_lengths)
 
@@ -137,7 +137,7 @@ class PicMamba2Backend(PicLinearBackend, Mamba2AttnBackend):
         inner = None
         if self._inner is not None:
             part = inputs.at(step.inner)
-            blank = states.new_zeros((step.inner_runs.numel(), *states.shape[1:])).float()
+            blank = states.new_zeros((len(step.inner_lengths), *states.shape[1:])).float()
             _, end = _scan(mixer, part, blank, self._inner)
             inner = Pair(_decay(mixer, part.dt, self._inner), end.transpose(-1, -2))
         incoming = step.incoming(index, states[step.slots].float().transpose(-1, -2), inner)

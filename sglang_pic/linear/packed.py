@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,16 @@ from sglang.kernels.ops.mamba import causal_conv1d_triton as short_conv
 
 
 def indptr(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    """int32 [sequences + 1]: where sequences begin, and where the last one ends."""
+    """int32 [sequences + 1]: where sequences begin, and where the last one ends.
+
+    The same tensor for the same lengths: all layers of a pass ask for it, and
+    SGLang's kernels keep tables for the ones they were given last.
+    """
+    return _indptr(tuple(lengths), device)
+
+
+@functools.lru_cache(maxsize=8)
+def _indptr(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     bounds[1:] = torch.tensor(lengths).cumsum(0)
     return bounds.to(device)

@@ -70,6 +70,11 @@ class PicLinearBackend(MambaAttnBackendBase):
         self._rids, self._plans = list(rids), plans
         self._options, self._captures = options, captures
 
+    @property
+    def captures(self) -> bool:
+        """Whether pairs are read off any row of the batch that runs next."""
+        return any(capture is not None for capture in self._captures)
+
     def init_forward_metadata(self, forward_batch: Any) -> None:
         self._link_step = self._capture_step = None
         self._others = forward_batch

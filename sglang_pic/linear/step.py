@@ -20,7 +20,9 @@ from collections.abc import Sequence
 
 import torch
 
-from sglang_pic.kernels.operators.pair import Pair, identity_like, states_behind
+from sglang_pic.kernels.operators.pair import Pair, identity_like
+from sglang_pic.kernels.operators.states import Walk
+from sglang_pic.linear.kernels import kernels_for
 from sglang_pic.linear.state import CoreState, LinearShape
 from sglang_pic.link.plan import LinkPlan
 from sglang_pic.link.policy import LinkOptions
@@ -90,39 +92,29 @@ class LinkStep:
         tokens: int64 [t], their tokens among the batch's, row by row.
         slots: int64 [rows], state slots.
         lengths: tokens of each run.
-        row: int64 [runs], row of each run.
-        rank: int64 [runs], which of its row's runs it is.
         last: int64 [rows], last run of each row.
-        after_core: int64 [k], runs that follow a core; the cores in the same order.
+        walk: cores and inner runs in the order in which they act.
         borrowed: int64 [b], tokens among ``tokens`` that stand in the history of a
             run other than their own: cores may be shorter than the history.
         before: int64 [runs, width - 1], where the history of each run lies in
             [the rows' slots | the cores' tails | ``borrowed``].
         inner: int64 [p], tokens among ``tokens`` of all runs but the rows' last.
-        inner_runs: int64 [i], those runs.
+        inner_lengths: tokens of each of those runs.
         cores: their states.
-        ranks: runs of the row that has most.
         shape: of the linear layers.
     """
 
     tokens: torch.Tensor
     slots: torch.Tensor
     lengths: list[int]
-    row: torch.Tensor
-    rank: torch.Tensor
     last: torch.Tensor
-    after_core: torch.Tensor
+    walk: Walk
     borrowed: torch.Tensor
     before: torch.Tensor
     inner: torch.Tensor
-    inner_runs: torch.Tensor
+    inner_lengths: list[int]
     cores: Cores
-    ranks: int
     shape: LinearShape
-
-    @property
-    def inner_lengths(self) -> list[int]:
-        return [self.lengths[run] for run in self.inner_runs.tolist()]
 
     def incoming(self, layer: int, slot_states: torch.Tensor, inner: Pair | None) -> torch.Tensor:
         """States in front of all runs.
@@ -136,19 +128,7 @@ class LinkStep:
             float32 [runs, heads, dk, dv].
         """
         cores = Pair(self.cores.pairs.A[:, layer], self.cores.pairs.B[:, layer])
-        pieces = [self._spread(cores, self.rank[self.after_core], self.row[self.after_core])]
-        if inner is not None:
-            rank, row = self.rank[self.inner_runs] + 1, self.row[self.inner_runs]
-            pieces.insert(0, self._spread(inner, rank, row))
-        return states_behind(pieces, slot_states)[self.rank, self.row]
-
-    def _spread(self, pairs: Pair, rank: torch.Tensor, row: torch.Tensor) -> Pair:
-        """[ranks, rows, ...]: each pair in its place, the identity where there is none."""
-        leading = (self.ranks, self.slots.numel())
-        blank = Pair(*(t.new_empty((*leading, *t.shape[1:])) for t in (pairs.A, pairs.B)))
-        spread = Pair(identity_like(blank).A.clone(), torch.zeros_like(blank.B))
-        spread.A[rank, row], spread.B[rank, row] = pairs.A, pairs.B
-        return spread
+        return kernels_for(slot_states).states_before(cores, inner, self.walk, slot_states)
 
     def history(self, layer: int, conv: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         """Histories in front of all runs, [runs, channels, width - 1].
@@ -158,10 +138,10 @@ class LinkStep:
             conv: [slots, channels, width - 1], the layer's pool.
             inputs: [t, channels], the convolution's inputs at ``tokens``.
         """
-        kept = torch.cat([conv[self.slots], self.cores.conv_tail[:, layer].to(conv.dtype)])
-        own = inputs[self.borrowed].to(conv.dtype)
-        found = torch.cat([kept.transpose(1, 2).flatten(0, 1), own])[self.before]
-        return found.transpose(1, 2).contiguous()
+        tails = self.cores.conv_tail[:, layer]
+        return kernels_for(conv).histories_before(
+            self.before, conv, self.slots, tails, inputs, self.borrowed
+        )
 
 
 def build_link(rows: Sequence[LinkRow], shape: LinearShape, device: torch.device) -> LinkStep:
@@ -176,7 +156,6 @@ def build_link(rows: Sequence[LinkRow], shape: LinearShape, device: torch.device
     starts = [0]
     for *_, run in runs:
         starts.append(starts[-1] + run.length)
-    after_core = [i for i, (*_, run) in enumerate(runs) if run.core is not None]
     borrowed, before = _histories(runs, len(rows), shape.history)
 
     def index(values: Sequence[int]) -> torch.Tensor:
@@ -192,20 +171,47 @@ def build_link(rows: Sequence[LinkRow], shape: LinearShape, device: torch.device
         ),
         slots=index([row.slot for row in rows]),
         lengths=[run.length for *_, run in runs],
-        row=index([row for row, *_ in runs]),
-        rank=index([rank for _, rank, _ in runs]),
         last=index(last),
-        after_core=index(after_core),
+        walk=_walk(runs, len(rows), device),
         borrowed=index(borrowed),
         before=torch.tensor(before, device=device),
         inner=places(inner),
-        inner_runs=index(inner),
+        inner_lengths=[runs[i][2].length for i in inner],
         cores=_stack(
-            [(runs[i][2].core, rows[runs[i][0]].options) for i in after_core], shape, device
+            [(run.core, rows[row].options) for row, _, run in runs if run.core is not None],
+            shape,
+            device,
         ),
-        ranks=1 + max(rank for _, rank, _ in runs),
         shape=shape,
     )
+
+
+def _walk(runs: Sequence[tuple[int, int, Run]], rows: int, device: torch.device) -> Walk:
+    """The pieces in front of runs (row, rank, run): between two runs of a row the
+    first one, and in front of a run its core."""
+    bounds, opening = [0], [-1] * rows
+    source: list[int] = []
+    target: list[int] = []
+    cores = inner = 0
+    for i, (row, rank, run) in enumerate(runs):
+        if rank == 0 and row > 0:
+            bounds.append(len(source))
+        if rank > 0:
+            inner += 1
+            source.append(-inner)
+            target.append(-1 if run.core is not None else i)
+        if run.core is not None:
+            source.append(cores)
+            target.append(i)
+            cores += 1
+        elif rank == 0:
+            opening[row] = i
+    bounds.append(len(source))
+
+    def table(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    return Walk(table(bounds), table(source), table(target), table(opening), len(runs))
 
 
 def _histories(
@@ -239,10 +245,13 @@ def _stack(
         pairs.append(_pair(core, options, shape))
         tail = core.conv_tail.float()
         tails.append(torch.zeros_like(tail) if options.ablation == "no_conv_tail" else tail)
+    operators = [pair.A if shape.scalar else pair.A.mT for pair in pairs]
+    operator = torch.stack(operators).to(device)
     return Cores(
+        # In the layout of SGLang's pools, as the pairs of runs are.
         Pair(
-            torch.stack([pair.A for pair in pairs]).to(device),
-            torch.stack([pair.B for pair in pairs]).to(device),
+            operator if shape.scalar else operator.mT,
+            torch.stack([pair.B.mT for pair in pairs]).to(device).mT,
         ),
         torch.stack(tails).to(device),
     )
