@@ -49,3 +49,20 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, neox: bool)
         a, b = turned[..., 0::2], turned[..., 1::2]
         out = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
     return torch.cat([out.to(x.dtype), rest], dim=-1)
+
+
+def gather_rotate(
+    query: torch.Tensor, index: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, neox: bool
+) -> torch.Tensor:
+    """Queries as often as they are needed, each rotated by its own angles.
+
+    Args:
+        query: [tokens, heads, head_dim].
+        index: int [n], which query.
+        cos, sin: float32 [n, rotary_dim / 2], from ``angles``.
+        neox: as in ``rotate``.
+
+    Returns:
+        [n, heads, head_dim] in the dtype of ``query``.
+    """
+    return rotate(query[index.long()], cos, sin, neox=neox)

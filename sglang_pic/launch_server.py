@@ -191,6 +191,22 @@ def read_config(args: argparse.Namespace) -> PicConfig:
     )
 
 
+def with_defaults(flags: Sequence[str], *, cuda: bool) -> list[str]:
+    """SGLang's flags, and what linking needs of them unless they say otherwise.
+
+    Args:
+        cuda: SGLang would choose among attention backends that cannot link.
+    """
+    given = {flag.split("=")[0] for flag in flags}
+    made = list(flags)
+    if "--radix-cache-backend" not in given:
+        made += ["--radix-cache-backend", "pic"]
+    named = {f"--{kind}attention-backend" for kind in ("", "prefill-", "decode-")}
+    if cuda and not named & given:
+        made += ["--attention-backend", "triton"]
+    return made
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Start the server; returns when it stops."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -200,9 +216,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         read_config(args).to_env()
     except PicConfigError as error:
         parser.error(str(error))
-    rest = ["--model-path", args.model_path, *rest]
-    if not any(flag.split("=")[0] == "--radix-cache-backend" for flag in rest):
-        rest += ["--radix-cache-backend", "pic"]
+    import torch
+
+    rest = with_defaults(["--model-path", args.model_path, *rest], cuda=torch.cuda.is_available())
 
     from sglang.launch_server import run_server
     from sglang.srt.plugins import load_plugins

@@ -11,6 +11,7 @@ cache checks once more that all hooks are in place before it plans a link
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import multiprocessing
 import pkgutil
@@ -100,6 +101,13 @@ def uncompiled(cache: Any, req: Any, is_retracted: bool) -> list[int] | None:
     return (cache.send_back(req) or None) if link is not None and link.strict else None
 
 
+def graph_without_links(original: Callable[..., Any], runner: Any, forward_batch: Any) -> Any:
+    """Around ``can_run_graph``: a graph knows nothing of spans."""
+    backend = runner.model_runner.attn_backend
+    links = getattr(backend, "links", None)
+    return not (links is not None and links(forward_batch)) and original(runner, forward_batch)
+
+
 def generate_request(original: Any, manager: Any, obj: Any, request: Any = None) -> Any:
     """Around ``TokenizerManager.generate_request``: the funnel."""
     from sglang_pic.server import funnel
@@ -180,6 +188,19 @@ ENGINE_HOOKS = (
         ("runner", "full_attn_backend"),
         "SGLang picks a hybrid's linear backend here by model, without a registry",
     ),
+    *(
+        Hook(
+            _SRT + f"model_executor.runner.{module}.can_run_graph",
+            HookType.AROUND,
+            graph_without_links,
+            ("self", "forward_batch"),
+            "a captured graph replays stock attention, in which a linked row sees the future",
+        )
+        for module in (
+            "decode_cuda_graph_runner.DecodeCudaGraphRunner",
+            "prefill_cuda_graph_runner.PrefillCudaGraphRunner",
+        )
+    ),
 )
 
 FRONT_HOOKS = (
@@ -232,6 +253,22 @@ RELIED_ON = {
         "req_pool_indices",
         "seq_lens",
     ),
+    _SRT + "layers.attention.triton_backend.TritonAttnBackend.init_forward_metadata": (
+        "self",
+        "forward_batch",
+    ),
+    **{
+        _SRT + f"layers.attention.triton_backend.TritonAttnBackend.{name}": (
+            "self",
+            "q",
+            "k",
+            "v",
+            "layer",
+            "forward_batch",
+            "save_kv_cache",
+        )
+        for name in ("forward_extend", "forward_decode")
+    },
     _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.match_prefix": ("self", "params"),
     _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.lock": ("self", "node_id"),
     _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.unlock": ("self", "lock"),
@@ -304,6 +341,19 @@ RELIED_ON = {
         "initial_state",
         "initial_state_indices",
         "cu_seqlens",
+    ),
+    # On a GPU: what of it does not depend on the state.
+    _OPS + "attention.fla.chunk.prepare_chunk_indices": ("cu_seqlens", "chunk_size"),
+    _OPS + "attention.fla.chunk.l2norm_fwd": ("x",),
+    _OPS + "attention.fla.chunk.chunk_local_cumsum": ("g", "chunk_size"),
+    _OPS + "attention.fla.chunk.chunk_gated_delta_rule_fwd_intra": (
+        "k",
+        "v",
+        "g",
+        "beta",
+        "cu_seqlens",
+        "chunk_size",
+        "chunk_indices",
     ),
     _OPS + "attention.linear.fused_gdn_gating.fused_gdn_gating": ("A_log", "a", "b", "dt_bias"),
     _OPS + "mamba.causal_conv1d_triton.causal_conv1d_fn": (
@@ -384,28 +434,40 @@ def _install_cpu_kernels() -> None:
         HookRegistry.register(target, function, HookType.REPLACE)
 
 
+# By the name of what each stands in front of.
+_BACKENDS = {
+    "torch_native": "sglang_pic.attention.torch_native:PicTorchNativeBackend",
+    "triton": "sglang_pic.attention.triton:PicTritonBackend",
+}
+
+
+def _backend(stock: Callable[[Any], Any], ours: str, runner: Any) -> Any:
+    """SGLang's attention backend, or ours where the cache is ours and may link."""
+    from sglang.srt.runtime_context import get_memory
+
+    if (
+        get_memory().radix_cache_backend != CACHE_BACKEND
+        or runner.use_mla_backend
+        or runner.model_config.is_encoder_decoder
+        or not runner.spec_algorithm.is_none()
+    ):
+        return stock(runner)
+    return pkgutil.resolve_name(ours)(runner)
+
+
 def _register_backends() -> None:
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
     from sglang.srt.mem_cache.registry import (
         get_radix_cache_factory,
         register_radix_cache_backend,
     )
-    from sglang.srt.runtime_context import get_memory
 
     from sglang_pic.forest.build import build_cache
 
     if get_radix_cache_factory(CACHE_BACKEND) is None:
         register_radix_cache_backend(CACHE_BACKEND, build_cache)
-        stock = ATTENTION_BACKENDS["torch_native"]
-
-        def torch_native(runner: Any) -> Any:
-            if get_memory().radix_cache_backend != CACHE_BACKEND:
-                return stock(runner)
-            from sglang_pic.attention.torch_native import PicTorchNativeBackend
-
-            return PicTorchNativeBackend(runner)
-
-        ATTENTION_BACKENDS["torch_native"] = torch_native
+        for name, ours in _BACKENDS.items():
+            ATTENTION_BACKENDS[name] = functools.partial(_backend, ATTENTION_BACKENDS[name], ours)
 
 
 def engine_refusal() -> str | None:

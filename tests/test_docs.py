@@ -211,7 +211,7 @@ def test_every_field_of_an_answer_is_explained() -> None:
 
 
 def test_every_hook_is_listed() -> None:
-    listed = [named(row[0])[0] for row in rows_of(DOCS / "architecture.md") if named(row[0])]
+    listed = [name for row in rows_of(DOCS / "architecture.md") for name in named(row[0])]
     listed = [name for name in listed if not name.endswith("/")]
     targets = [hook.target for hook in (*sglang_hooks.ENGINE_HOOKS, *sglang_hooks.FRONT_HOOKS)]
     assert len(listed) == len(targets)

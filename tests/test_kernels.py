@@ -131,7 +131,7 @@ def linked_attention(lengths: list[int], seam: int, chunk: int) -> None:
                 partial[of_q], lse[of_q] = attend(
                     q[of_q], pool_k[keys_of], pool_v[keys_of], scale=0.25
                 )
-            got = merge(partial, lse, parts.query, extend)
+            got = merge(partial, lse, parts.merge_indptr, parts.merge_index)
         expected = exact[done : done + extend]
         torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=0)
 

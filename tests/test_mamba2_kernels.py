@@ -125,6 +125,7 @@ def test_operator_and_end_state_from_zero_are_the_pair(packed: dict[str, Any]) -
 def test_attention_without_positions_is_known_by_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
     class Attention(torch.nn.Module):
         layer_id, qk_head_dim, v_head_dim, sliding_window_size = 3, 16, 16, None
+        logit_cap = 0.0
 
     class GraniteMoeHybridAttention(torch.nn.Module):
         def __init__(self) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from sglang_pic.attention.kernels import kernels_for
 from sglang_pic.attention.rope import LayerRope
-from sglang_pic.kernels.rotate import angles, rotate
+from sglang_pic.kernels.rotate import angles
 from sglang_pic.link.plan import LinkPlan
 
 
@@ -36,9 +37,6 @@ class Relocator:
         for layer_id, rope in self._ropes.items():
             keys = self._pool.get_key_buffer(layer_id)
             values = self._pool.get_value_buffer(layer_id)
-            moved = keys[source]
-            if rope is not None:
-                cos, sin = angles(rope.cos_sin_cache, offsets)
-                moved = rotate(moved, cos, sin, neox=rope.neox)
-            keys[private] = moved
-            values[private] = values[source]
+            turns = None if rope is None else angles(rope.cos_sin_cache, offsets)
+            neox = rope is None or rope.neox
+            kernels_for(keys).relocate(keys, values, source, private, turns, neox=neox)

@@ -60,6 +60,8 @@ def layer_ropes(model: Any) -> tuple[dict[int, LayerRope | None], str | None]:
             return {}, f"layer {attn.layer_id}: key and value dimensions differ (MLA)"
         if attn.sliding_window_size is not None and attn.sliding_window_size > -1:
             return {}, f"layer {attn.layer_id}: sliding-window attention"
+        if attn.logit_cap:
+            return {}, f"layer {attn.layer_id}: attention scores are capped"
     if not layers:
         return {}, "the model has no attention layer SGLang could cache"
     unknown = sorted(layers - set(ropes))

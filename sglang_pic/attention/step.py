@@ -37,14 +37,14 @@ class StepRow:
         prefix: row entries that exist already, reused ones included.
         extend: tokens computed now, at least 1.
         row: int64, slots of the whole row, ``prefix + extend`` entries; read
-            for rows with a plan only.
+            for rows with a plan only, by ``build_step``.
     """
 
     plan: LinkPlan | None
     first_query: int
     prefix: int
     extend: int
-    row: torch.Tensor | None
+    row: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +76,8 @@ class Parts:
         qo_indptr: [parts + 1], on the host.
         slots: int64 [m], key slots of all parts.
         kv_indptr: [parts + 1], on the host.
+        merge_indptr: int64 [t + 1], merge_index: int64 [n], the gathered queries that
+            each query is.
     """
 
     tokens: torch.Tensor
@@ -84,6 +86,8 @@ class Parts:
     qo_indptr: list[int]
     slots: torch.Tensor
     kv_indptr: list[int]
+    merge_indptr: torch.Tensor
+    merge_index: torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,11 +163,9 @@ def _parts(rows: Sequence[StepRow], device: torch.device) -> Parts | None:
         for span in plan.spans:
             if done < span.first_seer:
                 continue
-            # A slot lies on one path of the tree: same end, same length, same span.
-            key = (int(span.slots[-1]), span.slots.numel())
-            part = shared.get(key)
+            part = shared.get(span.place)
             if part is None:
-                part = shared[key] = _Part(span.slots)
+                part = shared[span.place] = _Part(span.slots)
                 parts.append(part)
             part.query.append(i)
             part.offset.append(span.offset)
@@ -171,13 +173,17 @@ def _parts(rows: Sequence[StepRow], device: torch.device) -> Parts | None:
         private.query.append(i)
         private.offset.append(0)
         parts.append(private)
+    query = torch.tensor([i for part in parts for i in part.query])
+    seen = torch.bincount(query, minlength=len(rows)).cumsum(0)
     return Parts(
         tokens=torch.tensor([row.first_query for row in rows], device=device),
-        query=torch.tensor([i for part in parts for i in part.query], device=device),
+        query=query.to(device),
         offset=torch.tensor([i for part in parts for i in part.offset], device=device),
         qo_indptr=_indptr([len(part.query) for part in parts]),
         slots=torch.cat([part.slots for part in parts]).to(device, torch.int64),
         kv_indptr=_indptr([part.slots.numel() for part in parts]),
+        merge_indptr=torch.cat([seen.new_zeros(1), seen]).to(device),
+        merge_index=torch.argsort(query, stable=True).to(device),
     )
 
 

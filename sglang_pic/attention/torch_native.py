@@ -7,61 +7,42 @@ one call over all its queries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 from typing import Any
 
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from sglang_pic.attention.rope import LayerRope, layer_ropes
-from sglang_pic.attention.step import Parts, SpanStep, StepRow, build_step
-from sglang_pic.errors import PicIntegrityError
+from sglang_pic.attention.base import SpanBackend
+from sglang_pic.attention.rope import LayerRope
+from sglang_pic.attention.step import Parts, SpanStep, build_step
 from sglang_pic.kernels.attend import attend
 from sglang_pic.kernels.merge import merge
 from sglang_pic.kernels.rotate import angles, rotate
 from sglang_pic.kernels.walk import walk
-from sglang_pic.link.plan import LinkPlan
 
 
-class PicTorchNativeBackend(TorchNativeAttnBackend):
+class PicTorchNativeBackend(SpanBackend, TorchNativeAttnBackend):
     """SGLang's ``torch_native`` backend with linked rows."""
 
     def __init__(self, model_runner: Any):
         super().__init__(model_runner)
-        self.ropes, self.refusal = layer_ropes(model_runner.model)
-        self._plans: list[LinkPlan | None] = []
-        self._rids: list[str] = []
         self._step: SpanStep | None = None
         self._angles: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def set_plans(self, rids: Sequence[str], plans: Sequence[LinkPlan | None]) -> None:
-        """Plans of the batch that runs next; called once a forward pass."""
-        self._rids, self._plans = list(rids), list(plans)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         super().init_forward_metadata(forward_batch)
         self._step = None
         self._angles.clear()
-        if any(plan is not None for plan in self._plans):
-            if self._rids != forward_batch.rids:
-                raise PicIntegrityError("the forward pass is not the one that was planned")
-            self._step = build_step(self._rows(forward_batch), self.device)
-
-    def _rows(self, batch: Any) -> list[StepRow]:
-        decode = batch.forward_mode.is_decode()
-        totals = batch.seq_lens.tolist()
-        extends = [1] * len(totals) if decode else batch.extend_seq_lens.tolist()
-        pool = batch.req_pool_indices.tolist()
-        rows = []
-        at = 0
-        for plan, total, extend, slot in zip(self._plans, totals, extends, pool, strict=True):
-            if plan is not None and plan.relocated and decode:
-                plan = None  # its keys are in place: stock decode is right
-            row = self.req_to_token_pool.req_to_token[slot, :total] if plan else None
-            rows.append(StepRow(plan, at, total - extend, extend, row))
-            at += extend
-        return rows
+        rows = self.planned_rows(forward_batch)
+        if rows is not None:
+            table, pool = self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices
+            held = [
+                dataclasses.replace(row, row=table[slot, : row.prefix + row.extend])
+                for row, slot in zip(rows, pool.tolist(), strict=True)
+            ]
+            self._step = build_step(held, self.device)
 
     # -- per layer ------------------------------------------------------------
 
@@ -136,7 +117,7 @@ class PicTorchNativeBackend(TorchNativeAttnBackend):
             of_q = slice(parts.qo_indptr[part], parts.qo_indptr[part + 1])
             of_k = slice(parts.kv_indptr[part], parts.kv_indptr[part + 1])
             partial[of_q], lse[of_q] = attend(gathered[of_q], key[of_k], value[of_k], scale=scale)
-        merged = merge(partial, lse, parts.query, parts.tokens.numel())
+        merged = merge(partial, lse, parts.merge_indptr, parts.merge_index)
         out[parts.tokens] = merged.to(out.dtype)
 
     def _forward_ordinary(

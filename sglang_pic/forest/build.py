@@ -19,11 +19,11 @@ from sglang_pic.manage.store import Store
 logger = logging.getLogger(__name__)
 
 
-def _refusal(ctx: Any, backend: Any) -> str | None:
+def _refusal(ctx: Any, runner: Any) -> str | None:
     """Why this server must not link, or ``None``."""
     from sglang_pic.sglang_hooks import engine_refusal
 
-    args = ctx.server_args
+    args, backend = ctx.server_args, runner.attn_backend
     reasons = {
         "the radix cache is disabled": args.disable_radix_cache,
         "sliding-window models are not supported": ctx.is_hybrid_swa,
@@ -34,6 +34,14 @@ def _refusal(ctx: Any, backend: Any) -> str | None:
             ctx.is_hybrid_ssm and args.tp_size > 1
         ),
         "prefill/decode disaggregation is not supported": args.disaggregation_mode != "null",
+        "context parallelism is not supported": args.dcp_size > 1 or args.attn_cp_size > 1,
+        "data-parallel attention is not supported": args.enable_dp_attention,
+        "two-batch overlap is not supported": args.enable_two_batch_overlap,
+        "deterministic inference is not supported": args.enable_deterministic_inference,
+        "diffusion models are not supported": args.dllm_algorithm is not None,
+        "a KV cache of another type than the model's is not supported": (
+            runner.kv_cache_dtype != runner.dtype
+        ),
         f"attention backend {type(backend).__name__} cannot link": not hasattr(
             backend, "set_rows" if ctx.is_hybrid_ssm else "set_plans"
         ),
@@ -56,7 +64,7 @@ def build_cache(ctx: Any) -> PicCache:
     config = PicConfig.from_env()
     runner = ctx.tp_worker.model_runner
     backend = runner.attn_backend
-    refusal = _refusal(ctx, backend)
+    refusal = _refusal(ctx, runner)
     vocabulary = ctx.model_config.vocab_size
     if any(not 0 <= token < vocabulary for token in config.compile_context):
         raise PicConfigError("the compile context holds a token outside the vocabulary")

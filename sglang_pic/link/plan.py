@@ -10,6 +10,7 @@ forest.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,12 @@ class Span:
     @property
     def n_tokens(self) -> int:
         return self.slots.numel()
+
+    @functools.cached_property
+    def place(self) -> tuple[int, int]:
+        """The same for spans of the same pages: a slot lies on one path of the tree,
+        so same end and same length are the same span."""
+        return int(self.slots[-1]), self.n_tokens
 
     @property
     def positions(self) -> torch.Tensor:

@@ -1,0 +1,245 @@
+"""Attention of linked rows straight from SGLang's request-to-token table.
+
+The forms that a GPU runs, as loops in torch: what ``kernels.triton`` must give.
+A row's entries are its spans one behind the other, the computed tokens last:
+
+    entry   0 ........ | ........ | ......... | ...........
+    span      0            1           2          computed (causal)
+
+Computed tokens have *ranks* 0, 1, 2, ... in logical order. A query of rank c sees a
+reused span if ``seer <= c``, and the computed token of rank j if ``j <= c``. Both
+are one rule: entry j of a span is seen from rank ``seer + step * j`` on, with step
+0 for reused spans and 1 for the computed ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sglang_pic.kernels.attend import attend_dense
+from sglang_pic.kernels.rotate import rotate
+
+
+@dataclasses.dataclass(frozen=True)
+class RowTable:
+    """Rows whose queries walk their own spans. All tensors are int32, on the device.
+
+    Attributes:
+        batch_row: [rows], index into the batch's rows.
+        q_start, q_len: [rows], queries among the batch's tokens.
+        done: [rows], rank of the first of them.
+        span_indptr: [rows + 1], spans of each row.
+        span_start, span_len: [spans], row entries.
+        span_seer, span_step: [spans], from which rank on they are seen.
+        tile_row, tile_first: [tiles], row and first query, within the row, of every
+            tile of ``tile`` queries.
+        tile: queries of a tile.
+    """
+
+    batch_row: torch.Tensor
+    q_start: torch.Tensor
+    q_len: torch.Tensor
+    done: torch.Tensor
+    span_indptr: torch.Tensor
+    span_start: torch.Tensor
+    span_len: torch.Tensor
+    span_seer: torch.Tensor
+    span_step: torch.Tensor
+    tile_row: torch.Tensor
+    tile_first: torch.Tensor
+    tile: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PartTable:
+    """Spans with all queries that see them. All tensors are int32, on the device.
+
+    Attributes:
+        query: [n], token of the batch that each gathered query is.
+        qo_indptr: [parts + 1], gathered queries of each part.
+        batch_row: [parts], a row of the batch that holds the part's keys.
+        kv_start, kv_len: [parts], where in that row.
+        item_part, item_first, item_kv: [items], part, first gathered query within the
+            part and first key within the part, of every piece of work: ``tile``
+            queries over ``chunk`` keys.
+        item_out: [items], first partial result of each piece.
+        merge_indptr: [queries + 1], ``merge_index``: [partials], the partial results of
+            each of ``token``: [queries], tokens of the batch.
+        tile, chunk: see above.
+    """
+
+    query: torch.Tensor
+    qo_indptr: torch.Tensor
+    batch_row: torch.Tensor
+    kv_start: torch.Tensor
+    kv_len: torch.Tensor
+    item_part: torch.Tensor
+    item_first: torch.Tensor
+    item_kv: torch.Tensor
+    item_out: torch.Tensor
+    merge_indptr: torch.Tensor
+    merge_index: torch.Tensor
+    token: torch.Tensor
+    tile: int
+    chunk: int
+
+
+def walk_rows(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    req_to_token: torch.Tensor,
+    pool_rows: torch.Tensor,
+    table: RowTable,
+    turns: tuple[torch.Tensor, torch.Tensor] | None,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    neox: bool = True,
+    splits: int = 1,
+) -> None:
+    """Queries of linked rows over all keys they see, into ``out``.
+
+    ``<R(p) q, R(j + s) k> = <R(p - s) q, R(j) k>``: at every span the queries are
+    turned back by its offset, the keys stay as they were cached.
+
+    Args:
+        query: [tokens, heads, head_dim], rotated to their true positions.
+        keys, values: [slots, kv_heads, head_dim], SGLang's buffers of one layer.
+        req_to_token: int32 [pool, width], slots of every row's entries.
+        pool_rows: int [batch], row of ``req_to_token`` of every row of the batch.
+        table: which queries, which spans.
+        turns: cos, sin float32 [spans, rotary_dim / 2] of a rotation by minus the
+            span's offset (``kernels.rotate.angles``); ``None`` without positions.
+        out: [tokens, heads, head_dim]; other tokens' rows are left alone.
+        scale: multiplies the scores.
+        neox: layout of the rotation, as in ``kernels.rotate.rotate``.
+        splits: parts into which a GPU cuts each row's entries; changes nothing else.
+    """
+
+    def meet(span: int, q: torch.Tensor, _: torch.Tensor, here: torch.Tensor) -> Any:
+        if turns is None:
+            return q, keys[here]
+        cos, sin = (t[span].expand(len(q), -1) for t in turns)
+        return rotate(q, cos, sin, neox=neox), keys[here]
+
+    _walk(query, values, req_to_token, pool_rows, table, meet, out, scale)
+
+
+def walk_unrotated(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_to_position: torch.Tensor,
+    pool_rows: torch.Tensor,
+    table: RowTable,
+    cos_sin: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    neox: bool = True,
+    splits: int = 1,
+) -> None:
+    """The same over keys that were cached before any rotation (MEPIC, arXiv 2512.16822):
+    each is rotated to its true position as it is read.
+
+    Args:
+        keys: [slots, kv_heads, head_dim], unrotated.
+        req_to_position: int32 [pool, width], position of every row's entries.
+        cos_sin: float32 [max_position, rotary_dim], ``cos | sin`` of each position.
+        query, values, req_to_token, pool_rows, table, out, scale, neox, splits: as in
+            ``walk_rows``.
+    """
+
+    def meet(_: int, q: torch.Tensor, entries: torch.Tensor, here: torch.Tensor) -> Any:
+        cos, sin = cos_sin[entries].float().chunk(2, -1)
+        return q, rotate(keys[here], cos, sin, neox=neox)
+
+    _walk(query, values, req_to_token, pool_rows, table, meet, out, scale, req_to_position)
+
+
+def _walk(
+    query: torch.Tensor,
+    values: torch.Tensor,
+    req_to_token: torch.Tensor,
+    pool_rows: torch.Tensor,
+    table: RowTable,
+    meet: Callable[..., Any],
+    out: torch.Tensor,
+    scale: float,
+    req_to_position: torch.Tensor | None = None,
+) -> None:
+    """Walk rows whose queries and keys meet as ``meet`` says."""
+    group = query.shape[1] // values.shape[1]
+    columns = (table.batch_row, table.q_start, table.q_len, table.done)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    bounds = table.span_indptr.tolist()
+    for row, (batch_row, start, length, done) in enumerate(rows):
+        pool_row = int(pool_rows[batch_row])
+        rank = done + torch.arange(length, device=query.device)
+        scores, seen = [], []
+        for span in range(bounds[row], bounds[row + 1]):
+            first, count = int(table.span_start[span]), int(table.span_len[span])
+            entries = slice(first, first + count)
+            slots = req_to_token[pool_row, entries].long()
+            places = slots if req_to_position is None else req_to_position[pool_row, entries]
+            q, k = meet(span, query[start : start + length], places.long(), slots)
+            born = torch.arange(count, device=query.device) * int(table.span_step[span])
+            unseen = born + int(table.span_seer[span]) > rank[:, None]
+            wide = k.to(q.dtype).repeat_interleave(group, 1).float()
+            score = torch.einsum("nhd,mhd->hnm", q.float(), wide) * scale
+            scores.append(score.masked_fill(unseen, -torch.inf))
+            seen.append(slots)
+        weights = torch.cat(scores, -1).softmax(-1)
+        v = values[torch.cat(seen)].repeat_interleave(group, 1)
+        out[start : start + length] = torch.einsum("hnm,mhd->nhd", weights, v.float()).to(out.dtype)
+
+
+def attend_parts(
+    gathered: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    req_to_token: torch.Tensor,
+    pool_rows: torch.Tensor,
+    table: PartTable,
+    *,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every part's queries over its keys, chunk by chunk; no mask.
+
+    Args:
+        gathered: [n, heads, head_dim], the queries of ``table.query``, turned to
+            where the part's keys are.
+        keys, values, req_to_token, pool_rows: as in ``walk_rows``.
+        table: which queries, which keys.
+        scale: multiplies the scores.
+
+    Returns:
+        partial: float32 [partials, heads, head_dim]; lse: float32 [partials, heads],
+        natural log; to be merged by ``kernels.merge.merge``.
+    """
+    group = gathered.shape[1] // keys.shape[1]
+    count = table.merge_index.numel()
+    partial = gathered.new_zeros((count, *gathered.shape[1:]), dtype=torch.float32)
+    lse = partial.new_zeros(partial.shape[:2])
+    items = (table.item_part, table.item_first, table.item_kv, table.item_out)
+    for part, first, kv, at in zip(*(t.tolist() for t in items), strict=True):
+        q_bounds = table.qo_indptr[part : part + 2].tolist()
+        begin = q_bounds[0] + first
+        end = min(q_bounds[1], begin + table.tile)
+        row = req_to_token[int(pool_rows[int(table.batch_row[part])])]
+        start, length = int(table.kv_start[part]), int(table.kv_len[part])
+        slots = row[start + kv : start + min(length, kv + table.chunk)].long()
+        q = gathered[begin:end].transpose(0, 1)
+        k, v = (
+            x[slots].to(q.dtype).repeat_interleave(group, 1).transpose(0, 1) for x in (keys, values)
+        )
+        found, found_lse = attend_dense(q, k, v, scale)
+        partial[at : at + end - begin] = found.transpose(0, 1)
+        lse[at : at + end - begin] = found_lse.T
+    return partial, lse

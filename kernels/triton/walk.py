@@ -1,0 +1,244 @@
+"""Triton forms of ``kernels.rows.walk_rows`` and ``walk_unrotated``: one pass over a
+row's spans.
+
+Each program takes a tile of queries that share a key head and walks the row's spans.
+Either it turns its queries back by each span's offset as it enters it, and keys stay as
+they were cached: the loop over keys is then that of a plain paged kernel, in registers
+and shared memory too. Or (MEPIC, arXiv 2512.16822) keys were cached unrotated, and every
+tile of them is rotated as it is read, which doubles what a tile takes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from sglang_pic.kernels.rows import RowTable
+from sglang_pic.kernels.triton.merge import merge
+from sglang_pic.kernels.triton.rotate import rotate_partner
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# Who is rotated where a row meets a span.
+NOBODY, QUERIES, KEYS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+def warps_of(block_m: int, dim: int) -> int:
+    """Warps over which a tile's float32 sums fit into registers without spilling."""
+    return 4 if block_m * dim <= 64 * 128 else 8
+
+
+@triton.jit
+def _turned(
+    Query, Cos, Sin, offset, mask, partner, sign, angle, turned,
+    span, d, ROTATED: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries, turned back by the offset of a span."""
+    q = tl.load(Query + offset[:, None] + d[None, :], mask=mask, other=0.0)
+    if ROTATED == QUERIES:
+        other = tl.load(Query + offset[:, None] + partner[None, :], mask=mask, other=0.0)
+        cos = tl.load(Cos + span * HALF + angle, mask=turned, other=1.0)
+        sin = tl.load(Sin + span * HALF + angle, mask=turned, other=0.0) * sign
+        q = (q.to(tl.float32) * cos[None, :] + other.to(tl.float32) * sin[None, :]).to(q.dtype)
+    return q
+
+
+@triton.jit
+def _rotated(
+    Keys, CosSin, key_at, position, mask, partner, sign, angle, turned, d, HALF: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys at their true positions."""
+    k = tl.load(Keys + key_at[:, None] + d[None, :], mask=mask, other=0.0)
+    other = tl.load(Keys + key_at[:, None] + partner[None, :], mask=mask, other=0.0)
+    place = position.to(tl.int64)[:, None] * (2 * HALF) + angle[None, :]
+    some = mask & turned[None, :]
+    cos = tl.load(CosSin + place, mask=some, other=1.0)
+    sin = tl.load(CosSin + place + HALF, mask=some, other=0.0) * sign[None, :]
+    return (k.to(tl.float32) * cos + other.to(tl.float32) * sin).to(k.dtype)
+
+
+@triton.jit
+def _walk_rows(
+    Query, Keys, Values, Slots, Positions, PoolRows,
+    BatchRow, QStart, QLen, Done, SpanIndptr, SpanStart, SpanLen, SpanSeer, SpanStep,
+    TileRow, TileFirst, Cos, Sin, Out, Partial, Lse,
+    scale, q_n, q_h, k_n, k_h, v_n, v_h, slots_n, o_n, o_h,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    HALF: tl.constexpr, NEOX: tl.constexpr, ROTATED: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = tl.load(TileRow + tile)
+    first = tl.load(TileFirst + tile)
+    length = tl.load(QLen + row)
+    if first >= length:
+        return
+    m = tl.arange(0, BLOCK_M)
+    query = first + m // GROUP
+    head = kv_head * GROUP + m % GROUP
+    here = (query < length) & (m < TILE * GROUP)
+    rank = tl.load(Done + row) + query
+    token = (tl.load(QStart + row) + query).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    in_head = d < DIM
+    mask = here[:, None] & in_head[None, :]
+    offset = token * q_n + head * q_h
+    partner, sign, angle, turned = rotate_partner(d, HALF, NEOX)
+    pool_row = tl.load(PoolRows + tl.load(BatchRow + row)).to(tl.int64)
+    slots = Slots + pool_row * slots_n
+    positions = Positions + pool_row * slots_n
+
+    span_from, span_to = tl.load(SpanIndptr + row), tl.load(SpanIndptr + row + 1)
+    entries = tl.load(SpanStart + span_to - 1) + tl.load(SpanLen + span_to - 1)
+    per_split = tl.cdiv(tl.cdiv(entries, SPLITS), BLOCK_N) * BLOCK_N
+    lowest, highest = split * per_split, (split + 1) * per_split
+    last = tl.max(tl.where(here, rank, 0))
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for span in range(span_from, span_to):
+        start = tl.load(SpanStart + span)
+        seer, step = tl.load(SpanSeer + span), tl.load(SpanStep + span)
+        begin = tl.maximum(lowest, start)
+        end = tl.minimum(highest, start + tl.load(SpanLen + span))
+        # Nothing behind the tile's last query is seen by any of it.
+        end = tl.where(step == 1, tl.minimum(end, start + last - seer + 1), end)
+        end = tl.where(seer <= last, end, begin)
+        if begin < end:
+            q = _turned(
+                Query, Cos, Sin, offset, mask, partner, sign, angle, turned, span, d, ROTATED, HALF
+            )
+            for at in range(begin, end, BLOCK_N):
+                entry = at + tl.arange(0, BLOCK_N)
+                held = entry < end
+                slot = tl.load(slots + entry, mask=held, other=0).to(tl.int64)
+                kv_mask = held[:, None] & in_head[None, :]
+                key_at = slot * k_n + kv_head * k_h
+                if ROTATED == KEYS:
+                    position = tl.load(positions + entry, mask=held, other=0)
+                    k = _rotated(
+                        Keys, Cos, key_at, position, kv_mask, partner, sign, angle, turned, d, HALF
+                    ).to(q.dtype)
+                else:
+                    k = tl.load(Keys + key_at[:, None] + d[None, :], mask=kv_mask, other=0.0).to(
+                        q.dtype
+                    )
+                score = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+                born = seer + step * (entry - start)
+                sees = held[None, :] & (born[None, :] <= rank[:, None])
+                score = tl.where(sees, score, float("-inf"))
+                new = tl.maximum(top, tl.max(score, 1))
+                safe = tl.where(new == float("-inf"), 0.0, new)
+                weight = tl.exp2(score - safe[:, None])
+                shrink = tl.exp2(top - safe)
+                value_at = Values + (slot * v_n + kv_head * v_h)[:, None] + d[None, :]
+                v = tl.load(value_at, mask=kv_mask, other=0.0).to(q.dtype)
+                acc = acc * shrink[:, None]
+                acc = tl.dot(weight.to(q.dtype), v, acc, input_precision="ieee")
+                total = total * shrink + tl.sum(weight, 1)
+                top = new
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    if SPLITS == 1:
+        out_at = Out + (token * o_n + head * o_h)[:, None] + d[None, :]
+        tl.store(out_at, acc.to(Out.dtype.element_ty), mask=mask)
+    else:
+        # Every tile holds one query here: partial results of a row lie together.
+        place = (row * SPLITS + split).to(tl.int64) * HEADS + head
+        tl.store(Partial + place[:, None] * DIM + d[None, :], acc, mask=mask)
+        some = total > 0.0
+        lse = tl.where(some, top / LOG2E + tl.log(tl.where(some, total, 1.0)), float("-inf"))
+        tl.store(Lse + place, lse, mask=here)
+
+
+def walk_rows(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    req_to_token: torch.Tensor,
+    pool_rows: torch.Tensor,
+    table: RowTable,
+    turns: tuple[torch.Tensor, torch.Tensor] | None,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    neox: bool = True,
+    splits: int = 1,
+) -> None:
+    """As ``kernels.rows.walk_rows``. With ``splits`` above 1 every row has one query,
+    and its keys go to so many programs, whose results are merged."""
+    rotated = NOBODY if turns is None else QUERIES
+    cos, sin = turns if turns is not None else (query, query)
+    half = cos.shape[-1] if turns is not None else 1
+    _launch(
+        query, keys, values, req_to_token, req_to_token, pool_rows, table, cos, sin, out,
+        scale, splits, half, neox, rotated,
+    )  # fmt: skip
+
+
+def walk_unrotated(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_to_position: torch.Tensor,
+    pool_rows: torch.Tensor,
+    table: RowTable,
+    cos_sin: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    neox: bool = True,
+    splits: int = 1,
+) -> None:
+    """As ``kernels.rows.walk_unrotated``; ``splits`` as in ``walk_rows``. Both tables of
+    rows have the same strides."""
+    half = cos_sin.shape[-1] // 2
+    _launch(
+        query, keys, values, req_to_token, req_to_position, pool_rows, table, cos_sin, cos_sin,
+        out, scale, splits, half, neox, KEYS,
+    )  # fmt: skip
+
+
+def _launch(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_to_position: torch.Tensor,
+    pool_rows: torch.Tensor,
+    table: RowTable,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    out: torch.Tensor,
+    scale: float,
+    splits: int,
+    half: int,
+    neox: bool,
+    rotated: tl.constexpr,
+) -> None:
+    heads, dim = query.shape[1:]
+    kv_heads = keys.shape[1]
+    group = heads // kv_heads
+    rows = table.batch_row.numel()
+    partial = lse = query
+    if splits > 1:
+        partial = query.new_empty((rows * splits, heads, dim), dtype=torch.float32)
+        lse = partial.new_empty((rows * splits, heads))
+    block_m = max(16, triton.next_power_of_2(table.tile * group))
+    _walk_rows[(table.tile_row.numel(), kv_heads, splits)](
+        query, keys, values, req_to_token, req_to_position, pool_rows,
+        table.batch_row, table.q_start, table.q_len, table.done,
+        table.span_indptr, table.span_start, table.span_len, table.span_seer, table.span_step,
+        table.tile_row, table.tile_first, cos, sin, out, partial, lse,
+        scale, *query.stride()[:2], *keys.stride()[:2], *values.stride()[:2],
+        req_to_token.stride(0), *out.stride()[:2],
+        GROUP=group, HEADS=heads, DIM=dim, BLOCK_D=triton.next_power_of_2(dim),
+        HALF=half, NEOX=neox, ROTATED=rotated, TILE=table.tile, BLOCK_M=block_m,
+        BLOCK_N=64 if rotated != KEYS or dim <= 128 else 32, SPLITS=splits,
+        num_warps=warps_of(block_m, dim), num_stages=2,
+    )  # fmt: skip
+    if splits > 1:
+        indptr = torch.arange(0, rows * splits + 1, splits, device=query.device)
+        index = torch.arange(rows * splits, device=query.device)
+        out[table.q_start.long()] = merge(partial, lse, indptr, index).to(out.dtype)

@@ -1,0 +1,91 @@
+"""What every attention backend over spans shares: plans in, rows out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sglang_pic.attention.rope import LayerRope, layer_ropes
+from sglang_pic.attention.step import StepRow
+from sglang_pic.errors import PicIntegrityError
+from sglang_pic.link.plan import LinkPlan
+
+
+class SpanBackend:
+    """Stands in front of one of SGLang's attention backends among the bases.
+
+    Attributes:
+        ropes: rotary table by layer id, ``None`` for a layer without positions.
+        refusal: why this model must not be linked, or ``None``.
+    """
+
+    ropes: dict[int, LayerRope | None]
+    refusal: str | None
+
+    def __init__(self, model_runner: Any, *args: Any, **kwargs: Any):
+        super().__init__(model_runner, *args, **kwargs)  # type: ignore[call-arg]
+        self.ropes, self.refusal = layer_ropes(model_runner.model)
+        self._plans: list[LinkPlan | None] = []
+        self._rids: list[str] = []
+
+    def set_plans(self, rids: Sequence[str], plans: Sequence[LinkPlan | None]) -> None:
+        """Plans of the batch that runs next; called once a forward pass."""
+        self._rids, self._plans = list(rids), list(plans)
+
+    def links(self, batch: Any) -> bool:
+        """Whether any row of the batch must see spans; no graph of SGLang's may run it."""
+        return any(plan is not None for plan in self._live_plans(batch))
+
+    def _live_plans(self, batch: Any) -> list[LinkPlan | None]:
+        if not batch.forward_mode.is_decode():
+            return self._plans
+        # Decode of relocated rows: their keys are in place, stock attention is right.
+        return [None if plan is not None and plan.relocated else plan for plan in self._plans]
+
+    def planned_rows(self, batch: Any) -> list[StepRow] | None:
+        """The batch's rows, or ``None`` if none is linked.
+
+        Args:
+            batch: SGLang's ``ForwardBatch``.
+
+        Raises:
+            PicIntegrityError: it is not the batch that was planned.
+        """
+        if not self.links(batch):
+            return None
+        if self._rids != batch.rids:
+            raise PicIntegrityError("the forward pass is not the one that was planned")
+        lengths = batch.seq_lens if batch.seq_lens_cpu is None else batch.seq_lens_cpu
+        totals = lengths.tolist()
+        decode = batch.forward_mode.is_decode()
+        extends = [1] * len(totals) if decode else [int(n) for n in batch.extend_seq_lens_cpu]
+        rows = []
+        at = 0
+        plans = self._live_plans(batch)
+        for plan, total, extend in zip(plans, totals, extends, strict=True):
+            rows.append(StepRow(plan, at, total - extend, extend))
+            at += extend
+        return rows
+
+    def without_linked(self, batch: Any) -> Any:
+        """The batch as SGLang's own kernels shall see it: linked rows, whose result is
+        replaced, have no keys but their new ones."""
+        part = copy.copy(batch)
+        plans = self._live_plans(batch)
+        linked = torch.tensor([plan is not None for plan in plans])
+        decode = batch.forward_mode.is_decode()
+        extends = [1] * len(plans) if decode else [int(n) for n in batch.extend_seq_lens_cpu]
+        extend = torch.tensor(extends)
+        if batch.seq_lens_cpu is not None:
+            part.seq_lens_cpu = torch.where(linked, extend, batch.seq_lens_cpu)
+            part.seq_lens_sum = int(part.seq_lens_cpu.sum())
+        here = linked.to(batch.seq_lens.device)
+        part.seq_lens = torch.where(here, extend.to(batch.seq_lens), batch.seq_lens)
+        if not decode:
+            part.extend_prefix_lens = batch.extend_prefix_lens.masked_fill(here, 0)
+            prefixes = zip(batch.extend_prefix_lens_cpu, plans, strict=True)
+            part.extend_prefix_lens_cpu = [0 if plan else int(n) for n, plan in prefixes]
+        return part

@@ -1,0 +1,265 @@
+"""One forward pass of linked rows as the tables that GPU kernels walk.
+
+Everything that depends on lengths and plans alone, once a step: layers only launch.
+Keys are named by row entries, not by slots, so that a step ships a few integers a
+span and reads SGLang's own request-to-token table on the device.
+
+Rows with several new tokens *walk* their spans (``RowTable``). So do rows that decode,
+unless they share spans: then every distinct span is a *part*, read once for all
+requests that see it (``PartTable``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from sglang_pic.attention.step import StepRow
+from sglang_pic.kernels.rows import PartTable, RowTable
+
+# Keys read by all requests, for each key read once: from here on parts are worth
+# their partial results (estimated in docs/gpu.md).
+SHARING = 1.1
+# Query heads of a tile: rows of its matrix products.
+TILE_ROWS = 64
+# Keys of one piece of work, at least and at most.
+MIN_CHUNK, MAX_CHUNK = 128, 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Walkers:
+    """Rows that walk: their table, int64 [spans] ``offset`` of every span, and into
+    how many ``splits`` a GPU cuts each row's keys."""
+
+    table: RowTable
+    offset: torch.Tensor
+    splits: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedParts:
+    """Rows that decode together: their table, and int64 [n] ``offset`` of the span of
+    every gathered query."""
+
+    table: PartTable
+    offset: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class TableStep:
+    """Tables of one forward pass, valid until the next one.
+
+    Attributes:
+        links: rows with several new tokens.
+        decodes: rows with one that share too little.
+        parts: rows with one that share spans.
+        linked: indices of the batch's linked rows.
+        ordinary: whether there are others.
+    """
+
+    links: Walkers | None
+    decodes: Walkers | None
+    parts: SharedParts | None
+    linked: list[int]
+    ordinary: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What tables depend on beside the rows.
+
+    Attributes:
+        tile: queries of a tile of several.
+        kv_heads: of a layer.
+        programs: pieces of work that keep the device busy.
+    """
+
+    tile: int
+    kv_heads: int
+    programs: int
+
+
+def tile_of(heads: int, kv_heads: int) -> int:
+    """Queries of a tile, all heads that share a key head included."""
+    return max(1, TILE_ROWS * kv_heads // heads)
+
+
+def sharing_degree(rows: Sequence[StepRow]) -> float:
+    """Keys of reused spans that these rows read, for each distinct one; 1 if none."""
+    seen: dict[tuple[int, int], int] = {}
+    read = 0
+    for row in rows:
+        assert row.plan is not None
+        for span in row.plan.spans:
+            read += span.n_tokens
+            seen[span.place] = span.n_tokens
+    return read / sum(seen.values()) if read else 1.0
+
+
+def build_tables(
+    rows: Sequence[StepRow], shape: Shape, device: torch.device | str
+) -> TableStep | None:
+    """Arrange one batch.
+
+    Args:
+        rows: every row of the batch, in its order; ``row`` is not read.
+        shape: of layers and device.
+        device: where the tables are needed.
+
+    Returns:
+        The tables, or ``None`` if no row is linked.
+    """
+    linked = [i for i, row in enumerate(rows) if row.plan is not None]
+    if not linked:
+        return None
+    links = [i for i in linked if rows[i].extend > 1]
+    singles = [i for i in linked if rows[i].extend == 1]
+    shared = sharing_degree([rows[i] for i in singles]) > SHARING
+    return TableStep(
+        links=walkers(rows, links, shape.tile, 1, device) if links else None,
+        decodes=(
+            walkers(rows, singles, 1, _splits([rows[i] for i in singles], shape), device)
+            if singles and not shared
+            else None
+        ),
+        parts=parts(rows, singles, shape, device) if shared else None,
+        linked=linked,
+        ordinary=len(linked) < len(rows),
+    )
+
+
+def _splits(rows: Sequence[StepRow], shape: Shape) -> int:
+    longest = max(row.prefix + row.extend for row in rows)
+    wanted = math.ceil(shape.programs / (len(rows) * shape.kv_heads))
+    return max(1, min(wanted, math.ceil(longest / MIN_CHUNK)))
+
+
+def _ship(
+    columns: Mapping[str, Sequence[int]], device: torch.device | str
+) -> dict[str, torch.Tensor]:
+    """int32 columns, in one copy to the device."""
+    flat = torch.tensor([n for column in columns.values() for n in column], dtype=torch.int32)
+    if torch.device(device).type == "cuda":
+        flat = flat.pin_memory()
+    pieces = flat.to(device, non_blocking=True).split([len(c) for c in columns.values()])
+    return dict(zip(columns, pieces, strict=True))
+
+
+def walkers(
+    rows: Sequence[StepRow],
+    chosen: Sequence[int],
+    tile: int,
+    splits: int,
+    device: torch.device | str,
+) -> Walkers:
+    """The chosen rows of a batch, each to walk its own spans."""
+    columns: dict[str, list[int]] = {
+        field.name: [] for field in dataclasses.fields(RowTable) if field.name != "tile"
+    }
+    columns["span_indptr"].append(0)
+    offset: list[int] = []
+    for i, index in enumerate(chosen):
+        row = rows[index]
+        plan = row.plan
+        assert plan is not None
+        columns["batch_row"].append(index)
+        columns["q_start"].append(row.first_query)
+        columns["q_len"].append(row.extend)
+        columns["done"].append(row.prefix - plan.reused)
+        for span in plan.spans:
+            columns["span_start"].append(span.row_start)
+            columns["span_len"].append(span.n_tokens)
+            columns["span_seer"].append(span.first_seer)
+            columns["span_step"].append(0)
+            offset.append(span.offset)
+        columns["span_start"].append(plan.reused)
+        columns["span_len"].append(row.prefix + row.extend - plan.reused)
+        columns["span_seer"].append(0)
+        columns["span_step"].append(1)
+        offset.append(0)
+        columns["span_indptr"].append(len(offset))
+        for first in range(0, row.extend, tile):
+            columns["tile_row"].append(i)
+            columns["tile_first"].append(first)
+    shipped = _ship({**columns, "offset": offset}, device)
+    offsets = shipped.pop("offset").to(torch.int64)
+    return Walkers(RowTable(**shipped, tile=tile), offsets, splits)
+
+
+class _Part:
+    """Keys of one part, and the queries that see them."""
+
+    def __init__(self, batch_row: int, start: int, length: int):
+        self.batch_row, self.start, self.length = batch_row, start, length
+        self.queries: list[int] = []
+        self.offsets: list[int] = []
+
+
+def parts(
+    rows: Sequence[StepRow], chosen: Sequence[int], shape: Shape, device: torch.device | str
+) -> SharedParts:
+    """The chosen rows of a batch, each with one new token, by distinct span."""
+    made: list[_Part] = []
+    shared: dict[tuple[int, int], _Part] = {}
+    for i, index in enumerate(chosen):
+        row = rows[index]
+        plan = row.plan
+        assert plan is not None
+        done = row.prefix - plan.reused
+        for span in plan.spans:
+            if done < span.first_seer:
+                continue
+            part = shared.get(span.place)
+            if part is None:
+                part = shared[span.place] = _Part(index, span.row_start, span.n_tokens)
+                made.append(part)
+            part.queries.append(i)
+            part.offsets.append(span.offset)
+        own = _Part(index, plan.reused, done + 1)
+        own.queries.append(i)
+        own.offsets.append(0)
+        made.append(own)
+
+    tile = shape.tile
+    tiles = [math.ceil(len(part.queries) / tile) for part in made]
+    read = sum(n * part.length for n, part in zip(tiles, made, strict=True))
+    chunk = math.ceil(read * shape.kv_heads / shape.programs)
+    chunk = min(MAX_CHUNK, max(MIN_CHUNK, math.ceil(chunk / MIN_CHUNK) * MIN_CHUNK))
+    tokens = [rows[index].first_query for index in chosen]
+    columns: dict[str, list[int]] = {
+        field.name: []
+        for field in dataclasses.fields(PartTable)
+        if field.name not in ("tile", "chunk")
+    }
+    columns["token"] = tokens
+    columns["qo_indptr"].append(0)
+    offset: list[int] = []
+    of_query: list[list[int]] = [[] for _ in chosen]
+    partials = 0
+    for number, part in enumerate(made):
+        columns["query"] += [tokens[i] for i in part.queries]
+        offset += part.offsets
+        columns["qo_indptr"].append(len(offset))
+        columns["batch_row"].append(part.batch_row)
+        columns["kv_start"].append(part.start)
+        columns["kv_len"].append(part.length)
+        for first in range(0, len(part.queries), tile):
+            seers = part.queries[first : first + tile]
+            for kv in range(0, part.length, chunk):
+                columns["item_part"].append(number)
+                columns["item_first"].append(first)
+                columns["item_kv"].append(kv)
+                columns["item_out"].append(partials)
+                for i in seers:
+                    of_query[i].append(partials)
+                    partials += 1
+    columns["merge_indptr"].append(0)
+    for found in of_query:
+        columns["merge_index"] += found
+        columns["merge_indptr"].append(len(columns["merge_index"]))
+    shipped = _ship({**columns, "offset": offset}, device)
+    offsets = shipped.pop("offset").to(torch.int64)
+    return SharedParts(PartTable(**shipped, tile=tile, chunk=chunk), offsets)
