@@ -1,0 +1,117 @@
+"""Every kernel against its torch oracle, on fresh random inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from sglang_pic.attention.kernels import TORCH, Kernels, triton_kernels
+from sglang_pic.attention.tables import tile_of
+from sglang_pic.eval.gpu.scenario import Layout, Scenario
+from sglang_pic.eval.gpu.shapes import ModelShape
+from sglang_pic.kernels import rows as torch_rows
+
+# Largest difference over the largest value expected. float32: sums in another order.
+# Narrower types: weights and partial sums are rounded to them, once a tile.
+BOUND = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One comparison: largest difference, relative to the largest value expected."""
+
+    kernel: str
+    model: str
+    dtype: str
+    error: float
+    bound: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.bound
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, relative to the largest value expected."""
+    found, expected = found.double().cpu(), expected.double().cpu()
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def attention_checks(
+    shape: ModelShape, layout: Layout, device: str, dtype: torch.dtype, seed: int
+) -> Iterator[Check]:
+    """Kernels of ``kernels.triton`` for full attention."""
+    made = Scenario(shape, layout, device, dtype, seed)
+    # What the oracle computes from, it computes in float32.
+    pool = [t.float() if t.is_floating_point() else t for t in made.pool()]
+    tile = tile_of(shape.heads, shape.kv_heads)
+    link, decode = made.link_rows(), made.decode_rows()
+    ours = triton_kernels()
+
+    def check(kernel: str, run: Callable[[Kernels, Any, Any], torch.Tensor], query: Any) -> Check:
+        found = run(ours, query, made.pool())
+        expected = run(TORCH, query.float(), pool)
+        name = str(dtype).removeprefix("torch.")
+        return Check(kernel, shape.name, name, difference(found, expected), BOUND[dtype])
+
+    for name, rows, size, splits in (
+        ("walk_rows, link", link, tile, 1),
+        ("walk_rows, decode in 3 splits", decode, 1, 3),
+    ):
+        walked = made.walkers(rows, size, splits)
+        query = made.normal(sum(row.extend for row in rows), shape.heads, shape.dim)
+
+        def walk(kernels: Kernels, q: Any, of: Any, walked: Any = walked) -> torch.Tensor:
+            out = torch.empty_like(q)
+            kernels.walk_rows(
+                q, *of, walked.table, made.turns(walked.offset), out,
+                scale=made.scale, splits=walked.splits,
+            )  # fmt: skip
+            return out
+
+        yield check(name, walk, query)
+
+    walked = made.walkers(link, tile, 1)
+    position = torch.zeros_like(made.req_to_token)
+    for plan, row in zip(made.plans, made.pool_rows.tolist(), strict=True):
+        position[row, : plan.n_tokens] = plan.order.int().to(device)
+
+    def unrotated(kernels: Kernels, q: Any, of: Any) -> torch.Tensor:
+        from sglang_pic.kernels.triton.walk import walk_unrotated
+
+        out = torch.empty_like(q)
+        keys, values, req_to_token, pool_rows = of
+        form = torch_rows.walk_unrotated if kernels is TORCH else walk_unrotated
+        form(
+            q, keys, values, req_to_token, position, pool_rows, walked.table, made.cos_sin, out,
+            scale=made.scale,
+        )  # fmt: skip
+        return out
+
+    query = made.normal(sum(row.extend for row in link), shape.heads, shape.dim)
+    yield check("walk_unrotated, link (MEPIC)", unrotated, query)
+
+    shared = made.parts(decode, tile, 64)
+
+    def by_parts(kernels: Kernels, q: Any, of: Any) -> torch.Tensor:
+        table = shared.table
+        cos, sin = made.turns(shared.offset)
+        gathered = kernels.gather_rotate(q, table.query, cos, sin, neox=True)
+        partial, lse = kernels.attend_parts(gathered, *of, table, scale=made.scale)
+        return kernels.merge(partial, lse, table.merge_indptr, table.merge_index)
+
+    query = made.normal(len(decode), shape.heads, shape.dim)
+    yield check("gather_rotate, attend_parts, merge: decode", by_parts, query)
+
+    source, target = torch.arange(64, device=device).chunk(2)
+    turns = made.turns(source - 40)
+
+    def relocate(kernels: Kernels, q: Any, of: Any) -> torch.Tensor:
+        keys, values = of[0].clone(), of[1].clone()
+        kernels.relocate(keys, values, source, target, turns)
+        return torch.stack([keys[target], values[target]])
+
+    yield check("relocate", relocate, query)
