@@ -7,7 +7,17 @@ correctly by rotating the query by -s instead of the key by +s:
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRope:
+    """Rotation of one layer: its table as in ``angles``, its layout as in ``rotate``."""
+
+    cos_sin_cache: torch.Tensor
+    neox: bool
 
 
 def angles(cos_sin_cache: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -49,6 +49,7 @@ class PicConfig:
         state_mib: budget for them, in MiB.
         operator_threshold: an operator whose norm is below this is not stored
             but taken for zero: the segment outlived the layer's memory.
+        decode_graphs: capture CUDA graphs for decode with linked rows too.
         canary_kl: how far from full recompute the canary may be linked, in nats; above
             it nothing is.
         audit_rate: share of composed answers that are computed again in full.
@@ -69,6 +70,7 @@ class PicConfig:
     state_dtype: str = "float32"
     state_mib: int = 1024
     operator_threshold: float = 1e-6
+    decode_graphs: bool = False
     canary_kl: float = 1.0
     audit_rate: float = 0.0
     audit_kl: float = 0.5

@@ -101,6 +101,12 @@ def pic_parser() -> argparse.ArgumentParser:
         metavar="NATS",
         help="link nothing if the canary, linked, is further from full recompute (%(default)s)",
     )
+    parser.add_argument(
+        "--pic-decode-graphs",
+        action="store_true",
+        help="capture CUDA graphs for decode with linked rows too, with --attention-backend "
+        "flashinfer; without, such batches run eagerly (not yet run on a GPU)",
+    )
     check.add_argument(
         "--pic-audit-rate",
         type=float,
@@ -184,6 +190,7 @@ def read_config(args: argparse.Namespace) -> PicConfig:
         state_dtype=args.pic_state_dtype,
         state_mib=args.pic_state_mib,
         operator_threshold=args.pic_operator_threshold,
+        decode_graphs=args.pic_decode_graphs,
         canary_kl=args.pic_canary_kl,
         audit_rate=args.pic_audit_rate,
         audit_kl=args.pic_audit_kl,

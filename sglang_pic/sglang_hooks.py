@@ -101,11 +101,27 @@ def uncompiled(cache: Any, req: Any, is_retracted: bool) -> list[int] | None:
     return (cache.send_back(req) or None) if link is not None and link.strict else None
 
 
-def graph_without_links(original: Callable[..., Any], runner: Any, forward_batch: Any) -> Any:
-    """Around ``can_run_graph``: a graph knows nothing of spans."""
-    backend = runner.model_runner.attn_backend
-    links = getattr(backend, "links", None)
-    return not (links is not None and links(forward_batch)) and original(runner, forward_batch)
+def guard_graphs(original: Callable[..., Any], runner: Any, forward_batch: Any) -> Any:
+    """Around ``can_run_graph``."""
+    from sglang_pic.attention import graphs
+
+    return graphs.can_run_graph(original, runner, forward_batch)
+
+
+def graph_variants(original: Callable[..., Any], hf_config: Any) -> Any:
+    """Around ``create_attention_graph_variants``: a set of graphs for linked rows."""
+    found = original(hf_config)
+    from sglang.srt.runtime_context import get_memory
+
+    from sglang_pic.config import PicConfig
+
+    if found is not None or get_memory().radix_cache_backend != CACHE_BACKEND:
+        return found
+    if not PicConfig.from_env().decode_graphs:
+        return None
+    from sglang_pic.attention.graphs import LinkedVariants
+
+    return LinkedVariants()
 
 
 def generate_request(original: Any, manager: Any, obj: Any, request: Any = None) -> Any:
@@ -192,7 +208,7 @@ ENGINE_HOOKS = (
         Hook(
             _SRT + f"model_executor.runner.{module}.can_run_graph",
             HookType.AROUND,
-            graph_without_links,
+            guard_graphs,
             ("self", "forward_batch"),
             "a captured graph replays stock attention, in which a linked row sees the future",
         )
@@ -200,6 +216,13 @@ ENGINE_HOOKS = (
             "decode_cuda_graph_runner.DecodeCudaGraphRunner",
             "prefill_cuda_graph_runner.PrefillCudaGraphRunner",
         )
+    ),
+    Hook(
+        _SRT + "layers.attention.graph_variants.create_attention_graph_variants",
+        HookType.AROUND,
+        graph_variants,
+        ("hf_config",),
+        "which sets of graphs are captured is decided here by model, without a registry",
     ),
 )
 
@@ -227,6 +250,8 @@ FRONT_HOOKS = (
     ),
 )
 
+_ATTEND = ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache")
+
 # What we call or override without a hook.
 RELIED_ON = {
     _SRT
@@ -253,22 +278,34 @@ RELIED_ON = {
         "req_pool_indices",
         "seq_lens",
     ),
-    _SRT + "layers.attention.triton_backend.TritonAttnBackend.init_forward_metadata": (
-        "self",
-        "forward_batch",
-    ),
     **{
-        _SRT + f"layers.attention.triton_backend.TritonAttnBackend.{name}": (
-            "self",
-            "q",
-            "k",
-            "v",
-            "layer",
-            "forward_batch",
-            "save_kv_cache",
+        _SRT + f"layers.attention.{backend}.{name}": parameters
+        for backend in (
+            "triton_backend.TritonAttnBackend",
+            "flashinfer_backend.FlashInferAttnBackend",
         )
-        for name in ("forward_extend", "forward_decode")
+        for name, parameters in {
+            "init_forward_metadata": ("self", "forward_batch"),
+            "init_forward_metadata_out_graph": ("self", "forward_batch", "in_capture"),
+            "init_cuda_graph_state": ("self", "max_bs", "max_num_tokens"),
+            "forward_extend": _ATTEND,
+            "forward_decode": _ATTEND,
+        }.items()
     },
+    _SRT + "layers.attention.flashinfer_backend.FlashInferAttnBackend._kv_write_scales": (
+        "self",
+        "layer",
+    ),
+    _SRT + "layers.attention.flashinfer_backend.FlashInferAttnBackend._check_kv_attention_access": (
+        "self",
+        "phase",
+        "access",
+    ),
+    _SRT + "model_executor.runner_utils.capture_mode.get_capture_attention_variant": (),
+    _SRT + "model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner._pad_to_bucket": (
+        "raw_size",
+        "buckets",
+    ),
     _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.match_prefix": ("self", "params"),
     _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.lock": ("self", "node_id"),
     _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.unlock": ("self", "lock"),
@@ -438,6 +475,7 @@ def _install_cpu_kernels() -> None:
 _BACKENDS = {
     "torch_native": "sglang_pic.attention.torch_native:PicTorchNativeBackend",
     "triton": "sglang_pic.attention.triton:PicTritonBackend",
+    "flashinfer": "sglang_pic.attention.flashinfer:PicFlashInferBackend",
 }
 
 

@@ -28,6 +28,7 @@ import triton
 from tqdm import tqdm
 
 from sglang_pic.eval.command import Outcome, deliver, parser_of
+from sglang_pic.eval.gpu import flashinfer_runs
 from sglang_pic.eval.gpu.attention_times import BATCHES, Time, decode_times, link_times
 from sglang_pic.eval.gpu.checks import Check, attention_checks
 from sglang_pic.eval.gpu.linear import state_checks, state_times
@@ -54,6 +55,8 @@ def checks(*, quick: bool, seed: int) -> list[Check]:
         found += attention_checks(shape, layout, device, dtype, seed)
         if shape.linear is not None and dtype is torch.float32:
             found += state_checks(shape, shape.linear, device, seed)
+        if flashinfer_runs.installed() and dtype is torch.bfloat16 and shape is not TINY:
+            found += flashinfer_runs.launch_checks(shape, layout, seed)
     return found
 
 
@@ -63,6 +66,8 @@ def times(floor: Floors) -> list[Time]:
     for shape in tqdm(SHAPES, desc="times", unit="model"):
         found += link_times(shape, floor)
         found += decode_times(shape, floor, BATCHES)
+        if flashinfer_runs.installed():
+            found += flashinfer_runs.launch_times(shape, floor)
         if shape.linear is not None:
             found += state_times(shape, shape.linear, floor)
     return found

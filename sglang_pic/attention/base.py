@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from sglang_pic.attention.rope import LayerRope, layer_ropes
+from sglang_pic.attention.rope import layer_ropes
 from sglang_pic.attention.step import StepRow
 from sglang_pic.errors import PicIntegrityError
+from sglang_pic.kernels.rotate import LayerRope
 from sglang_pic.link.plan import LinkPlan
 
 

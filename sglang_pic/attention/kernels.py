@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,7 @@ TORCH = Kernels(
 )
 
 
+@functools.cache
 def triton_kernels() -> Kernels:
     """The Triton forms; interpreted, where ``TRITON_INTERPRET`` is set."""
     from sglang_pic.kernels.triton import merge, parts, relocate, rotate, walk

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from sglang_pic.attention.kernels import kernels_for
-from sglang_pic.attention.rope import LayerRope
-from sglang_pic.kernels.rotate import angles
+from sglang_pic.kernels.rotate import LayerRope, angles
 from sglang_pic.link.plan import LinkPlan
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-import torch
 from sglang.srt.layers.radix_attention import RadixAttention
+
+from sglang_pic.kernels.rotate import LayerRope
 
 # Angle = position times a fixed frequency: rotations add up. By exact class:
 # a subclass may well depend on the sequence's length.
@@ -21,14 +21,6 @@ LINEAR_ROPE = {
 # Attention without any position encoding where there is no rotary embedding, by
 # exact class: elsewhere a missing one means that positions enter in another way.
 NOPE = {"GraniteMoeHybridAttention", "NemotronHAttention"}
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerRope:
-    """Rotation of one layer: table as in ``kernels.rotate.angles``, and layout."""
-
-    cos_sin_cache: torch.Tensor
-    neox: bool
 
 
 def layer_ropes(model: Any) -> tuple[dict[int, LayerRope | None], str | None]:

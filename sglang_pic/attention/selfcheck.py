@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 
-from sglang_pic.attention.rope import LayerRope
 from sglang_pic.checks import Check
-from sglang_pic.kernels.rotate import angles, rotate
+from sglang_pic.kernels.rotate import LayerRope, angles, rotate
 
 # Written twice, a key differs by rounding: so many units in the last place, and never
 # less than what sums in another order do.

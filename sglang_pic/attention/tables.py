@@ -31,21 +31,53 @@ MIN_CHUNK, MAX_CHUNK = 128, 8192
 
 @dataclasses.dataclass(frozen=True)
 class Walkers:
-    """Rows that walk: their table, int64 [spans] ``offset`` of every span, and into
-    how many ``splits`` a GPU cuts each row's keys."""
+    """Rows that walk: their table, int64 [spans] ``offset`` of every span, into how many
+    ``splits`` a GPU cuts each row's keys, and ``lengths`` of the spans on the host."""
 
     table: RowTable
     offset: torch.Tensor
     splits: int
+    lengths: list[int]
+
+    def grown(self, rows: Sequence[StepRow], shape: Shape) -> Walkers | None:
+        """For the same rows one step on, or ``None`` if they must be cut anew."""
+        if _splits(rows, shape) != self.splits:
+            return None
+        lengths, done = list(self.lengths), []
+        at = -1
+        for row in rows:
+            assert row.plan is not None
+            at += len(row.plan.spans) + 1
+            done.append(row.prefix - row.plan.reused)
+            lengths[at] = done[-1] + 1
+        shipped = _ship({"span_len": lengths, "done": done}, self.table.done.device)
+        return dataclasses.replace(
+            self, table=dataclasses.replace(self.table, **shipped), lengths=lengths
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class SharedParts:
-    """Rows that decode together: their table, and int64 [n] ``offset`` of the span of
-    every gathered query."""
+    """Rows that decode together: their table, int64 [n] ``offset`` of the span of every
+    gathered query, ``lengths`` of the parts on the host, and each row's ``own`` part."""
 
     table: PartTable
     offset: torch.Tensor
+    lengths: list[int]
+    own: list[int]
+
+    def grown(self, rows: Sequence[StepRow], shape: Shape) -> SharedParts | None:
+        """As ``Walkers.grown``."""
+        lengths, chunk = list(self.lengths), self.table.chunk
+        for part, row in zip(self.own, rows, strict=True):
+            assert row.plan is not None
+            lengths[part] = row.prefix + 1 - row.plan.reused
+            if math.ceil(lengths[part] / chunk) != math.ceil(self.lengths[part] / chunk):
+                return None
+        shipped = _ship({"kv_len": lengths}, self.table.kv_len.device)
+        return dataclasses.replace(
+            self, table=dataclasses.replace(self.table, **shipped), lengths=lengths
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +90,8 @@ class TableStep:
         parts: rows with one that share spans.
         linked: indices of the batch's linked rows.
         ordinary: whether there are others.
+        settled: every linked row sees all its spans.
+        rows: the batch's.
     """
 
     links: Walkers | None
@@ -65,6 +99,29 @@ class TableStep:
     parts: SharedParts | None
     linked: list[int]
     ordinary: bool
+    settled: bool
+    rows: Sequence[StepRow]
+
+    def grown(self, rows: Sequence[StepRow], shape: Shape) -> TableStep | None:
+        """One step on: while the same rows decode, only their own keys have grown.
+
+        Returns:
+            ``None`` if anything else has changed.
+        """
+        if not self.settled or len(rows) != len(self.rows):
+            return None
+        for row, before in zip(rows, self.rows, strict=True):
+            if row.plan is not before.plan or row.extend > 1:
+                return None
+        linked = [rows[i] for i in self.linked]
+        made = {
+            name: held.grown(linked, shape)
+            for name in ("decodes", "parts")
+            if (held := getattr(self, name)) is not None
+        }
+        if None in made.values():
+            return None
+        return dataclasses.replace(self, **made, rows=rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +185,15 @@ def build_tables(
         parts=parts(rows, singles, shape, device) if shared else None,
         linked=linked,
         ordinary=len(linked) < len(rows),
+        settled=not links and all(_sees_all(rows[i]) for i in singles),
+        rows=rows,
     )
+
+
+def _sees_all(row: StepRow) -> bool:
+    plan = row.plan
+    assert plan is not None
+    return all(span.first_seer <= row.prefix - plan.reused for span in plan.spans)
 
 
 def _splits(rows: Sequence[StepRow], shape: Shape) -> int:
@@ -186,7 +251,7 @@ def walkers(
             columns["tile_first"].append(first)
     shipped = _ship({**columns, "offset": offset}, device)
     offsets = shipped.pop("offset").to(torch.int64)
-    return Walkers(RowTable(**shipped, tile=tile), offsets, splits)
+    return Walkers(RowTable(**shipped, tile=tile), offsets, splits, columns["span_len"])
 
 
 class _Part:
@@ -203,6 +268,7 @@ def parts(
 ) -> SharedParts:
     """The chosen rows of a batch, each with one new token, by distinct span."""
     made: list[_Part] = []
+    own: list[int] = []
     shared: dict[tuple[int, int], _Part] = {}
     for i, index in enumerate(chosen):
         row = rows[index]
@@ -218,10 +284,11 @@ def parts(
                 made.append(part)
             part.queries.append(i)
             part.offsets.append(span.offset)
-        own = _Part(index, plan.reused, done + 1)
-        own.queries.append(i)
-        own.offsets.append(0)
-        made.append(own)
+        private = _Part(index, plan.reused, done + 1)
+        private.queries.append(i)
+        private.offsets.append(0)
+        own.append(len(made))
+        made.append(private)
 
     tile = shape.tile
     tiles = [math.ceil(len(part.queries) / tile) for part in made]
@@ -262,4 +329,6 @@ def parts(
         columns["merge_indptr"].append(len(columns["merge_index"]))
     shipped = _ship({**columns, "offset": offset}, device)
     offsets = shipped.pop("offset").to(torch.int64)
-    return SharedParts(PartTable(**shipped, tile=tile, chunk=chunk), offsets)
+    return SharedParts(
+        PartTable(**shipped, tile=tile, chunk=chunk), offsets, columns["kv_len"], own
+    )

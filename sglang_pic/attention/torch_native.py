@@ -15,11 +15,10 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_pic.attention.base import SpanBackend
-from sglang_pic.attention.rope import LayerRope
 from sglang_pic.attention.step import Parts, SpanStep, build_step
 from sglang_pic.kernels.attend import attend
 from sglang_pic.kernels.merge import merge
-from sglang_pic.kernels.rotate import angles, rotate
+from sglang_pic.kernels.rotate import LayerRope, angles, rotate
 from sglang_pic.kernels.walk import walk
 
 

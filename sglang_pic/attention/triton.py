@@ -16,7 +16,6 @@ from sglang.srt.utils.common import get_device_core_count
 
 from sglang_pic.attention.base import SpanBackend
 from sglang_pic.attention.kernels import triton_kernels
-from sglang_pic.attention.rope import LayerRope
 from sglang_pic.attention.tables import (
     Shape,
     SharedParts,
@@ -25,7 +24,7 @@ from sglang_pic.attention.tables import (
     build_tables,
     tile_of,
 )
-from sglang_pic.kernels.rotate import angles
+from sglang_pic.kernels.rotate import LayerRope, angles
 
 # Programs that each multiprocessor can have ready at once.
 PROGRAMS_A_CORE = 2
@@ -50,11 +49,13 @@ class PicTritonBackend(SpanBackend, TritonAttnBackend):
         self._turns: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
-        self._step = None
-        self._turns.clear()
+        last, self._step = self._step, None
         rows = self.planned_rows(forward_batch)
         if rows is not None:
-            self._step = build_tables(rows, self._shape, self.device)
+            self._step = last.grown(rows, self._shape) if last is not None else None
+            if self._step is None:
+                self._turns.clear()
+                self._step = build_tables(rows, self._shape, self.device)
             forward_batch = self.without_linked(forward_batch)
         super().init_forward_metadata(forward_batch)
 

@@ -56,4 +56,6 @@ def unlinkable(req: Req) -> str | None:
         return "input_embeds"
     if req.session is not None:
         return "session"
+    if (req.sampling_params.beam_width or 1) > 1:
+        return "beam_search"
     return None

@@ -33,6 +33,11 @@ class PicHybridBackend(HybridLinearAttnBackend):
         """As in ``SpanBackend``; nor may a graph run what is captured for a segment."""
         return self.full_attn_backend.links(batch) or self.linear_attn_backend.captures
 
+    def fits_graph(self, batch: Any, batch_size: int) -> bool:
+        """As in the full backend: to linear layers decode is ordinary."""
+        full = self.full_attn_backend
+        return hasattr(full, "fits_graph") and full.fits_graph(batch, batch_size)
+
     def set_rows(
         self,
         rids: Sequence[str],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -21,6 +22,7 @@ class Kernels:
 TORCH = Kernels(states.states_before, states.histories_before)
 
 
+@functools.cache
 def triton_kernels() -> Kernels:
     """The Triton forms; interpreted, where ``TRITON_INTERPRET`` is set."""
     from sglang_pic.kernels.triton import states

@@ -1,0 +1,54 @@
+"""CUDA graphs of decode with linked rows: a second set beside SGLang's own.
+
+SGLang captures several graphs for each batch size where attention needs it, and asks
+before each replay which one fits (``AttentionGraphVariants``). A batch that fits none of
+ours runs eagerly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+ORDINARY, LINKED = "ordinary", "linked"
+
+
+class LinkedVariants:
+    """SGLang's graphs, and the same with linked rows."""
+
+    capture_labels: ClassVar[tuple[str, ...]] = (ORDINARY, LINKED)
+
+    def __init__(self) -> None:
+        self._label = ORDINARY
+
+    def choose(self, *, linked: bool) -> None:
+        """Which graph the batch takes that is replayed next."""
+        self._label = LINKED if linked else ORDINARY
+
+    def select(self, forward_batch: Any) -> str:
+        return self._label
+
+
+def can_run_graph(original: Callable[..., Any], runner: Any, forward_batch: Any) -> Any:
+    """Around SGLang's: no graph runs a linked row but one that knows of spans.
+
+    Args:
+        original: SGLang's ``can_run_graph``.
+        runner: its graph runner, of decode or prefill.
+        forward_batch: the batch that runs next.
+    """
+    backend = runner.model_runner.attn_backend
+    linked = hasattr(backend, "links") and backend.links(forward_batch)
+    variants = getattr(runner, "attention_graph_variants", None)
+    if linked and not (isinstance(variants, LinkedVariants) and _fits(runner, forward_batch)):
+        return False
+    if isinstance(variants, LinkedVariants):
+        variants.choose(linked=linked)
+    return original(runner, forward_batch)
+
+
+def _fits(runner: Any, batch: Any) -> bool:
+    backend = runner.model_runner.attn_backend
+    if not hasattr(backend, "fits_graph") or batch.batch_size > runner.max_bs:
+        return False
+    return backend.fits_graph(batch, runner._pad_to_bucket(batch.batch_size, runner.capture_bs))
