@@ -43,6 +43,7 @@ class PicConfig:
         pin_share: how much of each budget the pins of one tenant may take, from
             0 to 1. All pins together take at most the larger of it and a half.
         store: directory for saved segments, loaded at start-up; ``None`` for none.
+        tenants: JSON file of salts by API key; ``None`` lets clients name theirs.
         state: default state policy of hybrid models: ``compose``, ``last``, or
             ``auto`` to choose by ``server.calibrate``.
         state_dtype: how operators and end states are stored.
@@ -66,6 +67,7 @@ class PicConfig:
     kv_mib: int | None = None
     pin_share: float = 0.25
     store: str | None = None
+    tenants: str | None = None
     state: str = "compose"
     state_dtype: str = "float32"
     state_mib: int = 1024

@@ -93,6 +93,12 @@ def pic_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where POST /pic/save writes segments; what is there is loaded at start-up",
     )
+    parser.add_argument(
+        "--pic-tenants",
+        metavar="FILE",
+        help="JSON object of cache salts by API key: requests get the salt of their key, and "
+        "none is served without one; needs --admin-api-key",
+    )
     check = parser.add_argument_group("self-check and audit")
     check.add_argument(
         "--pic-canary-kl",
@@ -186,6 +192,7 @@ def read_config(args: argparse.Namespace) -> PicConfig:
         kv_mib=args.pic_kv_mib,
         pin_share=args.pic_pin_share,
         store=args.pic_store,
+        tenants=args.pic_tenants,
         state=args.pic_state,
         state_dtype=args.pic_state_dtype,
         state_mib=args.pic_state_mib,
@@ -198,16 +205,19 @@ def read_config(args: argparse.Namespace) -> PicConfig:
     )
 
 
-def with_defaults(flags: Sequence[str], *, cuda: bool) -> list[str]:
+def with_defaults(flags: Sequence[str], *, cuda: bool, tenants: bool = False) -> list[str]:
     """SGLang's flags, and what linking needs of them unless they say otherwise.
 
     Args:
         cuda: SGLang would choose among attention backends that cannot link.
+        tenants: it could not warm its own server up, having no tenant's key.
     """
     given = {flag.split("=")[0] for flag in flags}
     made = list(flags)
     if "--radix-cache-backend" not in given:
         made += ["--radix-cache-backend", "pic"]
+    if tenants:
+        made += ["--skip-server-warmup"]
     named = {f"--{kind}attention-backend" for kind in ("", "prefill-", "decode-")}
     if cuda and not named & given:
         made += ["--attention-backend", "triton"]
@@ -225,7 +235,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     import torch
 
-    rest = with_defaults(["--model-path", args.model_path, *rest], cuda=torch.cuda.is_available())
+    rest = with_defaults(
+        ["--model-path", args.model_path, *rest],
+        cuda=torch.cuda.is_available(),
+        tenants=args.pic_tenants is not None,
+    )
 
     from sglang.launch_server import run_server
     from sglang.srt.plugins import load_plugins

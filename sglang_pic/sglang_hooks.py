@@ -144,12 +144,17 @@ def install_http(server_args: Any, *_: Any, **__: Any) -> None:
         return
     from sglang.srt.entrypoints.http_server import app
 
+    from sglang_pic.config import PicConfig
     from sglang_pic.metrics import prometheus
     from sglang_pic.server.middleware import PicMiddleware
     from sglang_pic.server.routes import install as install_routes
     from sglang_pic.server.startup import canary_first
+    from sglang_pic.server.tenants import TenantMiddleware, Tenants
 
     app.add_middleware(PicMiddleware)
+    tenants = PicConfig.from_env().tenants
+    if tenants is not None:
+        app.add_middleware(TenantMiddleware, tenants=Tenants.read(tenants, server_args))
     install_routes(app)
     app.include_router(prometheus.router)
     app.router.lifespan_context = canary_first(app.router.lifespan_context)

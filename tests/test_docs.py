@@ -36,6 +36,7 @@ from sglang_pic.linear.state import StateStore
 from sglang_pic.link import report
 from sglang_pic.server import gate
 from sglang_pic.server.routes import router
+from sglang_pic.server.tenants import Tenants
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -263,6 +264,8 @@ def check_json(example: Example) -> None:
     title = example.region.lexemes["title"].removeprefix("title=").strip('"')
     if title == "SGLANG_PIC_CONFIG":
         PicConfig(**value)
+    elif title == "tenants.json":
+        assert Tenants(value, "root").of({"headers": []}) == (False, None)
     elif title == "meta_info.pic":
         prompt = {"input_ids": list(range(99)), "pic": {"segments": [{"start": 0, "end": 64}]}}
         answer = example.namespace["server"].generate(**prompt, sampling_params=ONE_TOKEN)

@@ -41,6 +41,7 @@ from sglang_pic.server.commands import command
 from sglang_pic.server.compiler import CompileItem, Compiler
 from sglang_pic.server.exchange import Exchange, current
 from sglang_pic.server.gate import Gate
+from sglang_pic.server.tenants import set_salt
 
 _funnels: weakref.WeakKeyDictionary[Any, Funnel] = weakref.WeakKeyDictionary()
 
@@ -64,6 +65,7 @@ def generate_request(
     """Around ``TokenizerManager.generate_request``."""
     if not isinstance(obj, GenerateReqInput) or not is_enabled():
         return original(manager, obj, request)
+    set_salt(obj)
     exchange = current.get()
     pic = exchange.pic if exchange is not None else _public_action(obj.kv_hints)
     _check_reserved(obj)
