@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -34,13 +35,15 @@ from sglang_pic.kernels.operators import gated_delta
 from sglang_pic.kernels.operators import pair as algebra
 from sglang_pic.kernels.operators import wy as torch_wy
 from sglang_pic.kernels.operators.pair import Pair
-from sglang_pic.kernels.operators.states import Walk
+from sglang_pic.kernels.operators.states import Cores, Walk
+from sglang_pic.kernels.operators.storage import pack
 from sglang_pic.kernels.triton import compose as triton_compose
 from sglang_pic.kernels.triton import wy
-from sglang_pic.linear import gdn
+from sglang_pic.linear import gdn, step
 from sglang_pic.linear.kernels import TORCH, triton_kernels
 from sglang_pic.linear.packed import indptr
-from sglang_pic.linear.state import LinearShape
+from sglang_pic.linear.state import CoreState, LinearShape, StateStore
+from sglang_pic.link.policy import LinkOptions
 
 TRITON = triton_kernels()
 CPU = torch.device("cpu")
@@ -96,44 +99,148 @@ def walk_of(rows: Sequence[tuple[bool, int]]) -> tuple[Walk, int, int]:
     return Walk(*tables, run), cores, inner
 
 
-@settings(max_examples=10)
+# How a core is stored, and how a link takes it.
+KINDS = ("float32", "float16", "operator dropped", "wide state", "last", "opening")
+
+
+def draw_cores(kinds: Sequence[str], layers: int, dk: int, dv: int, *, matrix: bool) -> Cores:
+    """Cores as a link finds them, each of a segment that is stored in its own way."""
+    pairs = []
+    for kind in kinds:
+        pair = draw_pairs(layers, dk, dv, matrix=matrix)
+        if kind == "operator dropped":
+            pair.A[layers // 2, 0] *= 1e-9
+        if kind == "wide state":
+            pair.B[0, 1] *= 1e-7  # float16 would lose it
+        dtype = torch.float32 if kind == "float32" else torch.float16
+        stored = pack(pair, dtype=dtype, threshold=1e-6)
+        core = CoreState(stored, None, torch.randn(layers, 8, 3))
+        if kind == "opening":
+            core = CoreState(None, stored.state, core.conv_tail)
+        options = LinkOptions(state="last" if kind == "last" else "compose")
+        shape = LinearShape(layers, HEADS, dk, dv, 8, 3, scalar=not matrix)
+        pairs.append(step._pair(core, options, shape))
+    return Cores(pairs, [])
+
+
+def exact_states(
+    cores: Cores, layer: int, inner: Pair | None, walk: Walk, states: torch.Tensor
+) -> torch.Tensor:
+    return TORCH.states_before(
+        cores, layer, double(inner) if inner else None, walk, states.double()
+    )
+
+
+@settings(max_examples=16)
 @given(
     rows=st.lists(st.tuples(st.booleans(), st.integers(1, 5)), min_size=1, max_size=3),
+    kinds=st.lists(st.sampled_from(KINDS), min_size=15, max_size=15),
+    layer=st.integers(0, 2),
     dk=st.sampled_from([16, 32, 128]),
     dv=st.sampled_from([16, 64]),
     matrix=st.booleans(),
     seed=seeds,
 )
-@example(rows=[(False, 1), (True, 1)], dk=64, dv=32, matrix=True, seed=0)
-@example(rows=[(True, 2), (False, 3)], dk=256, dv=16, matrix=True, seed=0)
-@example(rows=[(True, 2), (False, 3)], dk=256, dv=256, matrix=False, seed=0)
-@example(rows=[(False, 21)], dk=16, dv=16, matrix=True, seed=0)
+@example([(False, 1), (True, 1)], ["float32"] * 15, 1, 64, 32, True, 0)
+@example([(True, 2), (False, 3)], ["float16"] * 15, 2, 256, 16, True, 0)
+@example([(True, 2), (False, 3)], ["float16", "opening"] * 8, 1, 256, 256, False, 0)
+@example([(False, 21)], ["float32"] * 21, 0, 16, 16, True, 0)
+@example([(False, 6), (True, 6)], [*KINDS] * 2, 1, 16, 16, True, 0)
+@example([(False, 6), (True, 6)], [*KINDS] * 2, 1, 16, 16, False, 0)
+@example([(True, 3)], ["operator dropped", "opening", "last"], 1, 32, 16, True, 0)
 def test_states_before(
-    rows: list[tuple[bool, int]], dk: int, dv: int, matrix: bool, seed: int
+    rows: list[tuple[bool, int]],
+    kinds: list[str],
+    layer: int,
+    dk: int,
+    dv: int,
+    matrix: bool,
+    seed: int,
 ) -> None:
+    """Cores as they are stored, of any kinds side by side, in one layer of three."""
     torch.manual_seed(seed)
     walk, n_cores, n_inner = walk_of(rows)
-    cores = draw_pairs(max(1, n_cores), dk, dv, matrix=matrix)
+    cores = draw_cores(kinds[: max(1, n_cores)], 3, dk, dv, matrix=matrix)
     inner = draw_pairs(n_inner, dk, dv, matrix=matrix) if n_inner else None
-    states = torch.randn(len(rows), HEADS, dk, dv)
-    wide = double(inner) if inner else None
-    exact = TORCH.states_before(double(cores), wide, walk, states.double())
-    assert far(TRITON.states_before(cores, inner, walk, states), exact) < TOLERANCE
+    arguments = (cores, layer, inner, walk, torch.randn(len(rows), HEADS, dk, dv))
+    assert far(TRITON.states_before(*arguments), exact_states(*arguments)) < TOLERANCE
 
 
 def test_states_of_any_layout() -> None:
-    """One layer of stacked cores, runs' pairs in SGLang's layout, and its result without a copy."""
+    """Runs' pairs in SGLang's layout or another, and the result without a copy."""
     torch.manual_seed(0)
     walk, n_cores, n_inner = walk_of([(False, 3), (True, 2)])
-    A, B = torch.randn(n_cores, 3, HEADS, 32, 32) / 6, torch.randn(n_cores, 3, HEADS, 32, 16)
-    cores = Pair(A[:, 1], B[:, 1])
+    cores = draw_cores(["float32"] * n_cores, 3, 32, 16, matrix=True)
     shape = LinearShape(3, HEADS, 32, 16, 8, 3, scalar=False)
     inner = shape.pair(torch.randn(n_inner, HEADS, 16 + 32, 32) / 6)
+    other = Pair(inner.A.contiguous(), inner.B.contiguous())
     pool = torch.randn(9, HEADS, 16, 32)
-    states = pool[[7, 2]].mT
-    found = TRITON.states_before(cores, inner, walk, states)
-    assert far(found, TORCH.states_before(cores, inner, walk, states)) < TOLERANCE
-    assert found.mT.is_contiguous()
+    for pairs in (inner, other):
+        arguments = (cores, 1, pairs, walk, pool[[7, 2]].mT)
+        found = TRITON.states_before(*arguments)
+        assert far(found, exact_states(*arguments)) < TOLERANCE
+        assert found.mT.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("matrix", [True, False])
+def test_cores_are_read_where_the_store_keeps_them(matrix: bool, dtype: str) -> None:
+    """As compiled, and as loaded from a file, which has rows contiguous."""
+    torch.manual_seed(0)
+    config = types.SimpleNamespace(state_dtype=dtype, operator_threshold=1e-6, state_mib=9)
+    store = StateStore(config)
+    pair = draw_pairs(3, 32, 16, matrix=matrix)
+    tail, end = torch.randn(5, 3, 8, 3)[1], torch.randn(3, HEADS, 16, 32).mT
+    assert store.add("s", core_end=9, conv_tail=tail, end=end, pairs={4: pair})
+    saved = {name: tensor.contiguous() for name, tensor in store.tensors("s").items()}
+    assert store.adopt("loaded", 9, saved, device="cpu", cost=1.0)
+    walk, n_cores, _ = walk_of([(True, 1), (True, 1)])
+    shape = LinearShape(3, HEADS, 32, 16, 8, 3, scalar=not matrix)
+    for name in ("s", "loaded"):
+        held = store.find(name)
+        assert held is not None
+        found = [held.core(4, 9, opening=opening) for opening in (True, False)]
+        cores = step._cores([(core, LinkOptions()) for core in found if core], shape)
+        assert len(cores.pairs) == n_cores
+        opening, composed = cores.pairs
+        assert opening.state is held.end and composed is held.pairs[4]
+        assert cores.tail_places.tolist() == [held.conv_tail.data_ptr()] * 2
+        arguments = (cores, 2, None, walk, torch.randn(2, HEADS, 32, 16))
+        assert far(TRITON.states_before(*arguments), exact_states(*arguments)) < TOLERANCE
+
+
+@pytest.mark.parametrize("matrix", [True, False])
+@pytest.mark.parametrize("ablation", ["identity_operator", "float16_pairs", "no_conv_tail"])
+def test_ablated_cores(ablation: str, matrix: bool) -> None:
+    """They are copies, in the same form."""
+    torch.manual_seed(0)
+    shape = LinearShape(3, HEADS, 32, 16, 8, 3, scalar=not matrix)
+    pair = draw_pairs(3, 32, 16, matrix=matrix)
+    core = CoreState(pack(pair), None, torch.randn(3, 8, 3))
+    cores = step._cores([(core, LinkOptions(ablation=ablation))], shape)
+    operator, state = pair.A, pair.B
+    if ablation == "identity_operator":
+        operator = algebra.identity_like(pair).A
+    if ablation == "float16_pairs":
+        operator, state = operator.half().float(), state.half().float()
+    assert torch.equal(cores.unpacked[0].A, operator) and torch.equal(cores.unpacked[0].B, state)
+    assert bool(cores.tails[0].any()) == (ablation != "no_conv_tail")
+    walk, _, _ = walk_of([(True, 1)])
+    arguments = (cores, 1, None, walk, torch.randn(1, HEADS, 32, 16))
+    assert far(TRITON.states_before(*arguments), exact_states(*arguments)) < TOLERANCE
+
+
+def test_addresses_of_another_layout_are_refused() -> None:
+    stored = pack(draw_pairs(2, 16, 16, matrix=True))
+    for wrong in (
+        dataclasses.replace(stored, state=stored.state.contiguous()),
+        dataclasses.replace(stored, state=torch.randn(2, HEADS, 32, 16)[:, :, :16].mT),
+        dataclasses.replace(stored, operator=stored.operator.contiguous()),
+    ):
+        with pytest.raises((ValueError, RuntimeError)):
+            wrong.places()
+    with pytest.raises(ValueError):
+        _ = Cores([stored], [torch.randn(2, 3, 8).mT]).tail_places
 
 
 # -- Histories --
@@ -147,6 +254,7 @@ def test_states_of_any_layout() -> None:
     runs=st.integers(1, 6),
     channels=st.sampled_from([1, 96, 200]),
     width=st.integers(2, 5),
+    layer=st.integers(0, 2),
     dtype=st.sampled_from([torch.float32, torch.float16]),
     seed=seeds,
 )
@@ -157,6 +265,7 @@ def test_histories_before(
     runs: int,
     channels: int,
     width: int,
+    layer: int,
     dtype: torch.dtype,
     seed: int,
 ) -> None:
@@ -166,9 +275,9 @@ def test_histories_before(
     before = torch.randint(places, (runs, width - 1))
     conv = torch.randn(8, channels, width - 1).to(dtype)
     slots = torch.randperm(8)[:rows]
-    tails = torch.randn(cores, 3, channels, width - 1)[:, 1]
+    tails = [torch.randn(3, channels, width - 1) for _ in range(cores)]
     inputs = torch.randn(9, 2 * channels).to(dtype)[:, :channels]
-    args = (before, conv, slots, tails, inputs, torch.randperm(9)[:borrowed])
+    args = (before, conv, slots, Cores([], tails), layer, inputs, torch.randperm(9)[:borrowed])
     found = TRITON.histories_before(*args)
     assert found.dtype is dtype and found.is_contiguous()
     assert torch.equal(found, TORCH.histories_before(*args))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ from sglang_pic.eval.gpu.shapes import Linear, ModelShape
 from sglang_pic.kernels.operators import gated_delta, pair, states, wy
 from sglang_pic.kernels.operators.chunks import CHUNK
 from sglang_pic.kernels.operators.pair import Pair
-from sglang_pic.kernels.operators.states import Walk
+from sglang_pic.kernels.operators.states import Cores, Walk
+from sglang_pic.kernels.operators.storage import pack
 
 SEGMENTS, LENGTH, SEAM = 20, 512, 16
 # Targets of issue 6, on an H200: seconds of one layer's composition, and the share of a
@@ -25,6 +27,8 @@ COMPOSITION_S, CAPTURE_SHARE = 50e-6, 0.05
 STATE_BOUND = 1e-5
 # Products of bfloat16 factors with a float32 state in two parts.
 FACTOR_BOUND = 1e-4
+# How a store may keep pairs.
+STORED = (torch.float32, torch.float16)
 
 
 @dataclasses.dataclass
@@ -47,6 +51,14 @@ class Layer:
         eye = torch.eye(n.dk, device=self.device)
         operator = 0.9 * eye + self.normal(count, n.heads, n.dk, n.dk) * (0.1 / n.dk)
         return Pair(operator.mT.contiguous().mT, self.normal(count, n.heads, n.dv, n.dk).mT)
+
+    def cores(self, count: int, dtype: torch.dtype) -> Cores:
+        """As the store keeps them, of one layer."""
+        drawn = [self.pairs(1) for _ in range(count)]
+        tail = (1, self.linear.channels, self.linear.width - 1)
+        return Cores(
+            [pack(pair, dtype=dtype) for pair in drawn], [self.normal(*tail) for _ in drawn]
+        )
 
     def walk(self, rows: int, segments: int) -> Walk:
         """Rows of ``segments`` cores with a run behind each."""
@@ -87,13 +99,14 @@ def state_checks(shape: ModelShape, linear: Linear, device: str, seed: int) -> I
         return Check(kernel, shape.name, "float32", difference(found, expected), bound)
 
     rows, segments = 2, 3
-    cores, inner = made.pairs(rows * segments), made.pairs(rows * (segments - 1))
+    inner = made.pairs(rows * (segments - 1))
     walk, slots = made.walk(rows, segments), made.normal(rows, linear.heads, linear.dk, linear.dv)
-    arguments = (cores, inner, walk, slots)
-    found = triton_states.states_before(*arguments)
-    wide = (Pair(cores.A.double(), cores.B.double()), Pair(inner.A.double(), inner.B.double()))
-    expected = states.states_before(*wide, walk, slots.double())
-    yield check("states_before", found, expected, STATE_BOUND)
+    wide = Pair(inner.A.double(), inner.B.double())
+    for stored in STORED:
+        cores = made.cores(rows * segments, stored)
+        found = triton_states.states_before(cores, 0, inner, walk, slots)
+        expected = states.states_before(cores, 0, wide, walk, slots.double())
+        yield check(f"states_before, {_name(stored)} pairs", found, expected, STATE_BOUND)
 
     one, two = made.pairs(3), made.pairs(3)
     joined = triton_compose.compose(one, two)
@@ -104,11 +117,11 @@ def state_checks(shape: ModelShape, linear: Linear, device: str, seed: int) -> I
         )  # fmt: skip
 
     width = linear.width - 1
-    conv, tails = made.normal(4, linear.channels, width), made.normal(3, linear.channels, width)
+    conv, cores = made.normal(4, linear.channels, width), made.cores(3, torch.float32)
     inputs, borrowed = made.normal(9, linear.channels), torch.tensor([2, 5], device=device)
     places = 2 * width + 3 * width + 2
     before = torch.randint(0, places, (5, width), generator=made._random).to(device)
-    gather = (before, conv, torch.tensor([3, 1], device=device), tails, inputs, borrowed)
+    gather = (before, conv, torch.tensor([3, 1], device=device), cores, 0, inputs, borrowed)
     yield check(
         "histories_before",
         triton_states.histories_before(*gather),
@@ -131,19 +144,25 @@ def state_checks(shape: ModelShape, linear: Linear, device: str, seed: int) -> I
     yield check("advance (WY), B", running[:, :, : linear.dv].mT, captured.B, FACTOR_BOUND)
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def state_times(shape: ModelShape, linear: Linear, floors: Floors) -> Iterator[Time]:
     """One layer of a 20-segment link, and of its compile."""
     from sglang_pic.kernels.triton.states import states_before
     from sglang_pic.kernels.triton.wy import advance
 
     made = Layer(linear, "cuda")
-    cores, inner = made.pairs(SEGMENTS), made.pairs(SEGMENTS - 1)
+    inner = made.pairs(SEGMENTS - 1)
     walk, slot = made.walk(1, SEGMENTS), made.normal(1, linear.heads, linear.dk, linear.dv)
-    seconds = graph_s(lambda: states_before(cores, inner, walk, slot))
-    yield Time(
-        f"states in front of {SEGMENTS} runs", shape.name, seconds,
-        seconds / COMPOSITION_S, "50 us", 1.0,
-    )  # fmt: skip
+    for stored in STORED:
+        cores = made.cores(SEGMENTS, stored)
+        seconds = graph_s(functools.partial(states_before, cores, 0, inner, walk, slot))
+        yield Time(
+            f"states in front of {SEGMENTS} runs, {_name(stored)} pairs", shape.name, seconds,
+            seconds / COMPOSITION_S, "50 us", 1.0,
+        )  # fmt: skip
 
     lengths = [LENGTH] * SEGMENTS
     k, v, g, beta = made.tokens(lengths)
@@ -203,14 +222,15 @@ def launch_states(shape: ModelShape) -> None:
 
     n = shape.linear
     made = Layer(n, "cpu")
-    cores, inner = made.pairs(2), made.pairs(1)
-    states_before(cores, inner, made.walk(1, 2), made.normal(1, n.heads, n.dk, n.dv))
-    compose(cores, cores)
+    inner, slot = made.pairs(1), made.normal(1, n.heads, n.dk, n.dv)
+    for stored in STORED:
+        cores = made.cores(2, stored)
+        states_before(cores, 0, inner, made.walk(1, 2), slot)
+    compose(inner, inner)
     width = n.width - 1
     conv = made.normal(2, n.channels, width).bfloat16()
     slots, before = torch.tensor([0]), torch.zeros(2, width, dtype=torch.int64)
-    tails = made.normal(2, n.channels, width)
-    histories_before(before, conv, slots, tails, made.normal(4, n.channels).bfloat16(), slots)
+    histories_before(before, conv, slots, cores, 0, made.normal(4, n.channels).bfloat16(), slots)
     k, v, g, _ = made.tokens([CHUNK])
     w = made.normal(CHUNK, n.heads, n.dk).bfloat16()
     running = made.normal(1, n.heads, n.dv + n.dk, n.dk)

@@ -5,6 +5,7 @@ States: a program owns some columns of one head's state, keeps them in registers
 and takes the pieces of its row one after the other, ``S <- A S + B`` (HYPIC's
 composition, arXiv 2607.01299). No operator is multiplied with another, and each
 comes from memory once: the programs of a head's other columns find it in the cache.
+Those of cores are read where the store keeps them, by their addresses (``Cores``).
 
 Products are ``tf32x3``: each float32 in two tf32 parts and three products on
 tensor cores, to about 2^-21. One tf32 product would keep 10 bits, and exact
@@ -24,7 +25,7 @@ import triton
 import triton.language as tl
 
 from sglang_pic.kernels.operators.pair import Pair
-from sglang_pic.kernels.operators.states import Walk
+from sglang_pic.kernels.operators.states import Cores, Walk
 
 # Columns of the state a program owns, and rows of it in one tensor: with taller
 # ones a product needs more registers than there are.
@@ -34,30 +35,33 @@ CHANNELS = 128
 
 
 def states_before(
-    cores: Pair, inner: Pair | None, walk: Walk, states: torch.Tensor
+    cores: Cores, layer: int, inner: Pair | None, walk: Walk, states: torch.Tensor
 ) -> torch.Tensor:
     """States in front of all runs.
 
     Args:
-        cores: pairs of the cores, float32, ``A`` [cores, heads(, dk, dk)], ``B``
-            [cores, heads, dk, dv]; dk and dv powers of two from 16 to 256.
-        inner: pairs of the inner runs, of the same kind, or ``None``.
+        cores: the cores, where they are kept; dk and dv powers of two from 16 to 256.
+        layer: index among the linear layers.
+        inner: pairs of the inner runs, float32, ``A`` [runs, heads(, dk, dk)], ``B``
+            [runs, heads, dk, dv], matrices beginning at multiples of 16 bytes, or ``None``.
         walk: the pieces of each row.
         states: float32 [rows, heads, dk, dv], in front of all pieces.
 
     Returns:
         float32 [runs, heads, dk, dv]. Of all matrices the columns are contiguous,
-        as in SGLang's pools; arguments of another layout are copied.
+        as in SGLang's pools; ``inner`` and ``states`` of another layout are copied.
     """
     rows, heads, dk, dv = states.shape
-    tensors = [cores.A, cores.B, *((inner.A, inner.B) if inner else (cores.A, cores.B)), states]
+    tensors = [*((inner.A, inner.B) if inner else (states, states)), states]
     tensors = [in_columns(t) if t.dim() == 4 else t for t in tensors]
     out = states.new_empty(walk.runs, heads, dv, dk)
-    # Above 128 two operators no longer fit in shared memory, nor one state in registers.
-    columns, stages = (COLUMNS, 5) if dk <= 128 else (COLUMNS // 2, 1)
+    # Shared memory holds the next two operators; one, if room in both types is needed; above
+    # 128 none, nor do registers hold as many columns of a state.
+    columns, stages = (COLUMNS, 2 if cores.narrow else 5) if dk <= 128 else (COLUMNS // 2, 1)
     columns = min(columns, dv)
     _walk_kernel[(dv // columns, heads, rows)](
         *tensors,
+        cores.places[layer],
         out,
         walk.bounds,
         walk.source,
@@ -68,7 +72,8 @@ def states_before(
         DK=dk,
         DV=dv,
         BLOCK_V=columns,
-        MATRIX=cores.A.dim() == cores.B.dim(),
+        MATRIX=cores.matrices,
+        NARROW=cores.narrow,
         num_warps=4,
         num_stages=stages,
     )
@@ -80,22 +85,18 @@ def in_columns(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride()[-2:] == (1, x.shape[-2]) else x.mT.contiguous().mT
 
 
-@triton.jit
+# Not specialised: with or without inner runs it is one kernel, not compiled while requests wait.
+@triton.jit(do_not_specialize=["inner_A_n", "inner_A_head", "inner_B_n", "inner_B_head"])
 def _walk_kernel(
-    core_A,
-    core_B,
     inner_A,
     inner_B,
     states,
+    places,
     out,
     bounds,
     source,
     target,
     opening,
-    core_A_n,
-    core_A_head,
-    core_B_n,
-    core_B_head,
     inner_A_n,
     inner_A_head,
     inner_B_n,
@@ -107,6 +108,7 @@ def _walk_kernel(
     DV: tl.constexpr,
     BLOCK_V: tl.constexpr,
     MATRIX: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
     head, row = tl.program_id(1), tl.program_id(2)
     TILE: tl.constexpr = min(DK, ROWS)
@@ -129,32 +131,50 @@ def _walk_kernel(
         which = tl.load(source + piece).to(tl.int64)
         run = tl.load(target + piece)
         core = which >= 0
-        which = tl.where(core, which, -1 - which)
-        A_core = core_A + which * core_A_n + head * core_A_head
-        A_inner = inner_A + which * inner_A_n + head * inner_A_head
-        A = tl.where(core, A_core, A_inner)
-        B_core = core_B + which * core_B_n + head * core_B_head
-        B_inner = inner_B + which * inner_B_n + head * inner_B_head
-        B = tl.where(core, B_core, B_inner) + at
+        kept = places + which * (2 * HEADS) + head
+        kept_A = tl.load(kept, mask=core, other=0)
+        kept_B = tl.load(kept + HEADS, mask=core, other=0)
+        which = -1 - which
+        A = tl.where(core, kept_A, (inner_A + which * inner_A_n + head * inner_A_head).to(tl.int64))
+        B = tl.where(core, kept_B, (inner_B + which * inner_B_n + head * inner_B_head).to(tl.int64))
         before, state = state, ()
         for part in tl.static_range(PARTS):
-            after = tl.load(B + part * TILE)
+            after = _load(B, at + part * TILE, NARROW)
             if MATRIX:
                 for k in tl.static_range(PARTS):
-                    operator = tl.load(A + square + (k * DK + part) * TILE)
+                    operator = _load(A, square + (k * DK + part) * TILE, NARROW)
                     after = tl.dot(operator, before[k], acc=after, input_precision="tf32x3")
             else:
-                after += tl.load(A) * before[part]
+                operator = tl.load(A.to(tl.pointer_type(tl.float32)), mask=A != 0, other=0.0)
+                after += operator * before[part]
             state += (after,)  # type: ignore[assignment]
             place = out + run.to(tl.int64) * (HEADS * DV * DK) + part * TILE
             tl.store(place, after, mask=run >= 0)
+
+
+@triton.jit
+def _load(place, at, NARROW: tl.constexpr):
+    """Values ``at`` of the matrix in ``place`` (``PackedPair.places``), in float32; 0 of one
+    that is not kept. With ``NARROW`` it may be float16, else only float32."""
+    if NARROW:
+        half = (place & 1) != 0
+        place &= -2
+        wide = tl.multiple_of(place.to(tl.pointer_type(tl.float32)), 16)
+        wide = tl.load(wide + at, mask=(place != 0) & ~half, other=0.0)
+        short = tl.multiple_of(place.to(tl.pointer_type(tl.float16)), 16)
+        short = tl.load(short + at, mask=half, other=0.0)
+        return tl.where(half, short.to(tl.float32), wide)
+    # Without the hint a thread would copy four bytes at a time, and not sixteen.
+    first = tl.multiple_of(place.to(tl.pointer_type(tl.float32)), 16)
+    return tl.load(first + at, mask=place != 0, other=0.0)
 
 
 def histories_before(
     before: torch.Tensor,
     conv: torch.Tensor,
     slots: torch.Tensor,
-    tails: torch.Tensor,
+    cores: Cores,
+    layer: int,
     inputs: torch.Tensor,
     borrowed: torch.Tensor,
 ) -> torch.Tensor:
@@ -164,7 +184,8 @@ def histories_before(
         before: int64 [runs, width - 1], places in [rows' slots | cores' tails | borrowed].
         conv: [slots, channels, width - 1], the layer's pool.
         slots: int64 [rows], the rows' slots.
-        tails: [cores, channels, width - 1], the layer's.
+        cores: the cores.
+        layer: index among the linear layers.
         inputs: [tokens, channels], the convolution's.
         borrowed: int64 [b], tokens among ``inputs``.
 
@@ -179,14 +200,14 @@ def histories_before(
         before,
         conv,
         slots,
-        tails,
+        cores.tail_places,
         inputs,
         borrowed,
         slots.numel(),
-        tails.shape[0],
+        len(cores.tails),
+        layer * channels * width,
         channels,
         *conv.stride(),
-        *tails.stride(),
         *inputs.stride(),
         WIDTH=width,
         PADDED=triton.next_power_of_2(width),
@@ -195,7 +216,7 @@ def histories_before(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "cores", "layer"])
 def _history_kernel(
     out,
     before,
@@ -206,13 +227,11 @@ def _history_kernel(
     borrowed,
     rows,
     cores,
+    layer,
     channels,
     conv_n,
     conv_channel,
     conv_w,
-    tails_n,
-    tails_channel,
-    tails_w,
     inputs_n,
     inputs_channel,
     WIDTH: tl.constexpr,
@@ -233,8 +252,9 @@ def _history_kernel(
     inside = ((w < WIDTH)[None, :]) & (c < channels)[:, None]
     own = conv + slot * conv_n + column * conv_w
     own = tl.load(own[None, :] + c[:, None] * conv_channel, mask=inside & in_slot[None, :], other=0)
-    kept = tails + (which - rows) * tails_n + column * tails_w
-    kept = kept[None, :] + c[:, None] * tails_channel
+    tail = tl.load(tails + which - rows, mask=in_tail, other=0)
+    tail = tail.to(tl.pointer_type(tl.float32)) + layer + column
+    kept = tail[None, :] + c[:, None] * WIDTH
     kept = tl.load(kept, mask=inside & in_tail[None, :], other=0).to(own.dtype)
     live = inputs + token[None, :] * inputs_n + c[:, None] * inputs_channel
     live = tl.load(live, mask=inside & in_input[None, :], other=0).to(own.dtype)

@@ -72,16 +72,13 @@ class Capture:
         return self.conv_tail is not None
 
     def pairs(self) -> dict[int, Pair]:
-        """By first token: ``A`` [layers, heads(, dk, dk)], ``B`` [layers, heads, dk, dv]."""
-        found = {}
-        for head in self.heads:
-            pair = self.shape.pair(self.running[head])
-            found[head] = Pair(pair.A.contiguous(), pair.B.contiguous())
-        return found
+        """By first token: ``A`` [layers, heads(, dk, dk)], ``B`` [layers, heads, dk, dv],
+        views of running states."""
+        return {head: self.shape.pair(self.running[head]) for head in self.heads}
 
     def end(self) -> torch.Tensor:
-        """[layers, heads, dk, dv]."""
-        return self.shape.pair(self.running[END]).B.contiguous()
+        """[layers, heads, dk, dv], a view of a running state."""
+        return self.shape.pair(self.running[END]).B
 
 
 @dataclasses.dataclass(frozen=True)

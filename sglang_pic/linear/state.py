@@ -21,7 +21,7 @@ from sglang_pic.errors import PicIntegrityError
 from sglang_pic.forest.nodes import SEGMENT
 from sglang_pic.forest.order import EvictionOrder
 from sglang_pic.kernels.operators.pair import Pair
-from sglang_pic.kernels.operators.storage import PackedPair, pack, pack_state
+from sglang_pic.kernels.operators.storage import PackedPair, copied_in_columns, pack, pack_state
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +66,11 @@ class LinearShape:
 
     def begun(self, count: int, device: torch.device) -> torch.Tensor:
         """float32 [count, heads, dv + n, dk], running states of no tokens."""
-        operator = torch.ones(1, self.dk) if self.scalar else torch.eye(self.dk)
+        ones, eye = torch.ones(1, self.dk, device=device), torch.eye(self.dk, device=device)
+        operator = ones if self.scalar else eye
         rows = self.dv + len(operator)
         begun = torch.zeros(count, self.heads, rows, self.dk, device=device)
-        begun[:, :, self.dv :] = operator.to(device)
+        begun[:, :, self.dv :] = operator
         return begun
 
     def running(self, pair: Pair) -> torch.Tensor:
@@ -208,8 +209,9 @@ class StateStore:
         held = self._states.get(segment)
         if held is not None and held.core_end == core_end:
             packed = {**held.pairs, **packed}
-        # A copy: what was captured is a view of a whole step's tensor.
-        state = SegmentState(core_end, conv_tail.clone(), pack_state(end, self._dtype), packed)
+        # Copies, all of them: what was captured is a view of a whole step's tensor.
+        tail = conv_tail.clone(memory_format=torch.contiguous_format)
+        state = SegmentState(core_end, tail, pack_state(end, self._dtype), packed)
         return self._put(segment, state, cost, uses, group, offer)
 
     def _put(
@@ -284,18 +286,16 @@ class StateStore:
         """
         heads = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("pair.")})
 
-        def of(name: str) -> torch.Tensor:
-            return tensors[name].to(device)
+        def of(name: str, *, matrices: bool = True) -> torch.Tensor:
+            found = tensors[name].to(device)
+            return copied_in_columns(found) if matrices else found
 
-        pairs = {
-            first: PackedPair(
-                of(f"pair.{first}.operator"),
-                of(f"pair.{first}.kept") if f"pair.{first}.kept" in tensors else None,
-                of(f"pair.{first}.state"),
-            )
-            for first in heads
-        }
-        state = SegmentState(core_end, of("conv_tail"), of("end"), pairs)
+        pairs = {}
+        for first in heads:
+            kept = tensors.get(f"pair.{first}.kept")
+            operator = of(f"pair.{first}.operator", matrices=kept is not None)
+            pairs[first] = PackedPair(operator, kept, of(f"pair.{first}.state"))
+        state = SegmentState(core_end, of("conv_tail", matrices=False), of("end"), pairs)
         if self.nbytes + state.nbytes > self.budget:
             return False
         return self._put(segment, state, cost, 1)

@@ -21,7 +21,8 @@ from collections.abc import Sequence
 import torch
 
 from sglang_pic.kernels.operators.pair import Pair, identity_like
-from sglang_pic.kernels.operators.states import Walk
+from sglang_pic.kernels.operators.states import Cores, Walk
+from sglang_pic.kernels.operators.storage import PackedPair, pack
 from sglang_pic.linear.kernels import kernels_for
 from sglang_pic.linear.state import CoreState, LinearShape
 from sglang_pic.link.plan import LinkPlan
@@ -76,15 +77,6 @@ def has_core(plan: LinkPlan, prefix: int, extend: int) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cores:
-    """States of all cores of a pass: ``pairs`` [cores, layers, heads, ...] and
-    ``conv_tail`` [cores, layers, channels, width - 1]."""
-
-    pairs: Pair
-    conv_tail: torch.Tensor
-
-
-@dataclasses.dataclass(frozen=True)
 class LinkStep:
     """Arrays of one forward pass for all its linked rows.
 
@@ -100,7 +92,8 @@ class LinkStep:
             [the rows' slots | the cores' tails | ``borrowed``].
         inner: int64 [p], tokens among ``tokens`` of all runs but the rows' last.
         inner_lengths: tokens of each of those runs.
-        cores: their states.
+        cores: what they do, read where the plans' ``CoreState`` keep it: the step, and
+            the requests behind it, refer to that until the pass has run.
         shape: of the linear layers.
     """
 
@@ -127,8 +120,9 @@ class LinkStep:
         Returns:
             float32 [runs, heads, dk, dv].
         """
-        cores = Pair(self.cores.pairs.A[:, layer], self.cores.pairs.B[:, layer])
-        return kernels_for(slot_states).states_before(cores, inner, self.walk, slot_states)
+        return kernels_for(slot_states).states_before(
+            self.cores, layer, inner, self.walk, slot_states
+        )
 
     def history(self, layer: int, conv: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         """Histories in front of all runs, [runs, channels, width - 1].
@@ -138,9 +132,8 @@ class LinkStep:
             conv: [slots, channels, width - 1], the layer's pool.
             inputs: [t, channels], the convolution's inputs at ``tokens``.
         """
-        tails = self.cores.conv_tail[:, layer]
         return kernels_for(conv).histories_before(
-            self.before, conv, self.slots, tails, inputs, self.borrowed
+            self.before, conv, self.slots, self.cores, layer, inputs, self.borrowed
         )
 
 
@@ -177,10 +170,8 @@ def build_link(rows: Sequence[LinkRow], shape: LinearShape, device: torch.device
         before=torch.tensor(before, device=device),
         inner=places(inner),
         inner_lengths=[runs[i][2].length for i in inner],
-        cores=_stack(
-            [(run.core, rows[row].options) for row, _, run in runs if run.core is not None],
-            shape,
-            device,
+        cores=_cores(
+            [(run.core, rows[row].options) for row, _, run in runs if run.core is not None], shape
         ),
         shape=shape,
     )
@@ -236,38 +227,27 @@ def _histories(
     return borrowed, [[place.get(i, i) for i in found] for found in before]
 
 
-def _stack(
-    cores: Sequence[tuple[CoreState | None, LinkOptions]], shape: LinearShape, device: torch.device
-) -> Cores:
-    pairs, tails = [], []
-    for core, options in cores:
-        assert core is not None
-        pairs.append(_pair(core, options, shape))
-        tail = core.conv_tail.float()
-        tails.append(torch.zeros_like(tail) if options.ablation == "no_conv_tail" else tail)
-    operators = [pair.A if shape.scalar else pair.A.mT for pair in pairs]
-    operator = torch.stack(operators).to(device)
-    return Cores(
-        # In the layout of SGLang's pools, as the pairs of runs are.
-        Pair(
-            operator if shape.scalar else operator.mT,
-            torch.stack([pair.B.mT for pair in pairs]).to(device).mT,
-        ),
-        torch.stack(tails).to(device),
-    )
+def _cores(cores: Sequence[tuple[CoreState, LinkOptions]], shape: LinearShape) -> Cores:
+    tails = [core.conv_tail for core, _ in cores]
+    for i, (_, options) in enumerate(cores):
+        if options.ablation == "no_conv_tail":
+            tails[i] = torch.zeros_like(tails[i])
+    return Cores([_pair(core, options, shape) for core, options in cores], tails)
 
 
-def _pair(core: CoreState, options: LinkOptions, shape: LinearShape) -> Pair:
-    """A core's pair, float32, under the request's state policy."""
+def _pair(core: CoreState, options: LinkOptions, shape: LinearShape) -> PackedPair:
+    """A core's pair under the request's state policy: as it is stored, or for an ablation
+    a copy."""
     if core.pair is None:
         assert core.end is not None
-        end = core.end.float()
-        return Pair(end.new_zeros(shape.operator), end)
-    pair = core.pair.unpack()
+        return PackedPair.of_state(core.end, matrices=not shape.scalar)
+    stored = core.pair
     if options.ablation == "float16_pairs":
-        pair = Pair(pair.A.half().float(), pair.B.half().float())
+        pair = stored.unpack()
+        stored = pack(Pair(pair.A.half().float(), pair.B.half().float()))
     if options.state == "last":
-        return Pair(torch.zeros_like(pair.A), pair.B)
+        return PackedPair.of_state(stored.state, matrices=not shape.scalar)
     if options.ablation == "identity_operator":
-        return Pair(identity_like(pair).A, pair.B)
-    return pair
+        pair = stored.unpack()
+        return pack(Pair(identity_like(pair).A, pair.B))
+    return stored
