@@ -41,6 +41,7 @@ def set_positions(batch: Any, cls: Any, schedule_batch: Any, model_runner: Any, 
 
 def write_positions(batch: Any, schedule_batch: Any, model_runner: Any) -> None:
     """Ours of ``set_positions``, by itself so that the timer can find it."""
+    from sglang_pic.attention.ship import to_device
     from sglang_pic.forest.cache import PicCache
 
     cache = schedule_batch.tree_cache
@@ -57,7 +58,7 @@ def write_positions(batch: Any, schedule_batch: Any, model_runner: Any) -> None:
         if plan is not None:
             # Tokens generated since the plan was made keep position = row index.
             order = plan.order[int(prefix) : int(prefix) + int(extend)]
-            order = order.to(batch.positions)
+            order = to_device(order.to(batch.positions.dtype), batch.positions.device)
             batch.positions[at : at + len(order)] = order
             if batch.mrope_positions is not None:
                 # On text all three axes of MRoPE count tokens.

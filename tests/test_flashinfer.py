@@ -20,10 +20,13 @@ from batches import Batch, Layer, close, computed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_pic.attention import tables
 from sglang_pic.attention.flashinfer_graphs import GraphParts, Room
 from sglang_pic.attention.flashinfer_launch import Launcher, Shape, natural
+from sglang_pic.attention.kernels import TORCH
 from sglang_pic.attention.ragged import Layouts, arrange, pages_of
 from sglang_pic.attention.step import StepRow
+from sglang_pic.attention.table_runner import TableRunner
 from sglang_pic.attention.tables import walkers
 from sglang_pic.kernels.rotate import LayerRope
 from sglang_pic.kernels.rows import walk_rows
@@ -419,12 +422,20 @@ def backend_class(monkeypatch: pytest.MonkeyPatch) -> Any:
             )
         return torch.full_like(q, 5.0)
 
-    def metadata(self: Any, batch: Any, in_capture: bool = False) -> None:
+    def metadata(self: Any, batch: Any) -> None:
         self.stock_calls.append(batch)
+
+    def graph_metadata(self: Any, batch: Any, in_capture: bool = False) -> None:
+        # Every capture makes wrappers of its own; a replay plans those that are there.
+        self.stock_calls.append(batch)
+        if in_capture:
+            self.decode_cuda_graph_metadata[batch.batch_size] = object()
+        else:
+            self.replanned = self.decode_cuda_graph_metadata[batch.batch_size]
 
     monkeypatch.setattr(FlashInferAttnBackend, "init_cuda_graph_state", lambda *_: None)
     monkeypatch.setattr(FlashInferAttnBackend, "init_forward_metadata", metadata)
-    monkeypatch.setattr(FlashInferAttnBackend, "init_forward_metadata_out_graph", metadata)
+    monkeypatch.setattr(FlashInferAttnBackend, "init_forward_metadata_out_graph", graph_metadata)
     monkeypatch.setattr(FlashInferAttnBackend, "forward_extend", stock)
     monkeypatch.setattr(FlashInferAttnBackend, "forward_decode", stock)
     return PicFlashInferBackend
@@ -441,6 +452,9 @@ def served(backend_class: Any, batch: Paged, plans: list[Any]) -> Any:
     backend.workspace_buffer = workspace()
     backend._launcher, backend._graphs = Launcher(shape_of(batch), workspace()), None
     backend._running, backend._ordinary, backend._rows = None, False, None
+    backend._stock, backend.decode_cuda_graph_metadata = {}, {}
+    tile = tables.Shape(tile=2, kv_heads=batch.layer.kv_heads, programs=8)
+    backend._tables = TableRunner(TORCH, tile, "cpu")
     backend.set_plans([str(i) for i in range(len(plans))], plans)
     return backend
 
@@ -478,9 +492,14 @@ def layer_of(batch: Batch) -> Any:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("most", [1 << 16, 0])
 @pytest.mark.parametrize("linked", ["none", "all", "mixed"])
 @pytest.mark.parametrize("decode", [False, True])
-def test_the_backend(backend_class: Any, linked: str, decode: bool) -> None:
+def test_the_backend(
+    backend_class: Any, linked: str, decode: bool, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``most``: more gathered queries than that are not gathered, rows walk instead."""
+    monkeypatch.setattr("sglang_pic.attention.flashinfer.MOST_GATHERED", most)
     batch = Paged(Layer(), [[0, 1], [1, 0]], seam=2, page=16, seed=2)
     counts = computed(batch)
     done = [n - 1 for n in counts] if decode else [0, 0]
@@ -523,12 +542,19 @@ def test_the_backend_in_a_graph(backend_class: Any, monkeypatch: pytest.MonkeyPa
     backend.init_cuda_graph_state(size, size)
     forward, padded = (forward_batch(batch, rows, True, n) for n in (0, size))
     assert not backend.fits_graph(forward, size)
-    monkeypatch.setattr(module_of_ours, "get_capture_attention_variant", lambda: "linked")
-    backend.init_forward_metadata_out_graph(padded, in_capture=True)
-    assert backend._running is backend._graphs
+    captured = {}
+    for label in ("ordinary", "linked"):
+        monkeypatch.setattr(module_of_ours, "get_capture_attention_variant", lambda of=label: of)
+        backend.init_forward_metadata_out_graph(padded, in_capture=True)
+        captured[label] = backend.decode_cuda_graph_metadata[size]
+        assert (backend._running is backend._graphs) == (label == "linked")
+    # Each graph replays over the wrappers of SGLang's that it was captured with.
+    backend.init_forward_metadata_out_graph(padded)
+    assert backend.replanned is captured["ordinary"]
 
     assert backend.fits_graph(forward, size)
     backend.init_forward_metadata_out_graph(padded)
+    assert backend.replanned is captured["linked"]
     short = backend.stock_calls[-1]
     assert short.seq_lens.tolist() == [int(forward.seq_lens[0]), 1, 1, 1]
     backend._running = backend._graphs

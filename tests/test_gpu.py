@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import types
+
+import pytest
+import torch
 
 from sglang_pic.eval.gpu import checks, run
 from sglang_pic.eval.gpu.offline import SHARED_LIMIT
 from sglang_pic.launch_server import with_defaults
+
+
+def compiled_env() -> dict[str, str]:
+    """The environment of a process that does not interpret kernels."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
 def test_the_script_checks_every_kernel() -> None:
@@ -28,7 +38,7 @@ def test_a_failed_check_is_one() -> None:
 def test_every_kernel_compiles_for_a_hopper(tmp_path: pathlib.Path) -> None:
     """At Qwen3-Next's shapes, in a process that does not interpret."""
     found = tmp_path / "aot.json"
-    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    env = {**compiled_env(), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     line = [sys.executable, "-m", "eval.gpu.aot", "--quick", f"--json={found}"]
     root = pathlib.Path(__file__).parents[1]
     done = subprocess.run(line, cwd=root, env=env, capture_output=True, text=True, check=False)
@@ -40,6 +50,70 @@ def test_every_kernel_compiles_for_a_hopper(tmp_path: pathlib.Path) -> None:
         assert row["shared"] <= SHARED_LIMIT, row
         # The widest tiles spill some registers where a row enters a span, not in the loop.
         assert row["spilled"] <= 512, row
+
+
+VARIANTS = """
+import dataclasses, random, torch
+from sglang_pic.attention.kernels import triton_kernels
+from sglang_pic.attention.table_runner import TableRunner
+from sglang_pic.attention.tables import Shape, tile_of
+from sglang_pic.eval.gpu.offline import compiling
+from sglang_pic.eval.gpu.scenario import Layout, Scenario
+from sglang_pic.eval.gpu.shapes import TINY
+from sglang_pic.kernels.rotate import LayerRope
+
+shape = dataclasses.replace(TINY, dim=64, rotary=64)
+draw = random.Random(0)
+runner = TableRunner(triton_kernels(), Shape(tile_of(4, 2), 2, 264), "cpu")
+with compiling() as found:
+    for case in range(60):
+        layout = Layout(
+            segments=draw.randint(1, 5), length=draw.randint(20, 700), seam=16,
+            question=draw.randint(1, 90), requests=draw.randint(1, 7), shared=case % 2 == 0,
+            decoded=draw.randint(0, 40),
+        )
+        made = Scenario(shape, layout, "cpu", torch.bfloat16, case)
+        rope = LayerRope(made.cos_sin, True)
+        for rows in (made.link_rows(), made.decode_rows()):
+            runner.step = None
+            runner.plan(rows)
+            query = made.normal(sum(row.extend for row in rows), shape.heads, shape.dim)
+            runner.run(query, made.pool(), rope, made.scale, torch.empty_like(query))
+print(sorted(one.kernel for one in found))
+"""
+
+
+def test_serving_compiles_little_anew() -> None:
+    """A kernel that is compiled while requests wait stops them all: neither lengths, nor
+    numbers of rows, spans or pieces, may make it another."""
+    line = [sys.executable, "-c", VARIANTS]
+    done = subprocess.run(line, capture_output=True, text=True, env=compiled_env(), check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = ast.literal_eval(done.stdout.strip().splitlines()[-1])
+    # A walk of links, one of cut and one of uncut decode; Triton treats a 1 as special.
+    assert len(kernels) <= 12, kernels
+
+
+@pytest.mark.parametrize(
+    ("kib", "head_dim", "hybrid", "reason"),
+    [
+        (227, 256, True, None),
+        (99, 128, False, None),
+        (99, 128, True, "180 KiB"),
+        (163, 256, False, "180 KiB"),
+        (227, 512, False, "head dimension 512"),
+    ],
+)
+def test_a_gpu_that_is_too_small_is_refused(
+    kib: int, head_dim: int, hybrid: bool, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang_pic.attention.triton import shared_memory_refusal
+
+    device = types.SimpleNamespace(shared_memory_per_block_optin=kib << 10)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: device)
+    found = shared_memory_refusal(head_dim, hybrid)
+    assert found is None if reason is None else found is not None and reason in found
 
 
 def test_the_launcher_asks_for_a_backend_that_links() -> None:

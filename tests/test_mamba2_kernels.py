@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from sglang.srt.layers.radix_attention import AttentionType
 
 from sglang_pic.attention.rope import layer_ropes
 from sglang_pic.kernels.operators import ssd
@@ -125,7 +126,7 @@ def test_operator_and_end_state_from_zero_are_the_pair(packed: dict[str, Any]) -
 def test_attention_without_positions_is_known_by_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
     class Attention(torch.nn.Module):
         layer_id, qk_head_dim, v_head_dim, sliding_window_size = 3, 16, 16, None
-        logit_cap = 0.0
+        logit_cap, xai_temperature_len, attn_type = 0.0, -1, AttentionType.DECODER
 
     class GraniteMoeHybridAttention(torch.nn.Module):
         def __init__(self) -> None:

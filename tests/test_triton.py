@@ -130,6 +130,9 @@ def test_tables_grow_with_the_rows_that_decode(batch: Batch, programs: int, back
             scale=batch.scale, neox=batch.layer.neox,
         )  # fmt: skip
         close(out, exact)
+    # Behind other tokens, or behind several of its own, it is another step.
+    ahead = dataclasses.replace(rows[0], first_query=rows[0].first_query + 50)
+    assert step.grown([ahead, *rows[1:]], shape) is None
     # Another plan, or another row, is another batch.
     other = dataclasses.replace(rows[0], plan=dataclasses.replace(batch.plans[0]))
     assert step.grown([other, *rows[1:]], shape) is None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sglang_pic.attention.kernels import triton_kernels
-from sglang_pic.attention.tables import tile_of
+from sglang_pic.attention.tables import Shape, build_tables, tile_of
 from sglang_pic.eval.gpu.measure import Floors, graph_s
 from sglang_pic.eval.gpu.scenario import Layout, Scenario
 from sglang_pic.eval.gpu.shapes import ModelShape
@@ -34,20 +34,22 @@ class Time:
 
 def plain_prefill(made: Scenario, queries: int, keys: int) -> dict[str, Callable[[], Any]]:
     """Prefill kernels over as many contiguous keys: FlashInfer's where it is installed,
-    and torch's."""
+    and torch's flash attention."""
+    from torch.nn.attention.bias import causal_lower_right
+
     shape = made.shape
     q = made.normal(queries, shape.heads, shape.dim)
     k, v = (made.normal(keys, shape.kv_heads, shape.dim) for _ in range(2))
     group = shape.heads // shape.kv_heads
     wide = [x.repeat_interleave(group, 1).transpose(0, 1)[None] for x in (k, v)]
-    mask = torch.ones(queries, keys, dtype=torch.bool, device=made.device).tril(keys - queries)
+    mask = causal_lower_right(queries, keys)
 
-    def torch_sdpa() -> Any:
+    def torch_flash() -> Any:
         return torch.nn.functional.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], *wide, attn_mask=mask[None, None]
+            q.transpose(0, 1)[None], *wide, attn_mask=mask
         )
 
-    found: dict[str, Callable[[], Any]] = {"torch SDPA": torch_sdpa}
+    found: dict[str, Callable[[], Any]] = {"torch": torch_flash}
     try:
         import flashinfer
     except ImportError:
@@ -56,11 +58,11 @@ def plain_prefill(made: Scenario, queries: int, keys: int) -> dict[str, Callable
     def flashinfer_prefill() -> Any:
         return flashinfer.single_prefill_with_kv_cache(q, k, v, causal=True)
 
-    return {"FlashInfer prefill": flashinfer_prefill, **found}
+    return {"FlashInfer": flashinfer_prefill, **found}
 
 
 def link_times(shape: ModelShape, floors: Floors) -> Iterator[Time]:
-    """A 20-segment link's attention, one layer."""
+    """A 20-segment link's attention, one layer; rates in pairs of query and key."""
     made = Scenario(shape, LINK, "cuda", torch.bfloat16)
     rows = made.link_rows()
     (row,) = rows
@@ -74,12 +76,19 @@ def link_times(shape: ModelShape, floors: Floors) -> Iterator[Time]:
             query, *made.pool(), walked.table, turns, out, scale=made.scale
         )
     )  # fmt: skip
-    plain = plain_prefill(made, row.extend, made.plans[0].n_tokens)
-    times = {name: graph_s(call) for name, call in plain.items()}
-    name, best = min(times.items(), key=lambda item: item[1])
-    yield Time("link, walk_rows", shape.name, ours, best / ours, f"the rate of {name}", LINK_RATE)
-    for name, seconds in times.items():
-        yield Time(f"as many queries and keys, {name}", shape.name, seconds)
+    # A token that is computed sees all that stands before it.
+    plan, count = made.plans[0], row.extend
+    pairs = int((plan.order[plan.reused :] + 1).sum())
+    keys = plan.n_tokens
+    plain_pairs = count * keys - count * (count - 1) // 2
+    rates = {}
+    for name, call in plain_prefill(made, count, keys).items():
+        seconds = graph_s(call)
+        rates[name] = plain_pairs / seconds
+        yield Time(f"plain prefill, as many queries and keys, {name}", shape.name, seconds)
+    name, best = max(rates.items(), key=lambda item: item[1])
+    share = pairs / ours / best
+    yield Time("link, walk_rows", shape.name, ours, share, f"the rate of {name}", LINK_RATE)
 
 
 def decode_times(shape: ModelShape, floors: Floors, batches: tuple[int, ...]) -> Iterator[Time]:
@@ -111,18 +120,22 @@ def decode_times(shape: ModelShape, floors: Floors, batches: tuple[int, ...]) ->
             f"decode of {batch}, shared spans", shape.name, seconds,
             unique / seconds / floors.copy, "copy bandwidth, unique bytes", DECODE_BANDWIDTH,
         )  # fmt: skip
-        walked = made.walkers(rows, 1, max(1, 2 * cores // (batch * shape.kv_heads)))
-        turns = made.turns(walked.offset)
+        apart = Scenario(shape, dataclasses.replace(layout, shared=False), "cuda", torch.bfloat16)
+        own = apart.decode_rows()
+        table = build_tables(own, Shape(tile, shape.kv_heads, 2 * cores), "cuda")
+        assert table is not None and table.decodes is not None
+        walked = table.decodes
+        turns = apart.turns(walked.offset)
 
-        def apart(made: Any = made, walked: Any = walked, query: Any = query,
+        def alone(made: Any = apart, walked: Any = walked, query: Any = query,
                   turns: Any = turns, out: Any = out) -> None:  # fmt: skip
             kernels.walk_rows(
                 query, *made.pool(), walked.table, turns, out,
                 scale=made.scale, splits=walked.splits,
             )  # fmt: skip
 
-        alone = graph_s(apart)
+        copies = graph_s(alone)
         yield Time(
-            f"decode of {batch}, each row by itself", shape.name, alone,
-            alone / seconds, "times the shared form",
+            f"decode of {batch}, copies of their own", shape.name, copies,
+            copies / seconds, "times the shared form",
         )  # fmt: skip

@@ -12,7 +12,7 @@ from sglang_pic.attention.flashinfer_launch import Launcher, Shape
 from sglang_pic.attention.kernels import TORCH
 from sglang_pic.attention.step import StepRow
 from sglang_pic.attention.tables import tile_of
-from sglang_pic.eval.gpu.attention_times import BATCHES, DECODE_BANDWIDTH, LINK, Time
+from sglang_pic.eval.gpu.attention_times import BATCHES, LINK, Time
 from sglang_pic.eval.gpu.checks import BOUND, Check, difference
 from sglang_pic.eval.gpu.measure import Floors, time_s
 from sglang_pic.eval.gpu.scenario import Layout, Scenario
@@ -65,8 +65,8 @@ def launch_times(shape: ModelShape, floors: Floors) -> Iterator[Time]:
         unique = LINK.segments * LINK.length * token
         unique += sum(row.prefix + 1 - row.plan.reused for row in rows if row.plan) * token
         share = unique / timed.seconds / floors.copy
-        of = "copy bandwidth, unique bytes"
-        yield dataclasses.replace(timed, share=share, of=of, target=DECODE_BANDWIDTH)
+        of = "copy bandwidth, unique bytes, launching included"
+        yield dataclasses.replace(timed, share=share, of=of)
 
 
 def _timed(what: str, made: Scenario, rows: Sequence[StepRow]) -> Time:

@@ -55,6 +55,7 @@ class Scenario:
     ):
         self.shape, self.layout, self.device, self.dtype = shape, layout, device, dtype
         self._random = torch.Generator().manual_seed(seed)
+        self._on_device = torch.Generator(device).manual_seed(seed)
         page = layout.page
         copies = 1 if layout.shared else layout.requests
         n = layout.segments * layout.length + layout.question
@@ -99,8 +100,8 @@ class Scenario:
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Normal numbers on the device."""
-        made = torch.randn(shape, generator=self._random)
-        return made.to(self.device, self.dtype if dtype is None else dtype)
+        made = torch.randn(shape, generator=self._on_device, device=self.device)
+        return made.to(self.dtype if dtype is None else dtype)
 
     @property
     def scale(self) -> float:

@@ -12,7 +12,11 @@ from sglang_pic.eval.models.hybrid.weights import hybrid_path
 from sglang_pic.eval.serving import serve
 
 # Linear layers' kernels take no float32.
-FLAGS = (f"--max-total-tokens={hybrid_demo.POOL_TOKENS}", "--dtype=bfloat16")
+FLAGS = (
+    f"--max-total-tokens={hybrid_demo.POOL_TOKENS}",
+    "--dtype=bfloat16",
+    "--attention-backend=triton",
+)
 
 
 def serve_hybrid() -> list[dict[str, Any]]:

@@ -14,9 +14,9 @@ from sglang_pic.kernels.triton.walk import LOG2E, warps_of
 def _attend_parts(
     Query, Keys, Values, Slots, PoolRows,
     QoIndptr, BatchRow, KvStart, KvLen, ItemPart, ItemFirst, ItemKv, ItemOut, Partial, Lse,
-    scale, q_n, q_h, k_n, k_h, v_n, v_h, slots_n,
+    scale, chunk, q_n, q_h, k_n, k_h, v_n, v_h, slots_n,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     item, kv_head = tl.program_id(0), tl.program_id(1)
     part = tl.load(ItemPart + item)
@@ -37,7 +37,7 @@ def _attend_parts(
     pool_row = tl.load(PoolRows + tl.load(BatchRow + part)).to(tl.int64)
     slots = Slots + pool_row * slots_n + tl.load(KvStart + part)
     begin = tl.load(ItemKv + item)
-    end = tl.minimum(begin + CHUNK, tl.load(KvLen + part))
+    end = tl.minimum(begin + chunk, tl.load(KvLen + part))
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -86,10 +86,10 @@ def attend_parts(
         gathered, keys, values, req_to_token, pool_rows,
         table.qo_indptr, table.batch_row, table.kv_start, table.kv_len,
         table.item_part, table.item_first, table.item_kv, table.item_out, partial, lse,
-        scale, *gathered.stride()[:2], *keys.stride()[:2], *values.stride()[:2],
+        scale, table.chunk, *gathered.stride()[:2], *keys.stride()[:2], *values.stride()[:2],
         req_to_token.stride(0),
         GROUP=group, HEADS=heads, DIM=dim, BLOCK_D=triton.next_power_of_2(dim),
-        TILE=table.tile, CHUNK=table.chunk, BLOCK_M=block_m, BLOCK_N=64,
+        TILE=table.tile, BLOCK_M=block_m, BLOCK_N=64,
         num_warps=warps_of(block_m, dim), num_stages=2,
     )  # fmt: skip
     return partial, lse

@@ -65,9 +65,10 @@ def _walk_rows(
     scale, q_n, q_h, k_n, k_h, v_n, v_h, slots_n, o_n, o_h,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     HALF: tl.constexpr, NEOX: tl.constexpr, ROTATED: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    splits = tl.num_programs(2)
     row = tl.load(TileRow + tile)
     first = tl.load(TileFirst + tile)
     length = tl.load(QLen + row)
@@ -90,7 +91,7 @@ def _walk_rows(
 
     span_from, span_to = tl.load(SpanIndptr + row), tl.load(SpanIndptr + row + 1)
     entries = tl.load(SpanStart + span_to - 1) + tl.load(SpanLen + span_to - 1)
-    per_split = tl.cdiv(tl.cdiv(entries, SPLITS), BLOCK_N) * BLOCK_N
+    per_split = tl.cdiv(tl.cdiv(entries, splits), BLOCK_N) * BLOCK_N
     lowest, highest = split * per_split, (split + 1) * per_split
     last = tl.max(tl.where(here, rank, 0))
 
@@ -139,12 +140,12 @@ def _walk_rows(
                 total = total * shrink + tl.sum(weight, 1)
                 top = new
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    if SPLITS == 1:
+    if not CUT:
         out_at = Out + (token * o_n + head * o_h)[:, None] + d[None, :]
         tl.store(out_at, acc.to(Out.dtype.element_ty), mask=mask)
     else:
         # Every tile holds one query here: partial results of a row lie together.
-        place = (row * SPLITS + split).to(tl.int64) * HEADS + head
+        place = (row * splits + split).to(tl.int64) * HEADS + head
         tl.store(Partial + place[:, None] * DIM + d[None, :], acc, mask=mask)
         some = total > 0.0
         lse = tl.where(some, top / LOG2E + tl.log(tl.where(some, total, 1.0)), float("-inf"))
@@ -235,7 +236,7 @@ def _launch(
         req_to_token.stride(0), *out.stride()[:2],
         GROUP=group, HEADS=heads, DIM=dim, BLOCK_D=triton.next_power_of_2(dim),
         HALF=half, NEOX=neox, ROTATED=rotated, TILE=table.tile, BLOCK_M=block_m,
-        BLOCK_N=64 if rotated != KEYS or dim <= 128 else 32, SPLITS=splits,
+        BLOCK_N=64 if rotated != KEYS or dim <= 128 else 32, CUT=splits > 1,
         num_warps=warps_of(block_m, dim), num_stages=2,
     )  # fmt: skip
     if splits > 1:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sglang_pic.attention.rope import layer_ropes
+from sglang_pic.attention.ship import to_device
 from sglang_pic.attention.step import StepRow
 from sglang_pic.errors import PicIntegrityError
 from sglang_pic.kernels.rotate import LayerRope
@@ -25,6 +26,9 @@ class SpanBackend:
 
     ropes: dict[int, LayerRope | None]
     refusal: str | None
+    # SGLang's.
+    token_to_kv_pool: Any
+    req_to_token_pool: Any
 
     def __init__(self, model_runner: Any, *args: Any, **kwargs: Any):
         super().__init__(model_runner, *args, **kwargs)  # type: ignore[call-arg]
@@ -71,6 +75,22 @@ class SpanBackend:
             at += extend
         return rows
 
+    def pool_of(self, layer: Any, batch: Any) -> tuple[torch.Tensor, ...]:
+        """Keys, values, req_to_token, pool_rows, as in ``kernels.rows.walk_rows``."""
+        return (
+            *self.token_to_kv_pool.get_kv_buffer(layer.layer_id),
+            self.req_to_token_pool.req_to_token,
+            batch.req_pool_indices,
+        )
+
+    @staticmethod
+    def refuse_extras(extras: dict[str, Any]) -> None:
+        """Raise ``PicIntegrityError`` if a layer asks for more than attention (sinks,
+        modified scores): linked rows would go without."""
+        asked = sorted(name for name, value in extras.items() if value is not None)
+        if asked:
+            raise PicIntegrityError(f"linked rows cannot attend with {', '.join(asked)}")
+
     def without_linked(self, batch: Any) -> Any:
         """The batch as SGLang's own kernels shall see it: linked rows, whose result is
         replaced, have no keys but their new ones."""
@@ -83,8 +103,10 @@ class SpanBackend:
         if batch.seq_lens_cpu is not None:
             part.seq_lens_cpu = torch.where(linked, extend, batch.seq_lens_cpu)
             part.seq_lens_sum = int(part.seq_lens_cpu.sum())
-        here = linked.to(batch.seq_lens.device)
-        part.seq_lens = torch.where(here, extend.to(batch.seq_lens), batch.seq_lens)
+        device = batch.seq_lens.device
+        here = to_device(linked, device)
+        new = to_device(extend.to(batch.seq_lens.dtype), device)
+        part.seq_lens = torch.where(here, new, batch.seq_lens)
         if not decode:
             part.extend_prefix_lens = batch.extend_prefix_lens.masked_fill(here, 0)
             prefixes = zip(batch.extend_prefix_lens_cpu, plans, strict=True)

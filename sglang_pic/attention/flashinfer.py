@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
@@ -18,8 +19,10 @@ from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_atte
 from sglang_pic.attention.base import SpanBackend
 from sglang_pic.attention.flashinfer_graphs import GraphParts, Room
 from sglang_pic.attention.flashinfer_launch import Launcher, Shape
-from sglang_pic.attention.graphs import LINKED
+from sglang_pic.attention.graphs import LINKED, ORDINARY
 from sglang_pic.attention.step import StepRow
+from sglang_pic.attention.table_runner import TableRunner
+from sglang_pic.attention.triton import runner_of, shared_memory_refusal
 from sglang_pic.errors import PicIntegrityError
 from sglang_pic.kernels.rotate import LayerRope
 
@@ -27,6 +30,22 @@ HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
 # Distinct spans of a decode batch, and spans that its rows see on average, in a graph.
 GRAPH_SPANS, GRAPH_SEEN = 256, 16
+# Queries gathered for one launch: 512 MiB of them at 32 heads of 128, and their results
+# as much. Above, a long prompt behind many segments say, rows walk their spans instead.
+MOST_GATHERED = 1 << 16
+
+
+def gathered_queries(rows: Sequence[StepRow]) -> int:
+    """Queries of a launch: each of a linked row as often as it sees a span, and once more."""
+    count = 0
+    for row in rows:
+        if row.plan is not None:
+            done = row.prefix - row.plan.reused
+            count += row.extend
+            count += sum(
+                max(0, row.extend - max(0, span.first_seer - done)) for span in row.plan.spans
+            )
+    return count
 
 
 def flashinfer_refusal(layers: Sequence[Any], dtype: torch.dtype) -> str | None:
@@ -60,14 +79,21 @@ class PicFlashInferBackend(SpanBackend, FlashInferAttnBackend):
         if model_runner.decode_attention_backend_str == "flashinfer":
             self._check_kv_attention_access("decode", self.decode_kv_access)
         layers = [m for m in model_runner.model.modules() if isinstance(m, RadixAttention)]
-        self.refusal = self.refusal or flashinfer_refusal(layers, model_runner.dtype)
+        hybrid = mambaish_config(model_runner.model_config) is not None
+        self.refusal = (
+            self.refusal
+            or flashinfer_refusal(layers, model_runner.dtype)
+            or shared_memory_refusal(layers[0].qk_head_dim, hybrid)
+        )
         self._launcher: Launcher | None = None
         self._graphs: GraphParts | None = None
         # What this pass runs on, where it has linked rows; whether it has others.
-        self._running: Launcher | GraphParts | None = None
+        self._running: Launcher | GraphParts | TableRunner | None = None
         self._ordinary = False
         # Of the batch whose graph was chosen.
         self._rows: list[StepRow] | None = None
+        # SGLang's wrappers, which each of its graphs has baked in, by label and size.
+        self._stock: dict[tuple[str, int], Any] = {}
         if self.refusal is None:
             layer = layers[0]
             shape = Shape(
@@ -78,6 +104,9 @@ class PicFlashInferBackend(SpanBackend, FlashInferAttnBackend):
                 model_runner.dtype,
             )
             self._launcher = Launcher(shape, self.workspace_buffer)
+            self._tables = runner_of(
+                model_runner, shape.heads, shape.kv_heads, self.workspace_buffer.device
+            )
 
     # -- once a pass ------------------------------------------------------------
 
@@ -91,6 +120,10 @@ class PicFlashInferBackend(SpanBackend, FlashInferAttnBackend):
         if self._ordinary:
             super().init_forward_metadata(self.without_linked(forward_batch))
         assert self._launcher is not None
+        if gathered_queries(rows) > MOST_GATHERED:
+            self._tables.plan(rows)
+            self._running = self._tables
+            return
         self._launcher.plan(
             rows, self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices
         )
@@ -120,11 +153,19 @@ class PicFlashInferBackend(SpanBackend, FlashInferAttnBackend):
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         batch_size = forward_batch.batch_size
         rows, self._rows, self._running = self._rows, None, None
-        if in_capture or rows is None:
+        if in_capture:
             super().init_forward_metadata_out_graph(forward_batch, in_capture)
-            if in_capture and get_capture_attention_variant() == LINKED and self._graphs:
+            label = get_capture_attention_variant() or ORDINARY
+            self._stock[label, batch_size] = self.decode_cuda_graph_metadata.get(batch_size)
+            if label == LINKED and self._graphs:
                 self._graphs.capture(batch_size)
                 self._running = self._graphs
+            return
+        label = ORDINARY if rows is None else LINKED
+        if (label, batch_size) in self._stock:
+            self.decode_cuda_graph_metadata[batch_size] = self._stock[label, batch_size]
+        if rows is None:
+            super().init_forward_metadata_out_graph(forward_batch)
             return
         # A replay is padded to its graph.
         self._plans += [None] * (batch_size - len(rows))
@@ -163,8 +204,6 @@ class PicFlashInferBackend(SpanBackend, FlashInferAttnBackend):
         self, stock: Any, q: Any, k: Any, v: Any, layer: Any, batch: Any, save_kv_cache: bool
     ) -> torch.Tensor:
         """Eagerly: SGLang's result, if any, with that of the linked rows put over it."""
-        launcher = self._launcher
-        assert launcher is not None
         if stock is not None:
             out = stock(q, k, v, layer, batch, save_kv_cache)
         else:
@@ -173,7 +212,14 @@ class PicFlashInferBackend(SpanBackend, FlashInferAttnBackend):
                 where = KVWriteLoc.for_batch(batch)
                 scales = self._kv_write_scales(layer)
                 self.token_to_kv_pool.set_kv_buffer(layer, where, k, v, *scales)
-        merged = launcher.run(*self._of_layer(q, layer))
+        query, *of_layer = self._of_layer(q, layer)
+        if isinstance(self._running, TableRunner):
+            rope, scale = self.ropes[layer.layer_id], layer.scaling
+            self._tables.run(query, self.pool_of(layer, batch), rope, scale, out.view(query.shape))
+            return out
+        launcher = self._launcher
+        assert launcher is not None
+        merged = launcher.run(query, *of_layer)
         out.view(-1, *merged.shape[1:])[launcher.token] = merged.to(out.dtype)
         return out
 

@@ -10,7 +10,8 @@ import torch
 
 from sglang_pic.attention.flashinfer_launch import BACKEND, Shape, attend
 from sglang_pic.attention.kernels import kernels_for
-from sglang_pic.attention.ragged import Layout, Layouts, Pages, pages_of, ship
+from sglang_pic.attention.ragged import Layout, Layouts, Pages, pages_of
+from sglang_pic.attention.ship import ship
 from sglang_pic.attention.step import StepRow
 from sglang_pic.kernels.rotate import LayerRope, angles
 
@@ -178,14 +179,14 @@ class GraphParts:
         merged = torch.zeros(int(indptr[-1]), dtype=torch.int32)
         merged[linked.repeat_interleave(count.clamp(min=1))] = index
         n = self.room.queries(batch)
-        there = ship(
-            self._query.device,
-            query=_padded(query, n),
-            indptr=indptr,
-            index=merged,
-            linked=linked.to(torch.int32),
-            offset=_padded(offset, n),
-        )
+        columns = {
+            "query": _padded(query, n),
+            "indptr": indptr,
+            "index": merged,
+            "linked": linked,
+            "offset": _padded(offset, n),
+        }
+        there = ship(columns, self._query.device)
         self._query[:n] = there["query"]
         self._merge_indptr[: batch + 1] = there["indptr"]
         self._merged = merged.numel()

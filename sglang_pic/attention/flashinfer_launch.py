@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from sglang_pic.attention.kernels import kernels_for
-from sglang_pic.attention.ragged import Layout, Layouts, Pages, pages_of, pinned, ship
+from sglang_pic.attention.ragged import Layout, Layouts, Pages, pages_of
+from sglang_pic.attention.ship import pinned, ship
 from sglang_pic.attention.step import StepRow
 from sglang_pic.kernels.rotate import LayerRope, angles
 
@@ -143,7 +144,7 @@ class Launcher:
             self._layout = layout
             names = ("token", "query", "offset", "merge_indptr", "merge_index", "sees")
             columns = {name: getattr(layout, name) for name in names}
-            self._held = ship(req_to_token.device, **columns)
+            self._held = ship(columns, req_to_token.device)
             self.token = self._held["token"].long()
             self._angles.clear()
         pages = pages_of(layout, length, self.shape.page, req_to_token, pool_rows)

@@ -31,6 +31,7 @@ from collections.abc import Sequence
 
 import torch
 
+from sglang_pic.attention.ship import ship
 from sglang_pic.attention.step import StepRow
 from sglang_pic.link.plan import LinkPlan
 
@@ -210,29 +211,14 @@ def pages_of(
     count = (length + page - 1) // page
     indptr = _indptr(count)
     total, device = int(indptr[-1]), req_to_token.device
-    there = ship(device, row=layout.batch_row, start=layout.start, count=count, first=indptr[:-1])
+    columns = {"row": layout.batch_row, "start": layout.start, "count": count, "first": indptr[:-1]}
+    there = ship(columns, device)
     request = torch.repeat_interleave(there["count"], output_size=total)
     within = torch.arange(total, device=device) - there["first"][request]
     slot = req_to_token[
         pool_rows[there["row"][request].long()].long(), there["start"][request] + within * page
     ]
     return Pages(indptr, (slot // page).to(torch.int32), length - (count - 1) * page)
-
-
-def ship(device: torch.device | str, **columns: torch.Tensor) -> dict[str, torch.Tensor]:
-    """int32 columns, in one copy to the device."""
-    flat = torch.cat([column.reshape(-1) for column in columns.values()])
-    pieces = pinned(flat, device).to(device, non_blocking=True)
-    split = pieces.split([column.numel() for column in columns.values()])
-    return {
-        name: piece.view(column.shape)
-        for (name, column), piece in zip(columns.items(), split, strict=True)
-    }
-
-
-def pinned(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """A host tensor whose copy to the device need not be waited for."""
-    return tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
 
 
 def _same(a: Sequence[tuple[int, int, LinkPlan]], b: Sequence[tuple[int, int, LinkPlan]]) -> bool:

@@ -30,6 +30,9 @@ class Relocator:
     def __call__(self, plan: LinkPlan, private: torch.Tensor) -> None:
         """Fill ``private`` (int64 [plan.reused]) from ``plan.slots``."""
         source = plan.slots
+        if source.is_cuda:
+            # The scheduler's stream copies what a forward pass, on another, may still write.
+            torch.cuda.synchronize()
         offsets = torch.cat([torch.full((span.n_tokens,), span.offset) for span in plan.spans]).to(
             source.device
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
 from sglang_pic.kernels.rotate import LayerRope
 
@@ -54,6 +54,8 @@ def layer_ropes(model: Any) -> tuple[dict[int, LayerRope | None], str | None]:
             return {}, f"layer {attn.layer_id}: sliding-window attention"
         if attn.logit_cap:
             return {}, f"layer {attn.layer_id}: attention scores are capped"
+        if attn.xai_temperature_len > 0 or attn.attn_type != AttentionType.DECODER:
+            return {}, f"layer {attn.layer_id}: not plain causal attention"
     if not layers:
         return {}, "the model has no attention layer SGLang could cache"
     unknown = sorted(layers - set(ropes))

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from sglang_pic.attention.ship import ship
 from sglang_pic.attention.step import StepRow
 from sglang_pic.kernels.rows import PartTable, RowTable
 
@@ -111,7 +112,8 @@ class TableStep:
         if not self.settled or len(rows) != len(self.rows):
             return None
         for row, before in zip(rows, self.rows, strict=True):
-            if row.plan is not before.plan or row.extend > 1:
+            same = row.plan is before.plan and row.first_query == before.first_query
+            if not same or row.extend > 1 or before.extend > 1:
                 return None
         linked = [rows[i] for i in self.linked]
         made = {
@@ -205,12 +207,7 @@ def _splits(rows: Sequence[StepRow], shape: Shape) -> int:
 def _ship(
     columns: Mapping[str, Sequence[int]], device: torch.device | str
 ) -> dict[str, torch.Tensor]:
-    """int32 columns, in one copy to the device."""
-    flat = torch.tensor([n for column in columns.values() for n in column], dtype=torch.int32)
-    if torch.device(device).type == "cuda":
-        flat = flat.pin_memory()
-    pieces = flat.to(device, non_blocking=True).split([len(c) for c in columns.values()])
-    return dict(zip(columns, pieces, strict=True))
+    return ship({name: torch.tensor(column) for name, column in columns.items()}, device)
 
 
 def walkers(

@@ -1,8 +1,7 @@
 """Span attention beside SGLang's ``triton`` backend.
 
 Batches without a linked row run SGLang's code alone. In others its kernels compute the
-ordinary rows, and ours the linked ones: one launch a layer for links, one or three for
-rows that decode, whatever the number of requests and segments.
+ordinary rows, and ours the linked ones, whatever the number of requests and segments.
 """
 
 from __future__ import annotations
@@ -10,24 +9,42 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.utils.common import get_device_core_count
 
 from sglang_pic.attention.base import SpanBackend
 from sglang_pic.attention.kernels import triton_kernels
-from sglang_pic.attention.tables import (
-    Shape,
-    SharedParts,
-    TableStep,
-    Walkers,
-    build_tables,
-    tile_of,
-)
-from sglang_pic.kernels.rotate import LayerRope, angles
+from sglang_pic.attention.table_runner import TableRunner
+from sglang_pic.attention.tables import Shape, tile_of
 
 # Programs that each multiprocessor can have ready at once.
 PROGRAMS_A_CORE = 2
+# Bytes of shared memory that a block of our kernels takes, by head dimension at most
+# (``eval.gpu.aot``); those of linear layers take as much as the last.
+SHARED_BYTES = ((128, 96 << 10), (256, 180 << 10))
+
+
+def shared_memory_refusal(head_dim: int, hybrid: bool) -> str | None:
+    """Why the device is too small for our kernels, or ``None``."""
+    if not torch.cuda.is_available():
+        return None
+    needed = [size for dim, size in SHARED_BYTES if head_dim <= dim]
+    if not needed:
+        return f"head dimension {head_dim} is not supported"
+    needs = SHARED_BYTES[-1][1] if hybrid else needed[0]
+    found = torch.cuda.get_device_properties().shared_memory_per_block_optin
+    if found < needs:
+        return f"a block needs {needs >> 10} KiB of shared memory, this GPU has {found >> 10}"
+    return None
+
+
+def runner_of(model_runner: Any, heads: int, kv_heads: int, device: Any) -> TableRunner:
+    """A runner of Triton kernels for SGLang's model runner."""
+    cores = max(1, get_device_core_count(model_runner.gpu_id))
+    shape = Shape(tile_of(heads, kv_heads), kv_heads, PROGRAMS_A_CORE * cores)
+    return TableRunner(triton_kernels(), shape, device)
 
 
 class PicTritonBackend(SpanBackend, TritonAttnBackend):
@@ -38,26 +55,25 @@ class PicTritonBackend(SpanBackend, TritonAttnBackend):
 
     def __init__(self, model_runner: Any):
         super().__init__(model_runner)
-        cores = max(1, get_device_core_count(model_runner.gpu_id))
-        self._shape = Shape(
-            tile=tile_of(self.num_head, self.num_kv_head),
-            kv_heads=self.num_kv_head,
-            programs=PROGRAMS_A_CORE * cores,
-        )
-        self._kernels = triton_kernels()
-        self._step: TableStep | None = None
-        self._turns: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._tables = runner_of(model_runner, self.num_head, self.num_kv_head, self.device)
+        hybrid = mambaish_config(model_runner.model_config) is not None
+        self.refusal = self.refusal or shared_memory_refusal(self.v_head_dim, hybrid)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
-        last, self._step = self._step, None
         rows = self.planned_rows(forward_batch)
-        if rows is not None:
-            self._step = last.grown(rows, self._shape) if last is not None else None
-            if self._step is None:
-                self._turns.clear()
-                self._step = build_tables(rows, self._shape, self.device)
-            forward_batch = self.without_linked(forward_batch)
-        super().init_forward_metadata(forward_batch)
+        if rows is None:
+            self._tables.step = None
+            super().init_forward_metadata(forward_batch)
+            return
+        self._tables.plan(rows)
+        step = self._tables.step
+        if step is not None and step.ordinary:
+            super().init_forward_metadata(self.without_linked(forward_batch))
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        # No graph of this backend's knows of spans.
+        self._tables.step = None
+        super().init_forward_metadata_out_graph(forward_batch, in_capture)
 
     # -- per layer ------------------------------------------------------------
 
@@ -72,8 +88,9 @@ class PicTritonBackend(SpanBackend, TritonAttnBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         stock = super().forward_extend
-        if self._step is None:
+        if self._tables.step is None:
             return stock(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        self.refuse_extras(kwargs)
         return self._forward(stock, q, k, v, layer, forward_batch, save_kv_cache)
 
     def forward_decode(
@@ -87,14 +104,15 @@ class PicTritonBackend(SpanBackend, TritonAttnBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         stock = super().forward_decode
-        if self._step is None:
+        if self._tables.step is None:
             return stock(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        self.refuse_extras(kwargs)
         return self._forward(stock, q, k, v, layer, forward_batch, save_kv_cache)
 
     def _forward(
         self, stock: Any, q: Any, k: Any, v: Any, layer: Any, batch: Any, save_kv_cache: bool
     ) -> torch.Tensor:
-        step = self._step
+        step = self._tables.step
         assert step is not None
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         if step.ordinary:
@@ -103,61 +121,7 @@ class PicTritonBackend(SpanBackend, TritonAttnBackend):
             if save_kv_cache:
                 self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc.for_batch(batch), k, v)
             out = torch.empty_like(query)
-        pool = (
-            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
-            self.token_to_kv_pool.get_value_buffer(layer.layer_id),
-            self.req_to_token,
-            batch.req_pool_indices,
+        self._tables.run(
+            query, self.pool_of(layer, batch), self.ropes[layer.layer_id], layer.scaling, out
         )
-        rope = self.ropes[layer.layer_id]
-        for which, walkers in enumerate((step.links, step.decodes)):
-            if walkers is not None:
-                self._walk(query, pool, walkers, which, rope, layer.scaling, out)
-        if step.parts is not None:
-            self._decode_parts(query, pool, step.parts, rope, layer.scaling, out)
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
-
-    def _walk(
-        self,
-        query: torch.Tensor,
-        pool: tuple[torch.Tensor, ...],
-        walkers: Walkers,
-        which: int,
-        rope: LayerRope | None,
-        scale: float,
-        out: torch.Tensor,
-    ) -> None:
-        turns = None if rope is None else self._turns_of(rope, which, walkers.offset)
-        self._kernels.walk_rows(
-            query, *pool, walkers.table, turns, out,
-            scale=scale, neox=rope is None or rope.neox, splits=walkers.splits,
-        )  # fmt: skip
-
-    def _decode_parts(
-        self,
-        query: torch.Tensor,
-        pool: tuple[torch.Tensor, ...],
-        parts: SharedParts,
-        rope: LayerRope | None,
-        scale: float,
-        out: torch.Tensor,
-    ) -> None:
-        table = parts.table
-        if rope is None:
-            gathered = query[table.query]
-        else:
-            cos, sin = self._turns_of(rope, 2, parts.offset)
-            gathered = self._kernels.gather_rotate(query, table.query, cos, sin, neox=rope.neox)
-        partial, lse = self._kernels.attend_parts(gathered, *pool, table, scale=scale)
-        merged = self._kernels.merge(partial, lse, table.merge_indptr, table.merge_index)
-        out[table.token] = merged.to(out.dtype)
-
-    def _turns_of(
-        self, rope: LayerRope, which: int, offset: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Angles back by one of the step's offsets, computed for the first layer that
-        asks."""
-        key = (id(rope.cos_sin_cache), which)
-        if key not in self._turns:
-            self._turns[key] = angles(rope.cos_sin_cache, -offset)
-        return self._turns[key]
