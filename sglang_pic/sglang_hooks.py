@@ -141,11 +141,15 @@ def render_marked(original: Any, serving: Any, messages: Any, **kwargs: Any) -> 
 
 def install_http(server_args: Any, *_: Any, **__: Any) -> None:
     """Before ``_setup_and_run_http_server``: middleware, ``/pic`` routes, metrics, canary."""
+    from sglang_pic.config import PicConfig
+
+    tenants = PicConfig.from_env().tenants
     if server_args.radix_cache_backend != CACHE_BACKEND:
+        if tenants is not None:
+            raise PicConfigError(f"--pic-tenants needs --radix-cache-backend {CACHE_BACKEND}")
         return
     from sglang.srt.entrypoints.http_server import app
 
-    from sglang_pic.config import PicConfig
     from sglang_pic.metrics import prometheus
     from sglang_pic.server.middleware import PicMiddleware
     from sglang_pic.server.routes import install as install_routes
@@ -153,7 +157,6 @@ def install_http(server_args: Any, *_: Any, **__: Any) -> None:
     from sglang_pic.server.tenants import TenantMiddleware, Tenants
 
     app.add_middleware(PicMiddleware)
-    tenants = PicConfig.from_env().tenants
     if tenants is not None:
         app.add_middleware(TenantMiddleware, tenants=Tenants.read(tenants, server_args))
     install_routes(app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from types import SimpleNamespace
@@ -14,12 +15,22 @@ from fastapi import FastAPI, WebSocket
 from fastapi.testclient import TestClient
 from linking import assemble, body, ids_of
 
+from sglang_pic.config import ENV_NAME, PicConfig
 from sglang_pic.errors import PicConfigError, PicRequestError
 from sglang_pic.launch_server import with_defaults
 from sglang_pic.server.tenants import TenantMiddleware, Tenants, set_salt
+from sglang_pic.sglang_hooks import install_http
 
 KEYS = {"key-a": "a", "key-b": "b"}
-ADMIN = SimpleNamespace(admin_api_key="root", api_key=None)
+
+
+def flags_of(**changed: Any) -> Any:
+    """SGLang's arguments, as far as they matter."""
+    usual = {"admin_api_key": "root", "api_key": None, "tokenizer_worker_num": 1, "grpc_port": None}
+    return SimpleNamespace(**{**usual, **changed})
+
+
+ADMIN = flags_of()
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -89,8 +100,10 @@ def test_without_a_key_nothing_is_asked(asked: TestClient, headers: dict[str, st
         ({"key": "pic\x1fx"}, ADMIN),
         ({"": "a"}, ADMIN),
         ({"root": "a"}, ADMIN),
-        (KEYS, SimpleNamespace(admin_api_key=None, api_key=None)),
-        (KEYS, SimpleNamespace(admin_api_key="root", api_key="key")),
+        (KEYS, flags_of(admin_api_key=None)),
+        (KEYS, flags_of(api_key="key")),
+        (KEYS, flags_of(tokenizer_worker_num=2)),
+        (KEYS, flags_of(grpc_port=30001)),
     ],
 )
 def test_a_way_around_is_refused(tmp_path: pathlib.Path, content: Any, args: Any) -> None:
@@ -98,6 +111,18 @@ def test_a_way_around_is_refused(tmp_path: pathlib.Path, content: Any, args: Any
         Tenants.read(file_of(tmp_path, content), args)
     with pytest.raises(PicConfigError, match="--pic-tenants"):
         Tenants.read(str(tmp_path / "absent.json"), args)
+
+
+def test_another_cache_maps_no_keys(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mapping is ours: it must not be dropped in silence."""
+    flags = flags_of(radix_cache_backend=None)
+    install_http(flags)
+    config = PicConfig(tenants=file_of(tmp_path, KEYS))
+    monkeypatch.setenv(ENV_NAME, json.dumps(dataclasses.asdict(config)))
+    with pytest.raises(PicConfigError, match="--radix-cache-backend pic"):
+        install_http(flags)
 
 
 def test_sglang_does_not_warm_up_without_a_key() -> None:

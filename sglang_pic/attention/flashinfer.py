@@ -1,7 +1,7 @@
 """SGLang's ``flashinfer`` backend with linked rows.
 
 Ordinary rows take SGLang's own path untouched. Linked rows are one launch a layer, of
-the same kernels, and a merge (``launch``).
+the same kernels, and a merge (``flashinfer_launch``).
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ class PicFlashInferBackend(SpanBackend, FlashInferAttnBackend):
             self._tables.plan(rows)
             self._running = self._tables
             return
+        self._tables.step = None  # which holds plans, and they their segments' states
         self._launcher.plan(
             rows, self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices
         )

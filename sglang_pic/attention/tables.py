@@ -22,7 +22,7 @@ from sglang_pic.attention.step import StepRow
 from sglang_pic.kernels.rows import PartTable, RowTable
 
 # Keys read by all requests, for each key read once: from here on parts are worth
-# their partial results (estimated in docs/gpu.md).
+# their partial results. Estimated, not measured.
 SHARING = 1.1
 # Query heads of a tile: rows of its matrix products.
 TILE_ROWS = 64

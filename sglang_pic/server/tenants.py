@@ -58,6 +58,8 @@ class Tenants:
         for salt in salts.values():
             if not isinstance(salt, str) or not salt or is_reserved(salt):
                 raise PicConfigError("--pic-tenants: a salt must be a text, not empty")
+        if server_args.tokenizer_worker_num > 1 or server_args.grpc_port is not None:
+            raise PicConfigError("--pic-tenants works with one tokenizer worker, and not over gRPC")
         admin_key = server_args.admin_api_key
         if not admin_key or server_args.api_key:
             raise PicConfigError("--pic-tenants needs --admin-api-key, and no --api-key beside it")
