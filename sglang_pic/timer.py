@@ -35,9 +35,9 @@ HOOKS = "hooks"
 FRONT_STAGES = (
     Stage(HOOKS, "sglang_pic.server.middleware.take"),
     Stage(HOOKS, "sglang_pic.server.funnel.generate_request"),
-    Stage("request", "sglang_pic.server.funnel.Funnel._resolve"),
+    Stage("request", "sglang_pic.server.resolve.Resolver.resolve"),
     Stage("request", "sglang_pic.server.funnel.tidy"),
-    Stage("tokenise", "sglang_pic.server.funnel.encode_marked"),
+    Stage("tokenise", "sglang_pic.server.resolve.encode_marked"),
 )
 ENGINE_STAGES = (
     Stage(HOOKS, "sglang_pic.sglang_hooks.uncompiled"),

@@ -281,24 +281,36 @@ class FakeFunnel:
     def __init__(self) -> None:
         self.compiled: list[Any] = []
         self.compiler = self
+        self.wanted = self
+        self.resolver = FakeResolver(self.config.link_defaults)
 
     async def compile(self, items: list[Any]) -> list[int]:
         self.compiled += items
         return [len(item) for item in items]
 
-    def segment_item(self, ids: list[int], salt: Any, extra_key: Any, *, named: bool) -> list[int]:
+    def segment(self, ids: list[int], salt: Any, extra_key: Any, *, named: bool) -> list[int]:
         assert named
         return ids
 
-    def encode_segment(self, text: str) -> list[int]:
+    def settled(self, ids: list[int], link: Any) -> Any:
+        return ids, link
+
+
+class FakeResolver:
+    """Stands for the funnel's reading of prompts."""
+
+    def __init__(self, defaults: Any):
+        self._defaults = defaults
+
+    def segment(self, text: str) -> list[int]:
         return [3] * (len(text) // 8)
 
-    def prompt(self, text: str | None, ids: list[int] | None, pic: Any) -> Any:
+    def one(self, text: str | None, ids: list[int] | None, pic: Any) -> Any:
         from sglang_pic.request.base import LinkRequest
         from sglang_pic.request.fields import parse_fields
 
-        fields = parse_fields(pic, self.config.link_defaults)
-        return ids or self.encode_segment(text or ""), LinkRequest(fields.ranges, fields.options)
+        fields = parse_fields(pic, self._defaults)
+        return ids or self.segment(text or ""), LinkRequest(fields.ranges, fields.options)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,7 +67,7 @@ async def compile_segments(body: CompileBody) -> Any:
     salt, extra_key = body.cache_salt, body.extra_key
     lengths = [len(ids) for ids in segments]
     await tell("reserve", tokens=lengths, cache_salt=salt, extra_key=extra_key)
-    items = [funnel.segment_item(ids, salt, extra_key, named=True) for ids in segments]
+    items = [funnel.wanted.segment(ids, salt, extra_key, named=True) for ids in segments]
     results = await funnel.compiler.compile(items)
     failed = next((result for result in results if isinstance(result, BaseException)), None)
     if isinstance(failed, ValueError):
@@ -101,7 +101,7 @@ def _read(body: CompileBody, funnel: Funnel) -> list[list[int]]:
     field = "input_ids" if body.text is None else "text"
     if body.text is not None:
         check_tokenizer(manager().tokenizer)
-        segments = [funnel.encode_segment(text) for text in body.text]
+        segments = [funnel.resolver.segment(text) for text in body.text]
     else:
         segments = body.input_ids or []
     if not 0 < len(segments) <= MAX_SEGMENTS:

@@ -59,7 +59,7 @@ def _read(body: ExplainBody, funnel: Funnel) -> tuple[list[int], LinkRequest]:
     text, input_ids = prompt["text"], prompt["input_ids"]
     if (text is None) == (input_ids is None):
         raise PicRequestError("text", "give one of 'text', 'input_ids' and 'pic.parts'")
-    ids, link = funnel.prompt(text, input_ids, exchange.pic)
+    ids, link = funnel.settled(*funnel.resolver.one(text, input_ids, exchange.pic))
     check_prompt(
         ids,
         "text" if input_ids is None else "input_ids",

@@ -1,0 +1,46 @@
+"""A resolved request in internal form: token ids, and a link in its ``kv_hints``.
+
+In place: SGLang's endpoints keep the object, to abort it if its client leaves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.kv_hints import KvHintsEnvelope
+
+from sglang_pic.request.base import LinkRequest
+from sglang_pic.request.hints import LINK, PUBLIC, link_hints
+
+
+def _other_actions(hints: Any) -> list[Any]:
+    if not isinstance(hints, KvHintsEnvelope):
+        return []
+    return [action for action in hints.actions if action.action_type not in (PUBLIC, LINK)]
+
+
+def _hints(obj_hints: Any, link: LinkRequest) -> KvHintsEnvelope:
+    made = link_hints(link)
+    made.actions.extend(_other_actions(obj_hints))
+    return made
+
+
+def set_link(obj: GenerateReqInput, ids: list[int], link: LinkRequest, *, strict: bool) -> None:
+    """Give the request its prompt and link."""
+    obj.text, obj.input_ids = None, list(ids)
+    obj.kv_hints = _hints(obj.kv_hints, dataclasses.replace(link, strict=strict))
+
+
+def set_links(obj: GenerateReqInput, prompts: list[tuple[list[int], LinkRequest]]) -> None:
+    """The same for a batch, or for several samples of one prompt."""
+    single = not (isinstance(obj.text, list) or isinstance((obj.input_ids or [0])[0], list))
+    hints = obj.kv_hints if isinstance(obj.kv_hints, list) else [obj.kv_hints] * len(prompts)
+    made = [
+        _hints(own, dataclasses.replace(link, strict=False))
+        for own, (_, link) in zip(hints, prompts, strict=True)
+    ]
+    ids = [list(ids) for ids, _ in prompts]
+    obj.text = None
+    obj.input_ids, obj.kv_hints = (ids[0], made[0]) if single else (ids, made)
