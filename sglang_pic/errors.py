@@ -18,6 +18,18 @@ class PicRequestError(ValueError):
         self.problem = problem
 
 
+class PicActionError(PicRequestError):
+    """The scheduler does not obey what came with a request.
+
+    ``status`` is the HTTP status: 403 it is not of this server's front, 400 it is
+    malformed.
+    """
+
+    def __init__(self, status: int, field: str, problem: str):
+        super().__init__(field, problem)
+        self.status = status
+
+
 class PicConfigError(ValueError):
     """A server setting is invalid or does not fit the loaded model."""
 

@@ -23,31 +23,36 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_pic.errors import PicConfigError
+from sglang_pic.request.seal import ensure_secret
 
 SGLANG_VERSION = "0.5.23"
 CACHE_BACKEND = "pic"
 _SRT = "sglang.srt."
 _OPS = "sglang.kernels.ops."
-_CORE = (
-    _SRT + "mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface."
-)  # -- what the hooks do ----------------------------------------------------------
+_CORE = _SRT + "mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface."
+
+# -- what the hooks do ------------------------------------------------------------
 
 
 def set_positions(batch: Any, cls: Any, schedule_batch: Any, model_runner: Any, **_: Any) -> None:
     """After ``ForwardBatch.init_new``: true positions for permuted rows, and the
     batch's plans for the attention backend."""
-    write_positions(batch, schedule_batch, model_runner)
-
-
-def write_positions(batch: Any, schedule_batch: Any, model_runner: Any) -> None:
-    """Ours of ``set_positions``, by itself so that the timer can find it."""
-    from sglang_pic.attention.ship import to_device
     from sglang_pic.forest.cache import PicCache
 
     cache = schedule_batch.tree_cache
-    # A cache that must not link makes no plans, and its backend may take none.
-    if not isinstance(cache, PicCache) or cache.refusal is not None:
+    # A cache that has never linked makes no plans, and its backend may take none.
+    if not isinstance(cache, PicCache) or not cache.has_linked:
         return
+    try:
+        write_positions(cache, batch, schedule_batch, model_runner)
+    except Exception:
+        _end_linked(cache, batch, schedule_batch.reqs, model_runner)
+
+
+def write_positions(cache: Any, batch: Any, schedule_batch: Any, model_runner: Any) -> None:
+    """Ours of ``set_positions``, by itself so that the timer can find it."""
+    from sglang_pic.attention.ship import to_device
+
     plans = cache.plans_of(schedule_batch.reqs)
     cache.hand_over(model_runner.attn_backend, batch.rids, schedule_batch.reqs)
     if not batch.forward_mode.is_extend():
@@ -66,47 +71,56 @@ def write_positions(batch: Any, schedule_batch: Any, model_runner: Any) -> None:
         at += int(extend)
 
 
+def _end_linked(cache: Any, batch: Any, reqs: Any, model_runner: Any) -> None:
+    """The rows of a batch could not be told apart: it runs as if none were linked, and
+    those that are, whose result is wrong so, end with an error. Nothing that they
+    computed is kept."""
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    from sglang_pic.faults import faults
+
+    linked = cache.give_up(reqs)
+    faults.note("positions", [req.rid for req in linked])
+    for req in linked:
+        req.to_finish = FINISH_ABORT(
+            "the server failed to link this request",
+            HTTPStatus.INTERNAL_SERVER_ERROR,
+            "InternalServerError",
+        )
+    try:
+        cache.hand_over(model_runner.attn_backend, batch.rids, reqs)
+    except Exception:
+        # The backend takes no row for linked that was not handed over for this batch.
+        faults.note("hand over", batch.rids)
+
+
 def answer_at_once(
     original: Callable[..., None], scheduler: Any, req: Any, is_retracted: bool = False
 ) -> None:
     """Around ``Scheduler._add_request_to_queue``: commands to the cache, and strict
-    links whose segments are not in the forest, go back to the front unqueued."""
-    missing = uncompiled(scheduler.tree_cache, req, is_retracted)
-    if missing is None:
+    links whose segments are not in the forest, go back to the front unqueued; so does
+    what our front has not sent."""
+    from sglang_pic.manage.arrival import answer
+
+    found = answer(scheduler, req, is_retracted)
+    if found is None:
         original(scheduler, req, is_retracted)
         return
     from sglang.srt.managers.scheduler import _make_abort_req
 
-    from sglang_pic.manage.commands import obey
-    from sglang_pic.request.hints import COMMAND, DONE, MISSING, find_action
-
-    command = find_action(req.kv_hints, COMMAND)
-    answer = f"{MISSING}{missing}" if command is None else DONE + obey(scheduler, req, command)
-    reason = {"type": "abort", "status_code": HTTPStatus.BAD_REQUEST, "message": answer}
-    scheduler.send_abort_output(_make_abort_req(req, finished_reason=reason), req)
-
-
-def uncompiled(cache: Any, req: Any, is_retracted: bool) -> list[int] | None:
-    """Which segments of a strict link the forest does not hold; an empty list for a
-    command to the cache, ``None`` for a request that is to run."""
-    if req.kv_hints is None or is_retracted:
-        return None
-    from sglang_pic.forest.cache import PicCache
-    from sglang_pic.request.hints import COMMAND, find_action, read_link
-
-    if not isinstance(cache, PicCache) or req.output_ids or req.finished():
-        return None
-    if find_action(req.kv_hints, COMMAND) is not None:
-        return []
-    link = read_link(req.kv_hints)
-    return (cache.send_back(req) or None) if link is not None and link.strict else None
+    scheduler.send_abort_output(_make_abort_req(req, finished_reason=found.to_json()), req)
 
 
 def guard_graphs(original: Callable[..., Any], runner: Any, forward_batch: Any) -> Any:
-    """Around ``can_run_graph``."""
+    """Around ``can_run_graph``; a batch that cannot be judged runs without a graph."""
     from sglang_pic.attention import graphs
+    from sglang_pic.faults import faults
 
-    return graphs.can_run_graph(original, runner, forward_batch)
+    try:
+        return graphs.can_run_graph(original, runner, forward_batch)
+    except Exception:
+        faults.note("graphs", forward_batch.rids or ())
+        return False
 
 
 def graph_variants(original: Callable[..., Any], hf_config: Any) -> Any:
@@ -453,6 +467,7 @@ def install() -> None:
     hooks = (FRONT_HOOKS if front else ()) + (ENGINE_HOOKS if engine else ())
     for hook in hooks:
         check_shape(hook.target, hook.parameters)
+    ensure_secret()
     if engine:
         for target, parameters in RELIED_ON.items():
             check_shape(target, parameters)

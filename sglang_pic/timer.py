@@ -40,7 +40,7 @@ FRONT_STAGES = (
     Stage("tokenise", "sglang_pic.server.resolve.encode_marked"),
 )
 ENGINE_STAGES = (
-    Stage(HOOKS, "sglang_pic.sglang_hooks.uncompiled"),
+    Stage(HOOKS, "sglang_pic.manage.arrival.answer"),
     Stage(HOOKS, "sglang_pic.sglang_hooks.write_positions"),
     Stage("match", "sglang_pic.forest.cache.PicCache.missing"),
     Stage("match", "sglang_pic.forest.cache.PicCache.match_prefix"),

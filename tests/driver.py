@@ -30,7 +30,7 @@ from sglang_pic.forest.keys import is_reserved, namespace
 from sglang_pic.forest.nodes import SEGMENT
 from sglang_pic.link.policy import LinkOptions, ceil_to
 from sglang_pic.request.base import LinkRequest, TokenSpan
-from sglang_pic.request.hints import compile_hints, link_hints
+from sglang_pic.request.internal import compile_hints, link_hints
 
 _rids = itertools.count()
 

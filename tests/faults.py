@@ -75,13 +75,15 @@ def _pairs_without_operator() -> None:
 def _corrupt_what_is_looked_at() -> None:
     """``GET /pic/segments/ID`` turns the values of the segment's pages, or of a
     hybrid its pair's end states, around and makes them ten times as large."""
+    from sglang_pic.forest.keys import owner_of
     from sglang_pic.manage import commands
+    from sglang_pic.request.commands import Get
 
-    get = commands.COMMANDS["get"]
+    get = commands.COMMANDS[Get]
 
-    def corrupt(scheduler: Any, req: Any, command: dict[str, Any]) -> Any:
+    def corrupt(scheduler: Any, req: Any, command: Get) -> Any:
         cache = scheduler.tree_cache
-        record = cache.forest.record(command["id"], commands.tenant_of(req))
+        record = cache.forest.record(command.id, commands.tenant_of(req))
         _, slots = cache.find_path(record.path, record.extra_key, record.salt)
         pool = scheduler.tp_worker.model_runner.token_to_kv_pool
         states = getattr(cache, "states", None)
@@ -89,11 +91,12 @@ def _corrupt_what_is_looked_at() -> None:
             for layer in scheduler.tp_worker.model_runner.attn_backend.ropes:
                 pool.get_value_buffer(layer)[slots] *= -10
         else:
-            for pair in states.find(record.id).pairs.values():
+            owner = owner_of(record.salt, record.extra_key)
+            for pair in states.find(record.id, owner).pairs.values():
                 pair.state.mul_(-10)
         return get(scheduler, req, command)
 
-    commands.COMMANDS["get"] = corrupt
+    commands.COMMANDS[Get] = corrupt
 
 
 # First tokens of segments that never, or not for so many seconds, compile.

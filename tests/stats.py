@@ -29,6 +29,7 @@ def rank_stats(**changes: Any) -> dict[str, Any]:
         "evicted": {"segment": 700, "prefix": 20, "turn": 3, "state": 5},
         "refused": {"admission": 6, "budget": 1, "quota": 2},
         "fallback_evictions": 4,
+        "faults": {"match": 1},
         **changes,
     }
 

@@ -32,7 +32,7 @@ from sglang_pic.link.policy import LinkOptions
 from sglang_pic.metrics import front
 from sglang_pic.metrics.front import Counts
 from sglang_pic.request.base import LinkRequest, TokenSpan
-from sglang_pic.request.hints import COMPILE, find_action, read_link
+from sglang_pic.request.internal import read_internal
 from sglang_pic.server import audit as audit_module
 from sglang_pic.server import gate as gate_module
 from sglang_pic.server.audit import POSITIONS, QUEUE, WINDOW, Audit, is_chosen
@@ -68,11 +68,11 @@ class FakeModel:
         if self.error is not None:
             raise self.error
         if isinstance(obj.input_ids[0], list):
-            assert find_action(obj.kv_hints[0], COMPILE) is not None
+            assert read_internal(obj.kv_hints[0], salt=obj.cache_salt[0]).compile is not None
             return [{} for _ in obj.input_ids]
         first = math.log(0.5)
         rest = math.log(0.4 / TOP)
-        link = read_link(obj.kv_hints)
+        link = read_internal(obj.kv_hints).link
         if link is None:
             top = [(first, 0, None), *((rest, token, None) for token in range(1, TOP))]
             return {"meta_info": {"output_top_logprobs": [top]}}
@@ -126,7 +126,7 @@ def test_an_audit_compares_the_tenants_link_with_a_namespace_of_its_own(counts: 
     assert salt != "acme" and model.flushed == [salt]
     for one, other in zip(full, again, strict=True):
         assert one.input_ids == other.input_ids and one.kv_hints is None
-        link = read_link(other.kv_hints)
+        link = read_internal(other.kv_hints).link
         assert link is not None and not link.strict
         # Nothing is kept for a next turn.
         assert link.options == LinkOptions(seam=8, turns=False)

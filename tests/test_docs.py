@@ -347,6 +347,7 @@ def test_the_size_of_linear_states(matrix: bool, dtype: str) -> None:
     store = StateStore(PicConfig(state_dtype=dtype))
     store.add(
         "a segment",
+        ("tenant", ""),
         core_end=10,
         conv_tail=torch.randn(layers, channels, width - 1),
         end=torch.randn(layers, heads, dk, dv),

@@ -284,24 +284,42 @@ def test_runs_end_where_cores_stand() -> None:
     assert not has_core(plan, plan.reused + 8, 3)
 
 
+OWNER = ("pic\x1fcontext\x1fus", "")
+
+
+def test_a_state_is_its_owners_alone() -> None:
+    """Whatever names it: a hash that two shared would open no other's states."""
+    config = types.SimpleNamespace(state_dtype="float32", operator_threshold=0.0, state_mib=1)
+    store = StateStore(config)
+    pair = Pair(torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16))
+    tail, end = torch.zeros(2, CHANNELS, 3), torch.zeros(2, 4, 16, 16)
+    store.add("s", OWNER, core_end=9, conv_tail=tail, end=end, pairs={4: pair})
+    for other in (("pic\x1fcontext\x1fthem", ""), (OWNER[0], "adapter")):
+        assert store.find("s", other) is None
+        store.add("s", other, core_end=9, conv_tail=tail, end=end, pairs={7: pair})
+        held = store.find("s", other)
+        assert held is not None and list(held.pairs) == [7], "another owner's pair was kept"
+        store.add("s", OWNER, core_end=9, conv_tail=tail, end=end, pairs={4: pair})
+
+
 def test_the_store_stays_within_its_budget() -> None:
     config = types.SimpleNamespace(state_dtype="float32", operator_threshold=0.0, state_mib=1)
     store = StateStore(config)
     pair = Pair(torch.randn(2, 4, 64, 64), torch.randn(2, 4, 64, 64))
     for i in range(10):
         tail, end = torch.zeros(2, CHANNELS, 3), torch.zeros(2, 4, 64, 64)
-        store.add(f"s{i}", core_end=9, conv_tail=tail, end=end, pairs={4: pair})
+        store.add(f"s{i}", OWNER, core_end=9, conv_tail=tail, end=end, pairs={4: pair})
         assert store.nbytes <= store.budget == 1 << 20
-    assert store.find("s0") is None
-    found = store.find("s9")
+    assert store.find("s0", OWNER) is None
+    found = store.find("s9", OWNER)
     assert found is not None and found.core(4, 9, opening=False) is not None
     assert found.core(5, 9, opening=False) is None
     assert found.core(4, 8, opening=False) is None
-    store.add("s9", core_end=9, conv_tail=tail, end=end, pairs={7: pair})
-    both = store.find("s9")
+    store.add("s9", OWNER, core_end=9, conv_tail=tail, end=end, pairs={7: pair})
+    both = store.find("s9", OWNER)
     assert both is not None and sorted(both.pairs) == [4, 7]
     store.drop("s9")
-    assert store.find("s9") is None
+    assert store.find("s9", OWNER) is None
 
 
 def test_the_store_keeps_what_it_counts() -> None:
@@ -310,8 +328,8 @@ def test_the_store_keeps_what_it_counts() -> None:
     store = StateStore(config)
     tails, end = torch.randn(5, 2, CHANNELS, 3), torch.randn(2, 4, 16, 16)
     pair = Pair(torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16))
-    store.add("s", core_end=9, conv_tail=tails[1], end=end, pairs={4: pair})
-    found = store.find("s")
+    store.add("s", OWNER, core_end=9, conv_tail=tails[1], end=end, pairs={4: pair})
+    found = store.find("s", OWNER)
     assert found is not None and found.end.dtype is torch.float16
     assert found.conv_tail.untyped_storage().nbytes() == tails[1].numel() * 4
     assert found.nbytes == tails[1].numel() * 4 + 3 * end.numel() * 2 + 2 * 4 * 8
@@ -324,18 +342,18 @@ def test_a_pinned_state_survives_further_seam_widths() -> None:
     tail, end = torch.zeros(2, CHANNELS, 3), torch.zeros(2, 4, 64, 64)
 
     def add(name: str, head: int) -> bool:
-        return store.add(name, core_end=9, conv_tail=tail, end=end, pairs={head: pair})
+        return store.add(name, OWNER, core_end=9, conv_tail=tail, end=end, pairs={head: pair})
 
     assert add("pinned", 4)
     store.pin("pinned")
     assert not all(add("pinned", head) for head in range(5, 15))
     store.check()
-    held = store.find("pinned")
+    held = store.find("pinned", OWNER)
     assert held is not None and 4 in held.pairs
     add("other", 4)
-    assert store.find("pinned") is not None
+    assert store.find("pinned", OWNER) is not None
     store.unpin("pinned")
     for i in range(5):
         add(f"s{i}", 4)
-    assert store.find("pinned") is None
+    assert store.find("pinned", OWNER) is None
     store.check()

@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 from sglang_pic.errors import PicRequestError
 from sglang_pic.eval.models.smollm2 import ensure_model
 from sglang_pic.link.policy import LinkOptions
-from sglang_pic.request.base import LinkRequest, TokenSpan
+from sglang_pic.request.base import TokenSpan
 from sglang_pic.request.fields import MAX_SEGMENTS, check_inside, parse_fields
-from sglang_pic.request.hints import find_action, link_hints, pic_hints, read_link
+from sglang_pic.request.hints import find_action, pic_hints
 from sglang_pic.request.tokenize import encode_marked
 from sglang_pic.server.exchange import Exchange, carry, of_messages
 from sglang_pic.server.marks import ChatMarks, mark_messages
@@ -122,10 +122,7 @@ def test_ranges_outside_the_prompt() -> None:
         check_inside((TokenSpan(0, 2), TokenSpan(3, 8)), 7, "tokens")
 
 
-def test_hints_round_trip() -> None:
-    request = LinkRequest((TokenSpan(1, 5), TokenSpan(7, 9)), LinkOptions(seam=3), strict=False)
-    assert read_link(link_hints(request)) == request
-    assert read_link(None) is None
+def test_public_hints_round_trip() -> None:
     assert find_action(pic_hints(seam=3), "pic") == {"seam": 3}
 
 

@@ -56,22 +56,28 @@ class PicCache(PlanningTree):
         for tree, held in lock.receipt:
             UnifiedRadixCache.unlock(tree, held)
             if self.nodes is not None:
-                self.nodes.unlocked(0 if tree is self else 1, held.node)
+                with self.contained("unlock"):
+                    self.nodes.unlocked(0 if tree is self else 1, held.node)
         return None
 
     def prefix_device_indices(self, req: Req) -> torch.Tensor:
         if not isinstance(req.last_node, LinkHandle):
             return super().prefix_device_indices(req)
         link = self._links.get(req)
-        self.forest.note_hits(req.last_node.segments)
-        if self.nodes is not None:
-            self.nodes.use(0, req.last_node.prefix, PREFIX, req.cache_salt)
-            for node in req.last_node.chain.nodes if req.last_node.chain else ():
-                self.nodes.use(self.segment_index, node, TURN, req.cache_salt or None)
+        with self.contained("use", req):
+            self.note_use(req, req.last_node)
         slots = req.last_node.plan.slots
         if link is not None and link.private is not None:
             slots, link.private = link.private, None
         return slots[: req.prefix_len]
+
+    def note_use(self, req: Req, handle: LinkHandle) -> None:
+        """A link runs that reuses these."""
+        self.forest.note_hits(handle.segments)
+        if self.nodes is not None:
+            self.nodes.use(0, handle.prefix, PREFIX, req.cache_salt)
+            for node in handle.chain.nodes if handle.chain else ():
+                self.nodes.use(self.segment_index, node, TURN, req.cache_salt or None)
 
     def inc_host_lock_ref(self, node_id: Any) -> IncLockRefResult:
         if isinstance(node_id, LinkHandle):
@@ -86,29 +92,41 @@ class PicCache(PlanningTree):
     def init_load_back(self, params: InitLoadBackParams) -> tuple[int, Any] | None:
         """*Relocate*: copy the plan's pages into private slots, K rotated.
 
-        All or nothing, as SGLang demands; without room the request is computed
-        exactly.
+        All or nothing, as SGLang demands; without room, or where that fails, the
+        request is computed exactly.
         """
         handle = params.best_match_node
         self._load_back_is_private = isinstance(handle, LinkHandle)
         if not self._load_back_is_private:
             return super().init_load_back(params)
-        req, plan = params.req, handle.plan
+        reason = "internal_fault"
+        with self.contained("relocate", params.req):
+            made = self._relocated(params.req, handle)
+            if made is not None:
+                return made
+            reason = "no_room_to_relocate"
+        req = params.req
         link = self._links[req]
+        self._drop_plan(req, link)
+        self._unlinked(req, link, self._root_match(req.extra_key), reason)
+        return 0, self.root_node_handle(req.extra_key)
+
+    def _relocated(self, req: Req, handle: LinkHandle) -> tuple[int, LinkHandle] | None:
+        """Copy a plan's pages; ``None`` where there is no room for them."""
+        plan, link = handle.plan, self._links[req]
         allocator = self.token_to_kv_pool_allocator
         held = self.lock(handle)
-        short = plan.reused - allocator.available_size()
-        if short > 0:
-            self.evict(EvictParams(num_tokens=short))
-        private = allocator.alloc(plan.reused)
-        if private is None:
+        try:
+            short = plan.reused - allocator.available_size()
+            if short > 0:
+                self.evict(EvictParams(num_tokens=short))
+            private = allocator.alloc(plan.reused)
+            if private is None:
+                return None
+            link.private = private = private.to(torch.int64)
+            self.relocate(plan, private)
+        finally:
             self.unlock(held)
-            self._drop_plan(req, link)
-            self._unlinked(req, link, self._root_match(req.extra_key), "no_room_to_relocate")
-            return 0, self.root_node_handle(req.extra_key)
-        private = private.to(torch.int64)
-        self.relocate(plan, private)
-        self.unlock(held)
         spans = tuple(
             dataclasses.replace(
                 span,
@@ -118,7 +136,6 @@ class PicCache(PlanningTree):
             for span in plan.spans
         )
         link.plan = dataclasses.replace(plan, spans=spans)
-        link.private = private
         root = self.root_node_handle(req.extra_key)
         return plan.reused, LinkHandle(root, (), link.plan, handle.segments)
 
@@ -129,7 +146,8 @@ class PicCache(PlanningTree):
         link = self._links.get(req) if self._links else None
         finished = req.finished() and not isinstance(req.finished_reason, FINISH_ABORT)
         if link is not None and finished:
-            self._keep_turn(req, link)
+            with self.contained("keep turn", req):
+                self._keep_turn(req, link)
         return super().claim_kv_row(req)
 
     def on_release(self, req: Req, *, checkpointed: bool) -> None:

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-FORMAT = 1
+FORMAT = 2
 SUFFIX = ".segment"
 _PART = ".part"
 

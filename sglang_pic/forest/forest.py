@@ -151,7 +151,7 @@ class SegmentForest:
         miss = None
         if slots.numel() < len(tokens) // page * page:
             record = self._records.get(name)
-            if record is None:
+            if record is None or (record.salt, record.extra_key) != (salt, extra_key):
                 miss = report.MISSING
             else:
                 miss = report.PARTLY_EVICTED if slots.numel() else report.EVICTED

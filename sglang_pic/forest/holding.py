@@ -6,6 +6,7 @@ pages become a path of the segments' tree, and the forest names them.
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -22,6 +23,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from sglang_pic.config import PicConfig
 from sglang_pic.errors import PicIntegrityError
+from sglang_pic.forest.asked import Asked
 from sglang_pic.forest.budget import KV_SHARE, Budgets, Need
 from sglang_pic.forest.cost import PrefillCost
 from sglang_pic.forest.files import SavedSegment
@@ -30,10 +32,11 @@ from sglang_pic.forest.nodes import LINKED, PREFIX, TURN
 from sglang_pic.forest.ordered import OrderedTree
 from sglang_pic.forest.pins import Pins
 from sglang_pic.link.policy import floor_to
-from sglang_pic.request.hints import COMPILE, find_action
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
+
+logger = logging.getLogger(__name__)
 
 
 class HoldingTree(OrderedTree):
@@ -43,6 +46,7 @@ class HoldingTree(OrderedTree):
         super().__init__(params)
         # Compiled segments are paths of this tree, under namespaces of their own.
         self.segment_tree = self
+        self.asked = Asked()
 
     def configure(self, config: PicConfig, refusal: str | None, cost: PrefillCost) -> None:
         """Set up linking.
@@ -123,8 +127,8 @@ class HoldingTree(OrderedTree):
         """What the linear layers keep of a segment, by name; see ``StateStore``."""
         return {}
 
-    def core_end(self, segment: str) -> int | None:
-        """Where its cores end, if the linear layers keep anything of it."""
+    def core_end(self, record: SegmentRecord) -> int | None:
+        """Where a segment's cores end, if the linear layers keep anything of it."""
         return None
 
     def release_held_back(self) -> None:
@@ -203,15 +207,16 @@ class HoldingTree(OrderedTree):
     # -- compiles ---------------------------------------------------------------
 
     def claim_kv_row(self, req: Req) -> bool:
-        compiling = find_action(req.kv_hints, COMPILE)
+        compiling = self.asked.of(req).compile
         if (
             compiling is not None
             and self.refusal is None
             and req.finished()
             and not isinstance(req.finished_reason, FINISH_ABORT)
         ):
-            kept = self._keep(req, named=compiling["named"])
-            self.refused["budget"] += not kept
+            with self.contained("keep", req):
+                kept = self._keep(req, named=compiling.named)
+                self.refused["budget"] += not kept
         return super().claim_kv_row(req)
 
     def _keep(self, req: Req, *, named: bool) -> bool:
@@ -256,6 +261,15 @@ class HoldingTree(OrderedTree):
             self.forest.forget()
             self.pins.forget()
         super().reset()
+
+    def mistrust(self) -> None:
+        if self.refusal is not None:
+            return
+        try:
+            self.check()
+        except Exception as error:
+            self.refusal = f"a fault has left the forest corrupt: {error}"
+            logger.critical("sglang_pic links no more: %s", self.refusal)
 
     def state(self) -> dict[str, Any]:
         """The forest and what its pages cost, for the management API.

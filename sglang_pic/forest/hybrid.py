@@ -32,7 +32,7 @@ from sglang_pic.forest.cache import PicCache
 from sglang_pic.forest.cost import PrefillCost
 from sglang_pic.forest.files import SavedSegment
 from sglang_pic.forest.forest import Lookup, SegmentRecord
-from sglang_pic.forest.keys import segment_id
+from sglang_pic.forest.keys import owner_of, segment_id
 from sglang_pic.forest.nodes import TURN
 from sglang_pic.forest.state import LinkHandle, LinkState
 from sglang_pic.forest.turns import Chain, Turn
@@ -42,7 +42,6 @@ from sglang_pic.link.plan import grown_plan
 from sglang_pic.link.policy import LinkOptions, Seam
 from sglang_pic.link.report import NO_STATE
 from sglang_pic.request.base import LinkRequest
-from sglang_pic.request.hints import COMPILE, find_action
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -104,20 +103,18 @@ class PicHybridCache(PicCache):
     def segment_removed(self, name: str) -> None:
         self.states.drop(name)
 
-    def prefix_device_indices(self, req: Req) -> torch.Tensor:
-        if isinstance(req.last_node, LinkHandle):
-            for name in req.last_node.segments:
-                self.states.use(name)
-            chain = req.last_node.chain
-            if chain is not None:
-                self.states.use(_turn_end(chain.turn, len(chain.tokens)))
-        return super().prefix_device_indices(req)
+    def note_use(self, req: Req, handle: LinkHandle) -> None:
+        for name in handle.segments:
+            self.states.use(name)
+        if handle.chain is not None:
+            self.states.use(_turn_end(handle.chain.turn, len(handle.chain.tokens)))
+        super().note_use(req, handle)
 
     def state_tensors(self, segment: str) -> dict[str, torch.Tensor]:
         return self.states.tensors(segment)
 
-    def core_end(self, segment: str) -> int | None:
-        held = self.states.find(segment)
+    def core_end(self, record: SegmentRecord) -> int | None:
+        held = self.states.find(record.id, owner_of(record.salt, record.extra_key))
         return held.core_end if held is not None else None
 
     def adopt(self, saved: SavedSegment, held: int) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -125,6 +122,7 @@ class PicHybridCache(PicCache):
         name = segment_id(saved.salt, saved.extra_key, saved.path[context:])
         if saved.core_end is not None and not self.states.adopt(
             name,
+            owner_of(saved.salt, saved.extra_key),
             saved.core_end,
             saved.tensors,
             device=self.device,
@@ -169,15 +167,15 @@ class PicHybridCache(PicCache):
 
     # -- compiling --------------------------------------------------------------
 
-    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+    def _match(self, params: MatchPrefixParams) -> MatchResult:
         req = params.req
-        compiling = find_action(req.kv_hints, COMPILE) if req is not None else None
+        compiling = self.asked.of(req).compile if req is not None else None
         if compiling is None or self.refusal is not None:
-            return super().match_prefix(params)
+            return super()._match(params)
         # From its first token, or from where a shorter segment's cores end: the
         # pairs must see all tokens. Pages and states are kept by ``_keep``.
         req.skip_radix_cache_insert = True
-        capture = self._capture(req, compiling["seams"])
+        capture = self._capture(req, compiling.seams)
         self._captures[req] = capture
         root = self._root_match(req.extra_key)
         shorter = self._shorter(req, capture)
@@ -195,9 +193,10 @@ class PicHybridCache(PicCache):
         matched, deepest, _ = self.segment_tree.tree_core.match_full_device_prefix(
             key.page_aligned(self.page_size)
         )
+        owner = owner_of(req.cache_salt or "", req.extra_key)
         for node, names in self.order.ends_on_path(1, deepest, matched):
             for name in sorted(names):
-                held = self.states.find(name)
+                held = self.states.find(name, owner)
                 if (
                     held is not None
                     and held.core_end < capture.core_end
@@ -228,6 +227,7 @@ class PicHybridCache(PicCache):
         name = segment_id(req.cache_salt, req.extra_key, ids[capture.start :])
         if capture.complete and not self.states.add(
             name,
+            owner_of(req.cache_salt, req.extra_key),
             core_end=capture.core_end,
             conv_tail=capture.conv_tail,
             end=capture.end(),
@@ -262,6 +262,7 @@ class PicHybridCache(PicCache):
         name = _turn_end(turn, tokens)
         if self.states.add(
             name,
+            turn.whose,
             core_end=tokens,
             conv_tail=cache.conv[0][:, slot].float(),
             end=cache.temporal[:, slot].float().transpose(-1, -2),
@@ -276,7 +277,7 @@ class PicHybridCache(PicCache):
         return max((n for n in self._turn_ends.get(turn.salt, ()) if n <= held), default=0)
 
     def _turn_state(self, chain: Chain) -> CoreState | None:
-        held = self.states.find(_turn_end(chain.turn, len(chain.tokens)))
+        held = self.states.find(_turn_end(chain.turn, len(chain.tokens)), chain.turn.whose)
         assert held is not None
         return CoreState(None, held.end, held.conv_tail)
 
@@ -298,6 +299,7 @@ class PicHybridCache(PicCache):
         found = super()._find_segments(req, request)
         policy = request.options.recompute_policy()
         opens_at = self._opens_at(req.origin_input_ids)
+        owner = owner_of(self.forest.namespace(req.cache_salt), req.extra_key)
         with_states: list[Lookup | None] = []
         for span, lookup in zip(request.spans, found, strict=True):
             if lookup is None:
@@ -305,14 +307,16 @@ class PicHybridCache(PicCache):
                 continue
             opening = span.start == opens_at
             core = policy.core(span.end - span.start, page=self.page_size, opening=opening)
-            with_states.append(self._with_state(lookup, core, opening))
+            with_states.append(self._with_state(lookup, owner, core, opening))
         return with_states
 
-    def _with_state(self, lookup: Lookup, core: tuple[int, int], opening: bool) -> Lookup:
+    def _with_state(
+        self, lookup: Lookup, owner: tuple[str, str], core: tuple[int, int], opening: bool
+    ) -> Lookup:
         first, last = core
         if first >= last:
             return lookup
-        held = self.states.find(lookup.id)
+        held = self.states.find(lookup.id, owner)
         state = held.core(first, last, opening=opening) if held is not None else None
         miss = lookup.miss or (NO_STATE if state is None else None)
         if state is None:
@@ -333,6 +337,11 @@ class PicHybridCache(PicCache):
         if req.kv.mamba_cow_src_index is not None:
             req.kv.mamba_cow_src_index = None
             req.kv.mamba_needs_clear = True
+
+    def give_up(self, reqs: Sequence[Req]) -> list[Req]:
+        # The states of a compile may stand behind rows that were taken for others.
+        compiled = [req for req in reqs if self._captures.pop(req, None) is not None]
+        return [*super().give_up(reqs), *compiled]
 
     def hand_over(self, backend: Any, rids: Sequence[str], reqs: Sequence[Req]) -> None:
         links = [self._links.get(req) for req in reqs]

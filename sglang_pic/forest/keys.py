@@ -9,8 +9,15 @@ ever a name, never the proof of identity.
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from array import array
 from collections.abc import Sequence
+from typing import Any
+
+from sglang_pic.errors import PicRequestError
+
+# Characters of a client's salt or key: they are hashed and compared at every match.
+MAX_SALT = 1024
 
 _PREFIX = "pic\x1f"
 
@@ -30,10 +37,33 @@ def is_reserved(salt: str | None) -> bool:
     return salt is not None and salt.startswith(_PREFIX)
 
 
+def check_salt(value: Any, field: str) -> None:
+    """Raise ``PicRequestError`` unless a client may name this salt, or this key.
+
+    No control characters: ours are told from theirs by one.
+    """
+    if value is None:
+        return
+    if not isinstance(value, str):
+        raise PicRequestError(field, f"must be a text, got {value!r:.80}")
+    if len(value) > MAX_SALT:
+        raise PicRequestError(field, f"{len(value)} characters are too many, at most {MAX_SALT}")
+    if is_reserved(value):
+        raise PicRequestError(field, "this prefix is reserved for compiled segments")
+    if any(unicodedata.category(char) in ("Cc", "Cs") for char in value):
+        raise PicRequestError(field, "must not hold control characters")
+
+
+def owner_of(space: str, extra_key: str | None) -> tuple[str, str]:
+    """Whose a segment's linear states are: kept beside them and compared, since what
+    finds them is a hash."""
+    return space, extra_key or ""
+
+
 def segment_id(space: str, extra_key: str | None, tokens: Sequence[int]) -> str:
-    """Stable name of a segment: 32 hex digits over namespace, adapter and tokens."""
+    """Stable name of a segment: 32 hex digits over namespace, adapter and tokens,
+    each behind its length, so that no two triples are written alike."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(space.encode())
-    digest.update(b"\x1f" + (extra_key or "").encode() + b"\x1f")
-    digest.update(array("q", tokens).tobytes())
+    for part in (space.encode(), (extra_key or "").encode(), array("q", tokens).tobytes()):
+        digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()

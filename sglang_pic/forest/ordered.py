@@ -8,9 +8,10 @@ where it runs out, SGLang's own eviction follows.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from sglang_pic.faults import faults
 from sglang_pic.forest.cost import PrefillCost
 from sglang_pic.forest.keys import is_reserved
 from sglang_pic.forest.nodes import LINKED, PREFIX, SEGMENT, NodeIndex
@@ -53,6 +55,20 @@ class OrderedTree(UnifiedRadixCache):
         self.nodes = NodeIndex(trees, cost, on_evict)
         return self.nodes
 
+    @contextlib.contextmanager
+    def contained(self, place: str, req: Req | None = None) -> Iterator[None]:
+        """Bookkeeping of ours inside a method that SGLang calls: a fault in it ends
+        there. Where it has left the forest corrupt nothing is linked any more, and
+        every request is answered exactly."""
+        try:
+            yield
+        except Exception:
+            faults.note(place, [req.rid] if req is not None else ())
+            self.mistrust()
+
+    def mistrust(self) -> None:
+        """Something went wrong: see whether what is kept is still sound."""
+
     def release_held_back(self) -> None:
         """Memory is needed: offer to eviction what was held back from it."""
 
@@ -63,19 +79,22 @@ class OrderedTree(UnifiedRadixCache):
         if self.nodes is not None and result.last_device_node is not None:
             salt = params.key.cache_salt
             if not is_reserved(salt):
-                self.nodes.note(0, result.last_device_node, PREFIX, salt)
+                with self.contained("insert"):
+                    self.nodes.note(0, result.last_device_node, PREFIX, salt)
         return result
 
     def unlock(self, lock: TreeLock | None) -> None:
         super().unlock(lock)
         if self.nodes is not None and lock is not None:
-            self.nodes.unlocked(0, lock.node)
+            with self.contained("unlock"):
+                self.nodes.unlocked(0, lock.node)
 
     def prefix_device_indices(self, req: Req) -> torch.Tensor:
         if self.nodes is not None:
             # A compile stands on what is held of its path.
             kind = SEGMENT if is_reserved(req.cache_salt) else PREFIX
-            self.nodes.use(0, req.last_node, kind, req.cache_salt)
+            with self.contained("use", req):
+                self.nodes.use(0, req.last_node, kind, req.cache_salt)
         return super().prefix_device_indices(req)
 
     def reset(self) -> None:
@@ -112,7 +131,10 @@ class OrderedTree(UnifiedRadixCache):
                 return self._component_available_size(ComponentType.FULL) >= target[1]
             return freed >= wanted
 
-        freed, enough = self._evict_in_order(is_enough, None)
+        freed: dict[ComponentType, int] = {ComponentType.FULL: 0}
+        enough = False
+        with self.contained("evict"):
+            freed, enough = self._evict_in_order(is_enough, None)
         self.update_eviction_metrics(freed[ComponentType.FULL], started)
         mamba = freed.get(ComponentType.MAMBA, 0)
         rest = dataclasses.replace(

@@ -20,6 +20,7 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 )
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
+from sglang_pic.faults import faults
 from sglang_pic.forest.conversing import ConversingTree
 from sglang_pic.forest.forest import Lookup
 from sglang_pic.forest.state import LinkHandle, LinkState, unlinkable
@@ -28,7 +29,6 @@ from sglang_pic.link.plan import LinkPlan, SegmentHit, make_plan, reuse_turns, u
 from sglang_pic.link.policy import floor_to
 from sglang_pic.link.report import Found, make_report
 from sglang_pic.request.base import OPENING, LinkRequest
-from sglang_pic.request.hints import COMPILE, find_action, read_link
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -62,6 +62,25 @@ class PlanningTree(ConversingTree):
         self._links: weakref.WeakKeyDictionary[Req, LinkState] = weakref.WeakKeyDictionary()
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        try:
+            return self._match(params)
+        except Exception:
+            faults.note("match", [params.req.rid] if params.req is not None else ())
+            return self._match_as_sglang(params)
+
+    def _match_as_sglang(self, params: MatchPrefixParams) -> MatchResult:
+        """Behind a fault: answer exactly, and link this request no more."""
+        req = params.req
+        link = self._links.get(req) if req is not None else None
+        if link is not None:
+            self._drop_plan(req, link)
+            link.request = dataclasses.replace(link.request, off="internal_fault")
+            if req.positional_embed_overrides is None:
+                params.key.token_ids = req.origin_input_ids + req.output_ids
+        result = super().match_prefix(params)
+        return result if link is None else self._unlinked(req, link, result, link.request.off)
+
+    def _match(self, params: MatchPrefixParams) -> MatchResult:
         req = params.req
         link = self._link_of(req) if req is not None else None
         if link is None:
@@ -130,12 +149,12 @@ class PlanningTree(ConversingTree):
         return self.page_size
 
     def _is_compile(self, req: Req) -> bool:
-        return self.refusal is None and find_action(req.kv_hints, COMPILE) is not None
+        return self.refusal is None and self.asked.of(req).compile is not None
 
     def _link_of(self, req: Req) -> LinkState | None:
         link = self._links.get(req)
         if link is None:
-            request = read_link(req.kv_hints)
+            request = self.asked.of(req).link
             if request is None:
                 return None
             link = self._links[req] = LinkState(request)
@@ -317,6 +336,21 @@ class PlanningTree(ConversingTree):
             return [None] * len(reqs)
         links = (self._links.get(req) for req in reqs)
         return [link.plan if link is not None else None for link in links]
+
+    @property
+    def has_linked(self) -> bool:
+        """Whether a row of this cache may be linked: it was allowed to at start."""
+        return self.nodes is not None
+
+    def give_up(self, reqs: Sequence[Req]) -> list[Req]:
+        """Link these requests no more, whatever their plans; those that were linked."""
+        linked = []
+        for req in reqs:
+            link = self._links.get(req)
+            if link is not None and link.plan is not None:
+                link.plan, link.cores = None, ()
+                linked.append(req)
+        return linked
 
     def hand_over(self, backend: Any, rids: Sequence[str], reqs: Sequence[Req]) -> None:
         """Give the attention backend the plans of the batch that runs next."""

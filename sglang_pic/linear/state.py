@@ -110,12 +110,14 @@ class SegmentState:
     """What the linear layers keep of one compiled segment.
 
     Attributes:
+        owner: whose it is (``forest.keys.owner_of``).
         core_end: where its cores end, in tokens of the segment.
         conv_tail: as in ``CoreState``; the same for every core.
         end: as in ``CoreState``, for links that the segment opens.
         pairs: by the core's first token: a pair holds for one seam width.
     """
 
+    owner: tuple[str, ...]
     core_end: int
     conv_tail: torch.Tensor
     end: torch.Tensor
@@ -170,9 +172,10 @@ class StateStore:
         self.nbytes = 0
         self.evicted = 0
 
-    def find(self, segment: str) -> SegmentState | None:
-        """States of a segment."""
-        return self._states.get(segment)
+    def find(self, segment: str, owner: tuple[str, ...]) -> SegmentState | None:
+        """States of a segment, if they are this owner's."""
+        held = self._states.get(segment)
+        return held if held is not None and held.owner == owner else None
 
     def use(self, segment: str) -> None:
         """One link uses it."""
@@ -182,6 +185,7 @@ class StateStore:
     def add(
         self,
         segment: str,
+        owner: tuple[str, ...],
         *,
         core_end: int,
         conv_tail: torch.Tensor,
@@ -206,12 +210,12 @@ class StateStore:
             first: pack(pair, dtype=self._dtype, threshold=self._threshold)
             for first, pair in pairs.items()
         }
-        held = self._states.get(segment)
+        held = self.find(segment, owner)
         if held is not None and held.core_end == core_end:
             packed = {**held.pairs, **packed}
         # Copies, all of them: what was captured is a view of a whole step's tensor.
         tail = conv_tail.clone(memory_format=torch.contiguous_format)
-        state = SegmentState(core_end, tail, pack_state(end, self._dtype), packed)
+        state = SegmentState(owner, core_end, tail, pack_state(end, self._dtype), packed)
         return self._put(segment, state, cost, uses, group, offer)
 
     def _put(
@@ -273,6 +277,7 @@ class StateStore:
     def adopt(
         self,
         segment: str,
+        owner: tuple[str, ...],
         core_end: int,
         tensors: dict[str, torch.Tensor],
         *,
@@ -295,7 +300,7 @@ class StateStore:
             kept = tensors.get(f"pair.{first}.kept")
             operator = of(f"pair.{first}.operator", matrices=kept is not None)
             pairs[first] = PackedPair(operator, kept, of(f"pair.{first}.state"))
-        state = SegmentState(core_end, of("conv_tail", matrices=False), of("end"), pairs)
+        state = SegmentState(owner, core_end, of("conv_tail", matrices=False), of("end"), pairs)
         if self.nbytes + state.nbytes > self.budget:
             return False
         return self._put(segment, state, cost, 1)

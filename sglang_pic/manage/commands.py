@@ -7,7 +7,6 @@ request stream. ``server.commands`` sends them.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,54 +14,53 @@ import orjson
 
 from sglang_pic import timer
 from sglang_pic.errors import PicRefused
+from sglang_pic.faults import faults
 from sglang_pic.forest.cache import PicCache
 from sglang_pic.manage import segments
 from sglang_pic.manage.selfcheck import selfcheck
 from sglang_pic.manage.store import Store
+from sglang_pic.request import commands as asked
 
-logger = logging.getLogger(__name__)
 
-
-def obey(scheduler: Any, req: Any, command: dict[str, Any]) -> str:
+def obey(scheduler: Any, req: Any, command: asked.Command) -> str:
     """Carry out one command.
 
     Args:
         scheduler: SGLang's scheduler, on our tree cache.
         req: the internal request that brought it; its prompt and link are what
             ``explain`` is about.
-        command: ``{"do": name, ...}``; the front has validated it.
+        command: what to do.
 
     Returns:
         The result as JSON; ``{"refused": {"status", "message", "field"}}`` where
         the cache refuses or fails.
     """
     try:
-        result = COMMANDS[command["do"]](scheduler, req, command)
+        result = COMMANDS[type(command)](scheduler, req, command)
         return orjson.dumps(result).decode()
     except PicRefused as error:
         refused = error
     except Exception as error:
         # An operator's command must not end the server.
-        logger.exception("sglang_pic: command %r failed", command["do"])
+        faults.note(f"command {type(command).__name__}", [req.rid])
         refused = PicRefused(500, f"command failed: {error}", "do")
     return orjson.dumps({"refused": refused.to_json()}).decode()
 
 
-def _timer(scheduler: Any, req: Any, command: dict[str, Any]) -> Any:
-    on = command.get("on")
-    if on is True:
+def _timer(scheduler: Any, req: Any, command: asked.Timer) -> Any:
+    if command.on is True:
         timer.engine.start(scheduler.tp_worker.model_runner.model)
-    elif on is False:
+    elif command.on is False:
         timer.engine.stop()
     return timer.engine.to_json()
 
 
-Command = Callable[[Any, Any, dict[str, Any]], Any]
+Handler = Callable[[Any, Any, Any], Any]
 
 
-def _of_one(function: Callable[[PicCache, str, str | None], Any]) -> Command:
+def _of_one(function: Callable[[PicCache, str, str | None], Any]) -> Handler:
     return lambda scheduler, req, command: function(
-        scheduler.tree_cache, command["id"], tenant_of(req)
+        scheduler.tree_cache, command.id, tenant_of(req)
     )
 
 
@@ -78,31 +76,33 @@ def tenant_of(req: Any) -> str | None:
     return req.cache_salt or None
 
 
-COMMANDS: dict[str, Command] = {
-    "timer": _timer,
-    "forest": lambda scheduler, req, command: scheduler.tree_cache.state(),
-    "stats": lambda scheduler, req, command: segments.stats(scheduler.tree_cache),
-    "budgets": lambda scheduler, req, command: segments.budgets(scheduler.tree_cache),
-    "explain": lambda scheduler, req, command: scheduler.tree_cache.explain(req),
-    "list": lambda scheduler, req, command: {
+COMMANDS: dict[type, Handler] = {
+    asked.Timer: _timer,
+    asked.Forest: lambda scheduler, req, command: scheduler.tree_cache.state(),
+    asked.Stats: lambda scheduler, req, command: segments.stats(scheduler.tree_cache),
+    asked.Budgets: lambda scheduler, req, command: segments.budgets(scheduler.tree_cache),
+    asked.Explain: lambda scheduler, req, command: scheduler.tree_cache.explain(req),
+    asked.List: lambda scheduler, req, command: {
         "segments": segments.list_all(scheduler.tree_cache, tenant_of(req))
     },
-    "get": _of_one(segments.get),
-    "pin": _of_one(segments.pin),
-    "unpin": _of_one(segments.unpin),
-    "delete": _of_one(segments.delete),
-    "flush": lambda scheduler, req, command: segments.flush(scheduler.tree_cache, tenant_of(req)),
-    "reserve": lambda scheduler, req, command: segments.reserve(
-        scheduler.tree_cache, command["tokens"]
+    asked.Get: _of_one(segments.get),
+    asked.Pin: _of_one(segments.pin),
+    asked.Unpin: _of_one(segments.unpin),
+    asked.Delete: _of_one(segments.delete),
+    asked.Flush: lambda scheduler, req, command: segments.flush(
+        scheduler.tree_cache, tenant_of(req)
     ),
-    "save": lambda scheduler, req, command: _store(scheduler).save(
-        tenant_of(req), command["segments"]
+    asked.Reserve: lambda scheduler, req, command: segments.reserve(
+        scheduler.tree_cache, command.tokens
     ),
-    "restore": lambda scheduler, req, command: _store(scheduler).restore(tenant_of(req)),
-    "held": lambda scheduler, req, command: {
-        "held": segments.held(scheduler.tree_cache, command["segments"], tenant_of(req))
+    asked.Save: lambda scheduler, req, command: _store(scheduler).save(
+        tenant_of(req), command.segments
+    ),
+    asked.Restore: lambda scheduler, req, command: _store(scheduler).restore(tenant_of(req)),
+    asked.Held: lambda scheduler, req, command: {
+        asked.Held: segments.held(scheduler.tree_cache, command.segments, tenant_of(req))
     },
-    "selfcheck": lambda scheduler, req, command: selfcheck(
-        scheduler, req, at=command["at"], seam=command["seam"]
+    asked.Selfcheck: lambda scheduler, req, command: selfcheck(
+        scheduler, req, at=command.at, seam=command.seam
     ),
 }

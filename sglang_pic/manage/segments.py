@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sglang_pic.errors import PicRefused
+from sglang_pic.faults import faults
 from sglang_pic.forest.budget import Need
 from sglang_pic.forest.cache import PicCache
 from sglang_pic.forest.forest import SegmentRecord
@@ -184,4 +185,5 @@ def stats(cache: PicCache) -> dict[str, Any]:
             "quota": cache.refused["quota"],
         },
         "fallback_evictions": nodes.fallbacks,
+        "faults": dict(faults.counts),
     }

@@ -12,7 +12,7 @@ from sglang_pic.attention.selfcheck import first_layer_checks, rotary_check
 from sglang_pic.errors import PicRefused
 from sglang_pic.forest.cache import PicCache
 from sglang_pic.forest.hybrid import PicHybridCache
-from sglang_pic.forest.keys import namespace, segment_id
+from sglang_pic.forest.keys import namespace, owner_of, segment_id
 from sglang_pic.linear.selfcheck import first_layer_check
 from sglang_pic.link.policy import Seam
 
@@ -64,7 +64,7 @@ def _slots(cache: PicCache, req: Any, ids: Any) -> Any:
 
 def _states(cache: PicHybridCache, req: Any, ids: Any) -> Any:
     space = namespace(cache.forest.context, req.cache_salt)
-    held = cache.states.find(segment_id(space, req.extra_key, ids))
+    held = cache.states.find(segment_id(space, req.extra_key, ids), owner_of(space, req.extra_key))
     if held is None:
         raise PicRefused(404, "a state of the canary is not held", "ids")
     return held

@@ -88,7 +88,7 @@ class Store:
                     tensors[f"v.{layer}"] = self._pool.get_value_buffer(layer)[slots]
                 saved = files.SavedSegment(
                     record.path, record.extra_key, record.salt, record.hits, tensors,
-                    cache.core_end(record.id),
+                    cache.core_end(record),
                 )  # fmt: skip
                 file = files.write(self._directory, record.id, saved, marks)
                 written += file.stat().st_size

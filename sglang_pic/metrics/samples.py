@@ -202,6 +202,12 @@ RANK_METRICS = (
         lambda rank: rank["fallback_evictions"],
     ),
     Metric(
+        PREFIX + "faults_total",
+        "Faults of this plug-in that were contained, by place.",
+        lambda rank: rank["faults"],
+        "place",
+    ),
+    Metric(
         PREFIX + "refused_total",
         "Segments not kept, and pins not set.",
         lambda rank: rank["refused"],

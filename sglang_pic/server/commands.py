@@ -6,13 +6,16 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import orjson
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_pic.errors import PicRefused
 from sglang_pic.request.base import LinkRequest
-from sglang_pic.request.hints import DONE, command_hints, link_hints
+from sglang_pic.request.commands import Command
+from sglang_pic.request.hints import DONE
+from sglang_pic.request.internal import command_hints, link_hints
 
 
 async def command(
@@ -39,7 +42,7 @@ async def command(
     Raises:
         PicRefused: no rank knows it, or one refuses for another reason.
     """
-    made = command_hints({"do": do, **fields})
+    made = command_hints(msgspec.convert({"do": do, **fields}, Command))
     if link is not None:
         made.actions.extend(link_hints(link).actions)
     ranks = get_parallel().dp_size

@@ -16,7 +16,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang_pic.link.divergence import kl_with_remainder
 from sglang_pic.link.policy import LinkOptions
 from sglang_pic.request.base import LinkRequest
-from sglang_pic.request.hints import link_hints
+from sglang_pic.request.internal import link_hints
 
 TOP = 64
 

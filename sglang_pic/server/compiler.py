@@ -12,7 +12,7 @@ from typing import Any
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sglang_pic.metrics.front import counts
-from sglang_pic.request.hints import compile_hints
+from sglang_pic.request.internal import compile_hints
 
 logger = logging.getLogger(__name__)
 

@@ -35,7 +35,7 @@ from sglang_pic.server.commands import command
 from sglang_pic.server.compiler import CompileItem, Compiler
 from sglang_pic.server.exchange import Exchange, current
 from sglang_pic.server.gate import Gate
-from sglang_pic.server.public import check_reserved, public_action
+from sglang_pic.server.public import check_public
 from sglang_pic.server.resolve import Resolver
 from sglang_pic.server.send import set_link, set_links
 from sglang_pic.server.tenants import set_salt
@@ -65,8 +65,8 @@ def generate_request(
         return original(manager, obj, request)
     set_salt(obj)
     exchange = current.get()
-    pic = exchange.pic if exchange is not None else public_action(obj.kv_hints)
-    check_reserved(obj)
+    attached = check_public(obj)
+    pic = exchange.pic if exchange is not None else attached
     if pic is None:
         return unmarked(original(manager, obj, request))
     return funnel_of(manager).run(original, obj, request, pic, exchange)

@@ -5,33 +5,52 @@ from __future__ import annotations
 from typing import Any
 
 from sglang.srt.managers.io_struct import GenerateReqInput
-from sglang.srt.managers.kv_hints import KvHintsEnvelope
+from sglang.srt.managers.kv_hints import KvHintsEnvelope, decode_kv_hints_envelope
 
 from sglang_pic.errors import PicRequestError
-from sglang_pic.forest.keys import is_reserved
-from sglang_pic.request.hints import INTERNAL, PUBLIC, find_action
+from sglang_pic.forest.keys import check_salt
+from sglang_pic.request.hints import PUBLIC, find_action
+from sglang_pic.request.internal import FAMILY
 
 
 def _each(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def public_action(hints: Any) -> Any:
-    """The ``pic`` object that came by ``kv_hints``, one a prompt, or ``None``."""
-    found = [
-        find_action(item, PUBLIC) for item in _each(hints) if isinstance(item, KvHintsEnvelope)
-    ]
-    if not any(item is not None for item in found):
+def check_public(obj: GenerateReqInput) -> Any:
+    """Read what came by ``kv_hints``, as objects or as plain JSON.
+
+    Returns:
+        The ``pic`` object, a list of them where hints came as a list (``None`` for
+        each that has none), or ``None``. The request's hints are objects from then on.
+
+    Raises:
+        PicRequestError: hints are malformed, or hold what only our own front may
+            send; a salt or key is reserved or unreadable.
+    """
+    for field in ("cache_salt", "extra_key"):
+        for value in _each(getattr(obj, field)):
+            check_salt(value, field)
+    if not obj.kv_hints:
         return None
-    return found if isinstance(hints, list) else found[0]
+    hints = [_read(item) for item in _each(obj.kv_hints)]
+    obj.kv_hints = hints if isinstance(obj.kv_hints, list) else hints[0]
+    found = [find_action(item, PUBLIC) for item in hints]
+    if all(item is None for item in found):
+        return None
+    return found if isinstance(obj.kv_hints, list) else found[0]
 
 
-def check_reserved(obj: GenerateReqInput) -> None:
-    """Raise ``PicRequestError`` for what only our own front may send."""
-    if any(is_reserved(salt) for salt in _each(obj.cache_salt)):
-        raise PicRequestError("cache_salt", "this prefix is reserved for compiled segments")
-    for hints in _each(obj.kv_hints):
-        if isinstance(hints, KvHintsEnvelope) and any(
-            find_action(hints, action) is not None for action in INTERNAL
-        ):
-            raise PicRequestError("kv_hints", f"{', '.join(INTERNAL)} are internal; use 'pic'")
+def _read(item: Any) -> KvHintsEnvelope | None:
+    if not item:
+        return None
+    try:
+        hints = decode_kv_hints_envelope(item)
+    except (ValueError, RecursionError) as error:
+        raise PicRequestError("kv_hints", str(error)) from error
+    for action in hints.actions:
+        if action.action_type.startswith(FAMILY):
+            raise PicRequestError(
+                "kv_hints", f"{action.action_type!r:.80} is internal; use {PUBLIC!r}"
+            )
+    return hints

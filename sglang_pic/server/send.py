@@ -12,7 +12,8 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.kv_hints import KvHintsEnvelope
 
 from sglang_pic.request.base import LinkRequest
-from sglang_pic.request.hints import LINK, PUBLIC, link_hints
+from sglang_pic.request.hints import PUBLIC
+from sglang_pic.request.internal import LINK, link_hints
 
 
 def _other_actions(hints: Any) -> list[Any]:

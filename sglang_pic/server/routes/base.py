@@ -14,7 +14,7 @@ from sglang.srt.entrypoints.http_server import ORJSONRoute, get_global_state
 from sglang.srt.utils.json_response import orjson_response
 
 from sglang_pic.errors import PicRefused, PicRequestError
-from sglang_pic.forest.keys import is_reserved
+from sglang_pic.forest.keys import check_salt
 from sglang_pic.server.commands import command
 
 # -- bodies and answers -----------------------------------------------------------
@@ -32,15 +32,17 @@ class Answer(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-def _not_reserved(salt: str | None) -> str | None:
-    if is_reserved(salt):
-        raise PydanticCustomError("reserved", "this prefix is reserved for compiled segments")
+def _allowed(salt: str | None) -> str | None:
+    try:
+        check_salt(salt, "cache_salt")
+    except PicRequestError as error:
+        raise PydanticCustomError("salt", "{problem}", {"problem": error.problem}) from error
     return salt
 
 
 Salt = Annotated[
     str | None,
-    AfterValidator(_not_reserved),
+    AfterValidator(_allowed),
     Field(description="the tenant, as in the requests that link its segments"),
 ]
 

@@ -89,6 +89,7 @@ class RankStats(RankBudgets):
     evicted: dict[str, int] = Field(description="since start: tokens, of states their number")
     refused: dict[str, int] = Field(description="since start, by what refused")
     fallback_evictions: int
+    faults: dict[str, int] = Field(description="contained since start, by place")
 
 
 class Stats(Answer):

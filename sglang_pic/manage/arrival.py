@@ -1,0 +1,50 @@
+"""What the scheduler answers at a request's arrival, before it is queued."""
+
+from __future__ import annotations
+
+import dataclasses
+from http import HTTPStatus
+from typing import Any
+
+from sglang_pic.errors import PicActionError
+from sglang_pic.faults import faults
+from sglang_pic.forest.cache import PicCache
+from sglang_pic.manage.commands import obey
+from sglang_pic.request.hints import DONE, MISSING
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """Ends a request, unqueued."""
+
+    message: str
+    status: int = HTTPStatus.BAD_REQUEST
+
+    def to_json(self) -> dict[str, Any]:
+        """The reason that SGLang's abort carries."""
+        return {"type": "abort", "status_code": int(self.status), "message": self.message}
+
+
+def answer(scheduler: Any, req: Any, is_retracted: bool) -> Answer | None:
+    """Carry out a command; hand a strict link back whose segments are not compiled;
+    refuse what our front has not sent. Raises nothing.
+
+    Returns:
+        What ends the request, or ``None`` for one that is to run.
+    """
+    cache = scheduler.tree_cache
+    if not isinstance(cache, PicCache) or is_retracted or req.output_ids or req.finished():
+        return None
+    try:
+        asked = cache.asked.of(req)
+        if asked.command is not None:
+            return Answer(DONE + obey(scheduler, req, asked.command))
+        if asked.link is not None and asked.link.strict:
+            missing = cache.send_back(req)
+            return Answer(f"{MISSING}{missing}") if missing else None
+    except PicActionError as error:
+        return Answer(str(error), error.status)
+    except Exception:
+        faults.note("arrival", [req.rid])
+        return Answer("the server failed to read this request", HTTPStatus.INTERNAL_SERVER_ERROR)
+    return None

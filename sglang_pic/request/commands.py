@@ -1,0 +1,118 @@
+"""The commands that the front may send to a scheduler's cache, as typed records.
+
+``manage.commands`` carries them out. On the wire each is a JSON object whose ``do``
+names it.
+"""
+
+from __future__ import annotations
+
+from typing import Union
+
+import msgspec
+
+
+class _Command(msgspec.Struct, forbid_unknown_fields=True, tag_field="do"):
+    pass
+
+
+class Timer(_Command, tag="timer"):
+    """Times by stage; ``on`` turns the timer on, from zero, or off."""
+
+    on: bool | None = None
+
+
+class Forest(_Command, tag="forest"):
+    """Every segment, and what the integrity check says."""
+
+
+class Stats(_Command, tag="stats"):
+    """Counters and gauges."""
+
+
+class Budgets(_Command, tag="budgets"):
+    """Bytes by kind against the budgets."""
+
+
+class Explain(_Command, tag="explain"):
+    """What the link that comes with the command would do."""
+
+
+class List(_Command, tag="list"):
+    """A tenant's segments."""
+
+
+class Get(_Command, tag="get"):
+    """One of them."""
+
+    id: str
+
+
+class Pin(_Command, tag="pin"):
+    """Keep one."""
+
+    id: str
+
+
+class Unpin(_Command, tag="unpin"):
+    """Let it go again."""
+
+    id: str
+
+
+class Delete(_Command, tag="delete"):
+    """Forget one."""
+
+    id: str
+
+
+class Flush(_Command, tag="flush"):
+    """Forget a tenant's."""
+
+
+class Reserve(_Command, tag="reserve"):
+    """Whether segments of so many tokens each could be held."""
+
+    tokens: list[int]
+
+
+class Save(_Command, tag="save"):
+    """Write a tenant's segments to the store; all of them if ``segments`` is null."""
+
+    segments: list[str] | None
+
+
+class Restore(_Command, tag="restore"):
+    """Load them."""
+
+
+class Held(_Command, tag="held"):
+    """Which of these the tenant has."""
+
+    segments: list[str]
+
+
+class Selfcheck(_Command, tag="selfcheck"):
+    """Compare a compile's states with those of its two parts, cut at token ``at``."""
+
+    at: int
+    seam: int
+
+
+Command = Union[  # noqa: UP007  (msgspec reads it at run time, on Python 3.10 too)
+    Timer,
+    Forest,
+    Stats,
+    Budgets,
+    Explain,
+    List,
+    Get,
+    Pin,
+    Unpin,
+    Delete,
+    Flush,
+    Reserve,
+    Save,
+    Restore,
+    Held,
+    Selfcheck,
+]

@@ -1,0 +1,184 @@
+"""What our front tells the scheduler beside a prompt, sealed and read back.
+
+It travels in ``kv_hints``, which any client may fill. So each action's payload is a
+JSON text and the code that only the front can give it (``seal``); ``read_internal``
+is the one place where it is read, and either accepts it whole or raises.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any, TypeVar
+
+import msgspec
+from sglang.srt.managers.kv_hints import KvHintAction, KvHintsEnvelope
+
+from sglang_pic.errors import PicActionError
+from sglang_pic.forest.keys import is_reserved
+from sglang_pic.link.policy import ABLATIONS, MODES, POLICIES, STATE_POLICIES
+from sglang_pic.request.base import LinkRequest
+from sglang_pic.request.commands import Command
+from sglang_pic.request.fields import MAX_SEAM, MAX_SEGMENTS
+from sglang_pic.request.seal import is_sealed, seal
+
+# Every action type that begins so is ours, and internal.
+FAMILY = "pic."
+LINK = "pic.link"
+COMPILE = "pic.compile"
+COMMAND = "pic.command"
+# Of one compile: a link names one.
+MAX_SEAMS = 16
+
+_VERSION = "1"
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileRequest:
+    """The request is the compilation of one segment.
+
+    Attributes:
+        seams: the widths in tokens for which links want its linear states (0: no head).
+        named: it was asked for by name, no link waits for it.
+    """
+
+    seams: tuple[int, ...]
+    named: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Internal:
+    """All that our front says of one request; nothing, of an ordinary one."""
+
+    link: LinkRequest | None = None
+    compile: CompileRequest | None = None
+    command: Command | None = None
+
+
+NOTHING = Internal()
+
+
+# -- the front's side ---------------------------------------------------------------
+
+
+def _envelope(action: str, content: Any) -> KvHintsEnvelope:
+    body = msgspec.json.encode(content).decode()
+    payload = {"body": body, "seal": seal(action, body)}
+    return KvHintsEnvelope(
+        protocol_version=_VERSION,
+        message_id=action,
+        actions=[
+            KvHintAction(
+                action_id="0", action_type=action, action_version=_VERSION, payload=payload
+            )
+        ],
+    )
+
+
+def link_hints(request: LinkRequest) -> KvHintsEnvelope:
+    """Have the request linked."""
+    return _envelope(LINK, request)
+
+
+def compile_hints(seams: Sequence[int], *, named: bool = False) -> KvHintsEnvelope:
+    """Mark the request as a ``CompileRequest``."""
+    return _envelope(COMPILE, CompileRequest(tuple(seams), named))
+
+
+def command_hints(command: Command) -> KvHintsEnvelope:
+    """Have the cache carry a command out."""
+    return _envelope(COMMAND, command)
+
+
+# -- the scheduler's side -----------------------------------------------------------
+
+
+def read_internal(
+    hints: KvHintsEnvelope | None, *, salt: str | None = None, tokens: int | None = None
+) -> Internal:
+    """Read what the front says of a request.
+
+    Args:
+        hints: the request's ``kv_hints``; actions of other families are not ours.
+        salt: its cache salt.
+        tokens: length of its prompt; ``None`` leaves spans unchecked against it.
+
+    Raises:
+        PicActionError: 403, an action is not of this server's front, or the salt is
+            reserved and this is no compile; 400, its body is malformed.
+    """
+    found: dict[str, Any] = {}
+    for i, action in enumerate(hints.actions if hints is not None else ()):
+        kind = action.action_type
+        if not kind.startswith(FAMILY):
+            continue
+        field = f"kv_hints.actions[{i}]"
+        if kind not in _TYPES:
+            raise PicActionError(HTTPStatus.FORBIDDEN, f"{field}.action_type", "is internal")
+        body, code = action.payload.get("body"), action.payload.get("seal")
+        sealed = isinstance(body, str) and isinstance(code, str) and is_sealed(kind, body, code)
+        if not sealed:
+            raise PicActionError(
+                HTTPStatus.FORBIDDEN, f"{field}.payload", f"{kind} is the server's own to send"
+            )
+        if kind in found:
+            raise PicActionError(HTTPStatus.BAD_REQUEST, field, f"a second {kind}")
+        found[kind] = _decode(body, _TYPES[kind], f"{field}.payload")
+        if kind == LINK:
+            _check_link(found[kind], tokens, f"{field}.payload")
+    made = Internal(found.get(LINK), found.get(COMPILE), found.get(COMMAND))
+    if is_reserved(salt) != (made.compile is not None):
+        raise PicActionError(
+            HTTPStatus.FORBIDDEN, "cache_salt", "compiled segments have salts of their own"
+        )
+    if made.compile is not None:
+        seams = made.compile.seams
+        if len(seams) > MAX_SEAMS or not all(0 <= seam <= MAX_SEAM for seam in seams):
+            raise PicActionError(HTTPStatus.BAD_REQUEST, "kv_hints", f"seams of {seams!r:.80}")
+    return made
+
+
+_TYPES: dict[str, Any] = {LINK: LinkRequest, COMPILE: CompileRequest, COMMAND: Command}
+
+T = TypeVar("T")
+
+
+def _decode(body: str, kind: type[T], field: str) -> T:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
+        # ``Expected `int`, got `str` - at `$.spans[0].start```
+        problem, _, path = str(error).partition(" - at `$")
+        place = f"{field}{path.removesuffix('`')}"
+        raise PicActionError(HTTPStatus.BAD_REQUEST, place, problem) from error
+
+
+def _check_link(link: LinkRequest, tokens: int | None, field: str) -> None:
+    options = link.options
+    choices = {
+        "policy": (options.policy, POLICIES),
+        "mode": (options.mode, MODES),
+        "state": (options.state, STATE_POLICIES),
+        "ablation": (options.ablation, (None, *ABLATIONS)),
+    }
+    for name, (value, known) in choices.items():
+        if value not in known:
+            raise PicActionError(
+                HTTPStatus.BAD_REQUEST, f"{field}.options.{name}", f"unknown: {value!r:.80}"
+            )
+    if not 0 <= options.seam <= MAX_SEAM:
+        raise PicActionError(HTTPStatus.BAD_REQUEST, f"{field}.options.seam", "out of range")
+    if len(link.spans) > MAX_SEGMENTS:
+        raise PicActionError(HTTPStatus.BAD_REQUEST, f"{field}.spans", "too many")
+    at = 0
+    for i, span in enumerate(link.spans):
+        if not at <= span.start < span.end:
+            raise PicActionError(
+                HTTPStatus.BAD_REQUEST, f"{field}.spans[{i}]", "spans must be sorted and disjoint"
+            )
+        at = span.end
+    if tokens is not None and at > tokens:
+        raise PicActionError(
+            HTTPStatus.BAD_REQUEST, f"{field}.spans", f"{at} lies outside {tokens} tokens"
+        )

@@ -1,0 +1,39 @@
+"""Whose actions the scheduler obeys: those of this server's own front.
+
+Front and schedulers share a secret that nobody else is told. It is made once a
+server, by the first of its processes, and handed down in the environment; where
+schedulers run on several machines the operator sets it to one value on each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+
+ENV_NAME = "SGLANG_PIC_SECRET"
+_MADE = "made-"
+
+
+def ensure_secret() -> None:
+    """Make the secret, unless a parent or the operator has set it."""
+    os.environ.setdefault(ENV_NAME, _MADE + secrets.token_hex(32))
+
+
+def is_own_machines() -> bool:
+    """Whether only processes of this machine can know the secret."""
+    return os.environ.get(ENV_NAME, _MADE).startswith(_MADE)
+
+
+def seal(action: str, body: str) -> str:
+    """Code by which the scheduler knows that an action comes from the front:
+    HMAC-SHA256 over its type and its body, in hexadecimal."""
+    ensure_secret()
+    key = os.environ[ENV_NAME].encode()
+    return hmac.new(key, f"{action}\0{body}".encode(), hashlib.sha256).hexdigest()
+
+
+def is_sealed(action: str, body: str, code: str) -> bool:
+    """Whether this is the code of that action; takes as long for any wrong one."""
+    return hmac.compare_digest(seal(action, body).encode(), code.encode())
