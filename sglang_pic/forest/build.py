@@ -15,6 +15,7 @@ from sglang_pic.forest.cache import PicCache
 from sglang_pic.forest.cost import PrefillCost
 from sglang_pic.forest.hybrid import PicHybridCache
 from sglang_pic.manage.store import Store
+from sglang_pic.request.seal import ENV_NAME, is_made_here
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,9 @@ def _refusal(ctx: Any, runner: Any) -> str | None:
         "a hierarchical cache is not supported": args.enable_hierarchical_cache,
         "hybrids on several tensor-parallel ranks are not supported": (
             ctx.is_hybrid_ssm and args.tp_size > 1
+        ),
+        f"schedulers on several machines need one {ENV_NAME} on all of them": (
+            args.nnodes > 1 and is_made_here()
         ),
         "prefill/decode disaggregation is not supported": args.disaggregation_mode != "null",
         "context parallelism is not supported": args.dcp_size > 1 or args.attn_cp_size > 1,

@@ -21,7 +21,7 @@ def ensure_secret() -> None:
     os.environ.setdefault(ENV_NAME, _MADE + secrets.token_hex(32))
 
 
-def is_own_machines() -> bool:
+def is_made_here() -> bool:
     """Whether only processes of this machine can know the secret."""
     return os.environ.get(ENV_NAME, _MADE).startswith(_MADE)
 
