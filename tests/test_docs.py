@@ -165,7 +165,8 @@ def test_every_reason_is_explained() -> None:
         and node.value.value
     } | set(_literals_given_as_reason())
     whole |= {gate.CANARY_FAILED, gate.AUDIT_FAILED, gate.SWITCHED_OFF}
-    assert {"require_exact", "link_off", "no_room_to_relocate", "input_logprobs"} <= whole
+    whole |= {forest_state.NO_ROOM, forest_state.FAULT}
+    assert {"require_exact", "link_off", "input_logprobs"} <= whole
     explained = {name for row in rows_of(USING / "report.md") for name in named(row[0])}
     told = {name for row in rows_of(USING / "report.md") for cell in row for name in named(cell)}
     assert constants <= told, constants - told

@@ -27,10 +27,10 @@ from sglang_pic.server import funnel as funnel_module
 from sglang_pic.server.compiler import CompileItem, Compiler
 from sglang_pic.server.exchange import Exchange
 from sglang_pic.server.middleware import _ReportSender
+from sglang_pic.sglang_contract import check_shape
 from sglang_pic.sglang_hooks import (
     ENGINE_HOOKS,
     FRONT_HOOKS,
-    check_shape,
     engine_refusal,
     set_positions,
 )

@@ -20,10 +20,8 @@ from sglang_pic.request.seal import ENV_NAME, is_made_here
 logger = logging.getLogger(__name__)
 
 
-def _refusal(ctx: Any, runner: Any) -> str | None:
+def _refusal(ctx: Any, runner: Any, unhooked: str | None) -> str | None:
     """Why this server must not link, or ``None``."""
-    from sglang_pic.sglang_hooks import engine_refusal
-
     args, backend = ctx.server_args, runner.attn_backend
     reasons = {
         "the radix cache is disabled": args.disable_radix_cache,
@@ -53,14 +51,15 @@ def _refusal(ctx: Any, runner: Any) -> str | None:
     for reason, holds in reasons.items():
         if holds:
             return reason
-    return engine_refusal() or backend.refusal
+    return unhooked or backend.refusal
 
 
-def build_cache(ctx: Any) -> PicCache:
+def build_cache(ctx: Any, *, unhooked: str | None) -> PicCache:
     """Factory for ``--radix-cache-backend pic``.
 
     Args:
         ctx: SGLang's ``TreeCacheBuildContext``.
+        unhooked: which hook is not in place, or ``None``.
     """
     cache_class = PicHybridCache if ctx.is_hybrid_ssm else PicCache
     cache = create_unified_radix_cache(ctx, cache_class=cache_class)
@@ -68,7 +67,7 @@ def build_cache(ctx: Any) -> PicCache:
     config = PicConfig.from_env()
     runner = ctx.tp_worker.model_runner
     backend = runner.attn_backend
-    refusal = _refusal(ctx, runner)
+    refusal = _refusal(ctx, runner, unhooked)
     vocabulary = ctx.model_config.vocab_size
     if any(not 0 <= token < vocabulary for token in config.compile_context):
         raise PicConfigError("the compile context holds a token outside the vocabulary")

@@ -24,7 +24,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from sglang_pic.forest.nodes import PREFIX, TURN
 from sglang_pic.forest.planning import PlanningTree
-from sglang_pic.forest.state import LinkHandle
+from sglang_pic.forest.state import FAULT, NO_ROOM, LinkHandle
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -99,12 +99,12 @@ class PicCache(PlanningTree):
         self._load_back_is_private = isinstance(handle, LinkHandle)
         if not self._load_back_is_private:
             return super().init_load_back(params)
-        reason = "internal_fault"
+        reason = FAULT
         with self.contained("relocate", params.req):
             made = self._relocated(params.req, handle)
             if made is not None:
                 return made
-            reason = "no_room_to_relocate"
+            reason = NO_ROOM
         req = params.req
         link = self._links[req]
         self._drop_plan(req, link)

@@ -23,7 +23,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang_pic.faults import faults
 from sglang_pic.forest.conversing import ConversingTree
 from sglang_pic.forest.forest import Lookup
-from sglang_pic.forest.state import LinkHandle, LinkState, unlinkable
+from sglang_pic.forest.state import FAULT, LinkHandle, LinkState, unlinkable
 from sglang_pic.forest.turns import Chain, Core
 from sglang_pic.link.plan import LinkPlan, SegmentHit, make_plan, reuse_turns, unlinked_plan
 from sglang_pic.link.policy import floor_to
@@ -74,7 +74,7 @@ class PlanningTree(ConversingTree):
         link = self._links.get(req) if req is not None else None
         if link is not None:
             self._drop_plan(req, link)
-            link.request = dataclasses.replace(link.request, off="internal_fault")
+            link.request = dataclasses.replace(link.request, off=FAULT)
             if req.positional_embed_overrides is None:
                 params.key.token_ids = req.origin_input_ids + req.output_ids
         result = super().match_prefix(params)

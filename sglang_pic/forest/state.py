@@ -14,6 +14,10 @@ from sglang_pic.request.base import LinkRequest
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
+# Why a request that was to be linked is answered exactly, beside ``unlinkable``.
+NO_ROOM = "no_room_to_relocate"
+FAULT = "internal_fault"
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LinkHandle:

@@ -1,0 +1,192 @@
+"""What this plug-in relies on of SGLang beside its registries, and the check of its shape.
+
+Each entry names a function and the parameters it must begin with. They are checked at
+start-up, in the processes that run the engine: another release is refused rather than
+called blindly. What is hooked is ``sglang_hooks``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+
+from sglang_pic.errors import PicConfigError
+
+SGLANG_VERSION = "0.5.23"
+_SRT = "sglang.srt."
+_OPS = "sglang.kernels.ops."
+_CORE = _SRT + "mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface."
+
+_ATTEND = ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache")
+
+# What we call or override without a hook.
+RELIED_ON = {
+    _SRT
+    + "layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_extend": (
+        "self",
+        "query",
+        "output",
+        "k_cache",
+        "v_cache",
+        "req_to_token",
+        "req_pool_indices",
+        "seq_lens",
+        "extend_prefix_lens",
+        "extend_seq_lens",
+    ),
+    _SRT
+    + "layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_decode": (
+        "self",
+        "query",
+        "output",
+        "k_cache",
+        "v_cache",
+        "req_to_token",
+        "req_pool_indices",
+        "seq_lens",
+    ),
+    **{
+        _SRT + f"layers.attention.{backend}.{name}": parameters
+        for backend in (
+            "triton_backend.TritonAttnBackend",
+            "flashinfer_backend.FlashInferAttnBackend",
+        )
+        for name, parameters in {
+            "init_forward_metadata": ("self", "forward_batch"),
+            "init_forward_metadata_out_graph": ("self", "forward_batch", "in_capture"),
+            "init_cuda_graph_state": ("self", "max_bs", "max_num_tokens"),
+            "forward_extend": _ATTEND,
+            "forward_decode": _ATTEND,
+        }.items()
+    },
+    _SRT + "layers.attention.flashinfer_backend.FlashInferAttnBackend._kv_write_scales": (
+        "self",
+        "layer",
+    ),
+    _SRT + "layers.attention.flashinfer_backend.FlashInferAttnBackend._check_kv_attention_access": (
+        "self",
+        "phase",
+        "access",
+    ),
+    _SRT + "model_executor.runner_utils.capture_mode.get_capture_attention_variant": (),
+    _SRT + "model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner._pad_to_bucket": (
+        "raw_size",
+        "buckets",
+    ),
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.match_prefix": ("self", "params"),
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.lock": ("self", "node_id"),
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.unlock": ("self", "lock"),
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.on_release": (
+        "self",
+        "req",
+        "checkpointed",
+    ),
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.init_load_back": ("self", "params"),
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.prefix_device_indices": ("self", "req"),
+    # Hybrids: the cache, the backends in front of SGLang's, the kernels they call.
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.claim_kv_row": ("self", "req"),
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.insert": ("self", "params"),
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache._evict": (
+        "self",
+        "params",
+        "available_size_targets",
+        "allocation_reclaim_satisfied",
+    ),
+    # The eviction order: SGLang's tree still evicts, and says what it holds.
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache._evict_device_leaf": (
+        "self",
+        "node_id",
+        "tracker",
+    ),
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache._component_available_size": (
+        "self",
+        "component_type",
+    ),
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.path_device_indices": ("self", "node"),
+    _CORE + "collect_path_info": ("self", "end_node_ids"),
+    _CORE + "match_full_device_prefix": ("self", "key"),
+    _CORE + "inc_full_pin": ("self", "node_id"),
+    _CORE + "dec_full_pin": ("self", "node_id"),
+    _CORE + "full_evictable_size": ("self",),
+    # Rows that end: what they owned, and a hybrid's state of their last token.
+    _SRT + "managers.schedule_batch.Req.owned_kv_len": ("self",),
+    _SRT + "mem_cache.memory_pool.HybridReqToTokenPool.translate_mamba_indices": (
+        "self",
+        "mamba_indices",
+    ),
+    _SRT + "layers.attention.hybrid_linear_attn_backend.HybridLinearAttnBackend": (
+        "full_attn_backend",
+        "linear_attn_backend",
+        "full_attn_layers",
+    ),
+    _SRT + "layers.attention.hybrid_linear_attn_backend.Mamba2AttnBackend.forward": (
+        "self",
+        "mixer",
+        "hidden_states",
+        "output",
+        "layer_id",
+        "forward_batch",
+    ),
+    _SRT + "layers.attention.linear.gdn_backend.GDNAttnBackend.forward_extend": (
+        "self",
+        "layer",
+        "forward_batch",
+        "mixed_qkv",
+        "a",
+        "b",
+    ),
+    _OPS + "attention.fla.chunk.chunk_gated_delta_rule": (
+        "q",
+        "k",
+        "v",
+        "g",
+        "beta",
+        "scale",
+        "initial_state",
+        "initial_state_indices",
+        "cu_seqlens",
+    ),
+    # On a GPU: what of it does not depend on the state.
+    _OPS + "attention.fla.chunk.prepare_chunk_indices": ("cu_seqlens", "chunk_size"),
+    _OPS + "attention.fla.chunk.l2norm_fwd": ("x",),
+    _OPS + "attention.fla.chunk.chunk_local_cumsum": ("g", "chunk_size"),
+    _OPS + "attention.fla.chunk.chunk_gated_delta_rule_fwd_intra": (
+        "k",
+        "v",
+        "g",
+        "beta",
+        "cu_seqlens",
+        "chunk_size",
+        "chunk_indices",
+    ),
+    _OPS + "attention.linear.fused_gdn_gating.fused_gdn_gating": ("A_log", "a", "b", "dt_bias"),
+    _OPS + "mamba.causal_conv1d_triton.causal_conv1d_fn": (
+        "x",
+        "weight",
+        "bias",
+        "conv_states",
+        "query_start_loc",
+        "seq_lens_cpu",
+    ),
+    _SRT + "managers.scheduler._make_abort_req": ("req", "finished_reason"),
+    _SRT + "managers.scheduler.Scheduler.send_abort_output": ("self", "abort_req", "req"),
+}
+
+
+def check_shape(target: str, parameters: tuple[str, ...]) -> None:
+    """Raise ``PicConfigError`` unless ``target`` exists and begins with these parameters."""
+    try:
+        found = pkgutil.resolve_name(target)
+    except (ImportError, AttributeError) as error:
+        raise PicConfigError(f"SGLang has no {target}: {error}") from error
+    names = tuple(inspect.signature(inspect.unwrap(found)).parameters)
+    if inspect.ismethod(found):
+        names = ("cls", *names) if names[:1] != ("cls",) else names
+    if names[: len(parameters)] != parameters:
+        raise PicConfigError(f"{target} takes {names}, expected {parameters} first")
+
+
+def check_contract() -> None:
+    """Raise ``PicConfigError`` unless all that is relied on is there."""
+    for target, parameters in RELIED_ON.items():
+        check_shape(target, parameters)
