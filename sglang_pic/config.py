@@ -36,7 +36,13 @@ class PicConfig:
         min_segment: a segment shorter than this many tokens is computed, not
             compiled.
         compile_timeout_s: how long a link waits for its segments to be compiled
-            before it goes on without them.
+            whatever it costs; from then on it waits for what is sooner compiled than
+            computed anew.
+        compile_limit_s: the longest such wait in all; then a link goes on without them.
+        compiles, tenant_compiles: segments given to SGLang to be compiled at a time,
+            of all tenants and of one; the others wait in the front.
+        compile_queue: segments of one tenant that may wait there; a link goes on
+            without what is more.
         kv_mib: budget in MiB for KV pages of compiled segments and conversations;
             ``None`` for nine tenths of the pool. Ordinary prefixes and running
             requests have what is left of the pool, or whatever is unused.
@@ -53,6 +59,7 @@ class PicConfig:
         decode_graphs: capture CUDA graphs for decode with linked rows too.
         canary_kl: how far from full recompute the canary may be linked, in nats; above
             it nothing is.
+        canary_timeout_s: how long the canary may take; then nothing is known, and linked.
         audit_rate: share of composed answers that are computed again in full.
         audit_kl: how far off they may be in the mean, in nats.
         audit_action: what to do above that: ``log`` it, or turn linking ``off``.
@@ -64,6 +71,10 @@ class PicConfig:
     compile_context: tuple[int, ...] = ()
     min_segment: int = 32
     compile_timeout_s: float = 60.0
+    compile_limit_s: float = 300.0
+    compiles: int = 64
+    tenant_compiles: int = 32
+    compile_queue: int = 4096
     kv_mib: int | None = None
     pin_share: float = 0.25
     store: str | None = None
@@ -74,6 +85,7 @@ class PicConfig:
     operator_threshold: float = 1e-6
     decode_graphs: bool = False
     canary_kl: float = 1.0
+    canary_timeout_s: float = 300.0
     audit_rate: float = 0.0
     audit_kl: float = 0.5
     audit_action: str = "log"
@@ -85,6 +97,15 @@ class PicConfig:
             raise PicConfigError(f"min_segment must be at least 1, got {self.min_segment}")
         if self.compile_timeout_s <= 0:
             raise PicConfigError(f"compile_timeout_s must be above 0, got {self.compile_timeout_s}")
+        if self.compile_limit_s < self.compile_timeout_s:
+            raise PicConfigError(
+                f"compile_limit_s must be at least compile_timeout_s, got {self.compile_limit_s}"
+            )
+        for name in ("compiles", "tenant_compiles", "compile_queue"):
+            if getattr(self, name) < 1:
+                raise PicConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.canary_timeout_s <= 0:
+            raise PicConfigError(f"canary_timeout_s must be above 0, got {self.canary_timeout_s}")
         if self.policy not in POLICIES:
             raise PicConfigError(f"policy must be one of {sorted(POLICIES)}, got {self.policy!r}")
         if self.state not in (*STATE_POLICIES, AUTO):

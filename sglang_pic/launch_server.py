@@ -71,7 +71,37 @@ def pic_parser() -> argparse.ArgumentParser:
         type=float,
         default=defaults.compile_timeout_s,
         metavar="SECONDS",
-        help="how long a request waits for its segments to be compiled (%(default)s)",
+        help="how long a request waits for its segments to be compiled, whatever it costs "
+        "(%(default)s)",
+    )
+    parser.add_argument(
+        "--pic-compile-limit",
+        type=float,
+        default=defaults.compile_limit_s,
+        metavar="SECONDS",
+        help="the longest that it waits for what is sooner compiled than computed anew "
+        "(%(default)s)",
+    )
+    parser.add_argument(
+        "--pic-compiles",
+        type=int,
+        default=defaults.compiles,
+        metavar="N",
+        help="segments that SGLang is given to compile at a time (%(default)s)",
+    )
+    parser.add_argument(
+        "--pic-tenant-compiles",
+        type=int,
+        default=defaults.tenant_compiles,
+        metavar="N",
+        help="the same of one tenant (%(default)s)",
+    )
+    parser.add_argument(
+        "--pic-compile-queue",
+        type=int,
+        default=defaults.compile_queue,
+        metavar="N",
+        help="segments of one tenant that may wait to be compiled (%(default)s)",
     )
     parser.add_argument(
         "--pic-kv-mib",
@@ -106,6 +136,13 @@ def pic_parser() -> argparse.ArgumentParser:
         default=defaults.canary_kl,
         metavar="NATS",
         help="link nothing if the canary, linked, is further from full recompute (%(default)s)",
+    )
+    check.add_argument(
+        "--pic-canary-timeout",
+        type=float,
+        default=defaults.canary_timeout_s,
+        metavar="SECONDS",
+        help="how long the canary may take before it is given up (%(default)s)",
     )
     parser.add_argument(
         "--pic-decode-graphs",
@@ -189,6 +226,10 @@ def read_config(args: argparse.Namespace) -> PicConfig:
         compile_context=context,
         min_segment=args.pic_min_segment,
         compile_timeout_s=args.pic_compile_timeout,
+        compile_limit_s=args.pic_compile_limit,
+        compiles=args.pic_compiles,
+        tenant_compiles=args.pic_tenant_compiles,
+        compile_queue=args.pic_compile_queue,
         kv_mib=args.pic_kv_mib,
         pin_share=args.pic_pin_share,
         store=args.pic_store,
@@ -199,6 +240,7 @@ def read_config(args: argparse.Namespace) -> PicConfig:
         operator_threshold=args.pic_operator_threshold,
         decode_graphs=args.pic_decode_graphs,
         canary_kl=args.pic_canary_kl,
+        canary_timeout_s=args.pic_canary_timeout,
         audit_rate=args.pic_audit_rate,
         audit_kl=args.pic_audit_kl,
         audit_action=args.pic_audit_action,

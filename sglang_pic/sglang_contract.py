@@ -21,6 +21,14 @@ _ATTEND = ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache")
 
 # What we call or override without a hook.
 RELIED_ON = {
+    # A request that waits in the front is in SGLang's table, and answered by SGLang.
+    _SRT + "managers.tokenizer_manager.TokenizerManager._init_req_state": ("self", "obj"),
+    _SRT + "managers.tokenizer_manager.TokenizerManager._wait_one_response": ("self", "obj"),
+    _SRT + "managers.tokenizer_manager.TokenizerManager._handle_abort_req": ("self", "recv_obj"),
+    _SRT + "managers.tokenizer_manager.TokenizerManager._collect_batch_responses": (
+        "self",
+        "generators",
+    ),
     _SRT
     + "layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_extend": (
         "self",

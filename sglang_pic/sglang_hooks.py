@@ -144,6 +144,13 @@ def generate_request(original: Any, manager: Any, obj: Any, request: Any = None)
     return funnel.generate_request(original, manager, obj, request)
 
 
+def abort_waiting(result: Any, manager: Any, rid: str = "", abort_all: bool = False) -> None:
+    """After ``TokenizerManager.abort_request``."""
+    from sglang_pic.server import funnel
+
+    funnel.abort_request(manager, rid, abort_all)
+
+
 def render_marked(original: Any, serving: Any, messages: Any, **kwargs: Any) -> Any:
     """Around ``OpenAIServingChat._render_and_encode_chat_template``."""
     from sglang_pic.server import chat
@@ -254,6 +261,13 @@ FRONT_HOOKS = (
         generate_request,
         ("self", "obj", "request"),
         "the one place that every endpoint and Engine call passes",
+    ),
+    Hook(
+        _SRT + "managers.tokenizer_manager.TokenizerManager.abort_request",
+        HookType.AFTER,
+        abort_waiting,
+        ("self", "rid", "abort_all"),
+        "while its segments compile a request is not with the scheduler, which would end it",
     ),
     Hook(
         _SRT + "entrypoints.openai.serving_chat.OpenAIServingChat._render_and_encode_chat_template",

@@ -111,17 +111,16 @@ def _some_compiles_fail_or_are_late() -> None:
 
     init = Compiler.__init__
 
-    def break_it(self: Any, generate: Any, page_size: int = 1) -> None:
-        async def broken(batch: Any) -> Any:
-            first = {ids[0] for ids in batch.input_ids}
-            if NEVER in first:
+    def break_it(self: Any, generate: Any, *args: Any) -> None:
+        async def broken(sent: Any) -> Any:
+            if sent.input_ids[0] == NEVER:
                 raise RuntimeError("this segment never compiles")
-            if LATE in first:
+            if sent.input_ids[0] == LATE:
                 await asyncio.sleep(LATE_S)
-            async for out in generate(batch):
+            async for out in generate(sent):
                 yield out
 
-        init(self, broken, page_size)
+        init(self, broken, *args)
 
     Compiler.__init__ = break_it  # type: ignore[method-assign]
 

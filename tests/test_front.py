@@ -8,7 +8,6 @@ import json
 import pathlib
 import subprocess
 import sys
-import time
 import types
 from typing import Any
 
@@ -21,10 +20,7 @@ from sglang_pic.config import ENV_NAME, PicConfig
 from sglang_pic.errors import PicConfigError
 from sglang_pic.forest.keys import is_reserved, namespace, segment_id
 from sglang_pic.launch_server import pic_parser, read_config
-from sglang_pic.metrics.front import Counts
-from sglang_pic.server import compiler as compiler_module
 from sglang_pic.server import funnel as funnel_module
-from sglang_pic.server.compiler import CompileItem, Compiler
 from sglang_pic.server.exchange import Exchange
 from sglang_pic.server.middleware import _ReportSender
 from sglang_pic.sglang_contract import check_shape
@@ -124,131 +120,6 @@ def test_names_tell_segments_apart(a: Any, b: Any) -> None:
 
     assert (name(*a) == name(*b)) == (norm(a) == norm(b))
     assert is_reserved(namespace((), a[1]))
-
-
-def item(n: int) -> CompileItem:
-    return CompileItem((n,) * 3, "salt", None, None)
-
-
-class FakeEngine:
-    """Answers batches like SGLang, after the test lets it."""
-
-    def __init__(self, error: Exception | None = None):
-        self.batches: list[list[list[int]]] = []
-        self.go = asyncio.Event()
-        self.error = error
-
-    async def __call__(self, batch: Any) -> Any:
-        self.batches.append(batch.input_ids)
-        await self.go.wait()
-        if self.error:
-            raise self.error
-        yield [{"meta_info": {"prompt_tokens": 3, "cached_tokens": 0}} for _ in batch.input_ids]
-
-
-def test_waiting_requests_share_one_compile() -> None:
-    async def run() -> None:
-        engine = FakeEngine()
-        compiler = Compiler(engine)
-        first = asyncio.create_task(compiler.compile([item(1), item(2), item(1)]))
-        await asyncio.sleep(0)
-        second = asyncio.create_task(compiler.compile([item(2), item(3)]))
-        await asyncio.sleep(0.01)
-        engine.go.set()
-        # Each token counts once: for who had it compiled, the first time.
-        assert await first == [3, 3, 0]
-        assert await second == [0, 3]
-        assert engine.batches == [[[1] * 3, [2] * 3], [[3] * 3]]
-
-    asyncio.run(run())
-
-
-def test_a_client_that_leaves_takes_no_compile_with_it() -> None:
-    async def run() -> None:
-        engine = FakeEngine()
-        compiler = Compiler(engine)
-        leaver = asyncio.create_task(compiler.compile([item(1)]))
-        await asyncio.sleep(0)
-        stayer = asyncio.create_task(compiler.compile([item(1)]))
-        await asyncio.sleep(0.01)
-        leaver.cancel()
-        engine.go.set()
-        assert await stayer == [0]
-        assert len(engine.batches) == 1
-
-    asyncio.run(run())
-
-
-def test_a_failed_compile_is_reported_and_forgotten() -> None:
-    async def run() -> None:
-        engine = FakeEngine(RuntimeError("no memory"))
-        engine.go.set()
-        compiler = Compiler(engine)
-        (result,) = await compiler.compile([item(1)])
-        assert isinstance(result, RuntimeError)
-        engine.error = None
-        assert await compiler.compile([item(1)]) == [3]
-
-    asyncio.run(run())
-
-
-def test_a_link_waits_no_longer_than_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is late goes on without the link that wanted it, and serves the next one."""
-    monkeypatch.setattr(compiler_module, "counts", counts := Counts())
-
-    async def run() -> None:
-        engine = FakeEngine()
-        compiler = Compiler(engine)
-        start = time.monotonic()
-        results = await compiler.compile([item(1), item(2), item(1)], timeout_s=0.05)
-        assert time.monotonic() - start < 1
-        assert all(isinstance(result, TimeoutError) for result in results)
-        assert (counts.compiling, counts.compile_timeouts) == (2, 2)
-        patient = asyncio.create_task(compiler.compile([item(1), item(3)], timeout_s=60))
-        await asyncio.sleep(0.01)
-        engine.go.set()
-        assert await patient == [0, 3]
-        assert engine.batches == [[[1] * 3, [2] * 3], [[3] * 3]]
-        assert (counts.compiling, counts.compile_timeouts) == (0, 2)
-
-    asyncio.run(run())
-
-
-def test_what_was_ready_in_time_is_linked() -> None:
-    """Two adapters are two batches: one is late, the other is not."""
-
-    async def run() -> None:
-        slow = asyncio.Event()
-
-        async def engine(batch: Any) -> Any:
-            if batch.lora_path == "slow":
-                await slow.wait()
-            yield [{"meta_info": {"prompt_tokens": 3, "cached_tokens": 0}}]
-
-        late = CompileItem((1,) * 3, "salt", None, "slow")
-        made, missed = await Compiler(engine).compile([item(1), late], timeout_s=0.05)
-        assert made == 3 and isinstance(missed, TimeoutError)
-        slow.set()
-
-    asyncio.run(run())
-
-
-def test_a_late_compile_may_fail_when_nobody_waits() -> None:
-    async def run() -> None:
-        engine = FakeEngine(RuntimeError("no memory"))
-        compiler = Compiler(engine)
-        (late,) = await compiler.compile([item(1)], timeout_s=0.01)
-        assert isinstance(late, TimeoutError)
-        leaver = asyncio.create_task(compiler.compile([item(1)], timeout_s=60))
-        await asyncio.sleep(0.01)
-        leaver.cancel()
-        engine.go.set()
-        await asyncio.sleep(0.01)
-        engine.error = None
-        assert await compiler.compile([item(1)], timeout_s=60) == [3]
-        assert await compiler.compile([], timeout_s=60) == []
-
-    asyncio.run(run())
 
 
 @given(

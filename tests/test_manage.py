@@ -26,6 +26,7 @@ from sglang_pic.config import PicConfig
 from sglang_pic.errors import PicRefused
 from sglang_pic.eval.serving import Server, free_port
 from sglang_pic.server import commands
+from sglang_pic.server.compiler import COMPILED, Made
 from sglang_pic.server.pins import Pins
 from sglang_pic.server.routes import base, compile, explain, install, router, segments, watch
 from sglang_pic.sglang_hooks import CACHE_BACKEND, install_http
@@ -243,6 +244,8 @@ class FakeSchedulers:
             if sum(fields["tokens"]) > self.room:
                 raise PicRefused(507, "no room", "segments")
             return {}
+        if do == "name":
+            return {"held": [False] * len(fields["segments"])}
         if do == "held":
             return {"held": [self.keeps] * len(fields["segments"])}
         if do == "explain":
@@ -284,11 +287,13 @@ class FakeFunnel:
         self.wanted = self
         self.resolver = FakeResolver(self.config.link_defaults)
 
-    async def compile(self, items: list[Any]) -> list[int]:
+    async def compile(self, items: list[Any], caller: Any) -> list[Made]:
         self.compiled += items
-        return [len(item) for item in items]
+        return [Made(COMPILED, len(item)) for item in items]
 
-    def segment(self, ids: list[int], salt: Any, extra_key: Any, *, named: bool) -> list[int]:
+    def segment(
+        self, ids: list[int], salt: Any, extra_key: Any, lora_path: Any, *, named: bool
+    ) -> list[int]:
         assert named
         return ids
 
@@ -413,7 +418,7 @@ def test_what_cannot_fit_is_not_compiled(front: Front) -> None:
     sent = {"input_ids": [[3] * 40, [3] * 40], "cache_salt": "us", "extra_key": "lora"}
     assert front.send("POST", "/pic/compile", json=sent).ok
     reserved = {"tokens": [40, 40], "cache_salt": "us", "extra_key": "lora"}
-    assert [do for do, _ in front.schedulers.told] == ["reserve", "held"]
+    assert [do for do, _ in front.schedulers.told] == ["reserve", "name", "held"]
     assert front.schedulers.told[0] == ("reserve", reserved)
     assert len(front.funnel.compiled) == 2
     front.schedulers.room = 79

@@ -203,6 +203,12 @@ class SegmentForest:
             self._release_old()
         return name
 
+    def note_named(self, record: SegmentRecord) -> None:
+        """A held segment was asked for by name."""
+        self.note_compiled(
+            record.path, record.extra_key, record.salt, record.node, named=True, hits=record.hits
+        )
+
     def note_hits(self, names: Collection[str]) -> None:
         """Advance the clock by one link that reused these segments."""
         self._clock += 1

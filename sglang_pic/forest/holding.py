@@ -99,6 +99,10 @@ class HoldingTree(OrderedTree):
     def segment_removed(self, name: str) -> None:
         """A segment was deleted, or its state had to go."""
 
+    def is_ready(self, record: SegmentRecord, seam: int) -> bool:
+        """Whether a held segment has all that a link of this seam width needs."""
+        return True
+
     # -- linear states, in hybrids --------------------------------------------------
 
     def state_bytes_of(self, segment: str) -> int:

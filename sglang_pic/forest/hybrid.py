@@ -97,6 +97,13 @@ class PicHybridCache(PicCache):
             self.states.hold_back(name)
         super().expect(names)
 
+    def is_ready(self, record: SegmentRecord, seam: int) -> bool:
+        first, last = Seam(seam).core(record.tokens, page=self.page_size, opening=False)
+        held = self.states.find(record.id)
+        if first >= last:
+            return True
+        return held is not None and held.core(first, last, opening=False) is not None
+
     def segment_released(self, name: str) -> None:
         self.states.release(name)
 

@@ -130,7 +130,14 @@ class PlanningTree(ConversingTree):
             held = super().match_prefix(MatchPrefixParams(key=key)).device_prefix_len
             if held < floor_to(opening, self.prefix_grid):
                 missing.append(OPENING)
-        return missing
+        return [] if missing and self._is_prefix(req) else missing
+
+    def _is_prefix(self, req: Req) -> bool:
+        """Whether SGLang holds all of the prompt but its last tokens, computed as such."""
+        ids = req.origin_input_ids[:-1]
+        key = RadixKey(ids, req.extra_key, cache_salt=req.cache_salt)
+        held = super().match_prefix(MatchPrefixParams(key=key)).device_prefix_len
+        return held > 0 and held >= floor_to(len(ids), self.page_size)
 
     def send_back(self, req: Req) -> list[int]:
         """``missing``, of a link that will come again when those are compiled; what is

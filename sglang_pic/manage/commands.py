@@ -82,6 +82,11 @@ COMMANDS: dict[type, Handler] = {
     asked.Stats: lambda scheduler, req, command: segments.stats(scheduler.tree_cache),
     asked.Budgets: lambda scheduler, req, command: segments.budgets(scheduler.tree_cache),
     asked.Explain: lambda scheduler, req, command: scheduler.tree_cache.explain(req),
+    asked.Missing: lambda scheduler, req, command: {
+        "missing": scheduler.tree_cache.send_back(req)
+    },
+    # An adapter's part of it is SGLang's to make.
+    asked.Key: lambda scheduler, req, command: {"extra_key": req.extra_key},
     asked.List: lambda scheduler, req, command: {
         "segments": segments.list_all(scheduler.tree_cache, tenant_of(req))
     },
@@ -100,7 +105,12 @@ COMMANDS: dict[type, Handler] = {
     ),
     asked.Restore: lambda scheduler, req, command: _store(scheduler).restore(tenant_of(req)),
     asked.Held: lambda scheduler, req, command: {
-        asked.Held: segments.held(scheduler.tree_cache, command.segments, tenant_of(req))
+        "held": segments.held(scheduler.tree_cache, command.segments, tenant_of(req))
+    },
+    asked.Name: lambda scheduler, req, command: {
+        "held": segments.name(
+            scheduler.tree_cache, command.segments, tenant_of(req), command.seam
+        )
     },
     asked.Selfcheck: lambda scheduler, req, command: selfcheck(
         scheduler, req, at=command.at, seam=command.seam

@@ -69,6 +69,19 @@ def held(cache: PicCache, segments: Sequence[str], tenant: str | None) -> list[b
     return [cache.forest.holds(segment, tenant) for segment in segments]
 
 
+def name(cache: PicCache, segments: Sequence[str], tenant: str | None, seam: int) -> list[bool]:
+    """Which of these are held with all that a link of this seam width needs. They need
+    no compile, and count as compiled by name."""
+    made = []
+    for segment in segments:
+        record = cache.forest.record(segment, tenant)
+        ready = record is not None and cache.is_ready(record, seam)
+        if record is not None and ready:
+            cache.forest.note_named(record)
+        made.append(ready)
+    return made
+
+
 def pin(cache: PicCache, segment: str, tenant: str | None) -> dict[str, Any]:
     """Keep a segment, its states too, until it is unpinned.
 

@@ -53,9 +53,10 @@ class Counts:
             which then counts as prefix.
         compiles, compile_failures: segments and opening texts, by outcome.
         compile_timeouts: those that a link did not wait for any longer.
-        compiling: those under way now.
-        compile_seconds, tokens_timed: wall time of the batches that compiled anything
-            new, and what they computed.
+        compiles_refused: those not compiled since too many of their tenant waited.
+        compiling: those under way now, queued or sent.
+        compile_seconds, tokens_timed: wall time of the compiles that computed anything
+            new, what ran beside each other counted once, and their tokens.
         poll_failures: times the schedulers did not tell their numbers to ``/metrics``.
         linking_off: why linking is switched off (``server.gate``), or ``None``.
     """
@@ -71,6 +72,7 @@ class Counts:
     compiles: int = 0
     compile_failures: int = 0
     compile_timeouts: int = 0
+    compiles_refused: int = 0
     compiling: int = 0
     compile_seconds: float = 0.0
     tokens_timed: int = 0
@@ -93,13 +95,13 @@ class Counts:
     def observe_compile(
         self, computed: Sequence[int], of_segment: Sequence[bool], seconds: float, page_size: int
     ) -> None:
-        """Count one batch of compiles.
+        """Count compiles that have ended.
 
         Args:
             computed: tokens that each item took. Of one that was there already SGLang
                 computes the end again, up to a page.
             of_segment: whether it is a segment; else it is the text that opens a prompt.
-            seconds: wall time of the batch.
+            seconds: wall time they took.
             page_size: SGLang's.
         """
         tokens = sum(computed)

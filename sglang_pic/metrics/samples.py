@@ -100,13 +100,18 @@ FRONT_METRICS = (
         lambda front: front["compile_timeouts"],
     ),
     Metric(
+        PREFIX + "compiles_refused_total",
+        "Segments and opening texts not compiled: too many of their tenant waited.",
+        lambda front: front["compiles_refused"],
+    ),
+    Metric(
         PREFIX + "compile_seconds_total",
-        "Wall time of compile batches with anything new, queueing included.",
+        "Wall time of compiles with anything new, queueing included.",
         lambda front: front["compile_seconds"],
     ),
     Metric(
         PREFIX + "compile_queue",
-        "Segments and opening texts being compiled now.",
+        "Segments and opening texts being compiled now, or waiting for it.",
         lambda front: front["compiling"],
     ),
     Metric(

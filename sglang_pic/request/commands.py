@@ -37,6 +37,14 @@ class Explain(_Command, tag="explain"):
     """What the link that comes with the command would do."""
 
 
+class Missing(_Command, tag="missing"):
+    """What the link that comes with the command needs compiled; it will come."""
+
+
+class Key(_Command, tag="key"):
+    """What prefixes of such a request are kept apart by, beside the salt."""
+
+
 class List(_Command, tag="list"):
     """A tenant's segments."""
 
@@ -91,6 +99,14 @@ class Held(_Command, tag="held"):
     segments: list[str]
 
 
+class Name(_Command, tag="name"):
+    """Which of these the tenant has with all that links of a seam width need; they
+    count as compiled by name."""
+
+    segments: list[str]
+    seam: int
+
+
 class Selfcheck(_Command, tag="selfcheck"):
     """Compare a compile's states with those of its two parts, cut at token ``at``."""
 
@@ -104,6 +120,8 @@ Command = Union[  # noqa: UP007  (msgspec reads it at run time, on Python 3.10 t
     Stats,
     Budgets,
     Explain,
+    Missing,
+    Key,
     List,
     Get,
     Pin,
@@ -114,5 +132,6 @@ Command = Union[  # noqa: UP007  (msgspec reads it at run time, on Python 3.10 t
     Save,
     Restore,
     Held,
+    Name,
     Selfcheck,
 ]

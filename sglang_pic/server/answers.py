@@ -23,6 +23,7 @@ from sglang_pic.server.audit import Audit
 from sglang_pic.server.calibrate import Calibration
 from sglang_pic.server.compare import Prompt
 from sglang_pic.server.exchange import Exchange
+from sglang_pic.server.waited import Waited
 
 
 async def unmarked(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
@@ -51,14 +52,40 @@ def missing_of(out: Any) -> list[int] | None:
     return parse_missing(reason.get("message") or "")
 
 
+async def handed_back(
+    outputs: AsyncGenerator[Any, None],
+) -> tuple[AsyncGenerator[Any, None], Sequence[int]]:
+    """All outputs of a strict link, which are to be read; and if it was handed back,
+    what is not compiled."""
+    try:
+        first = await anext(outputs)
+    except ValueError as error:
+        missing = parse_missing(str(error))
+        if missing is None:
+            raise
+        return outputs, missing
+    missing = missing_of(first)
+    if missing is not None:
+        await outputs.aclose()
+        return outputs, missing
+    return _all_of(first, outputs), ()
+
+
+async def _all_of(first: Any, outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    async with contextlib.aclosing(outputs):
+        yield first
+        async for out in outputs:
+            yield out
+
+
 def tidy(
     out: Any,
     exchange: Exchange | None,
     counted: set[int],
-    compiled: Sequence[int] = (0,),
+    waited: Sequence[Waited],
 ) -> Any:
     """Turn SGLang's list of per-token values into the one report it holds, and add
-    what was compiled for each prompt. A report is counted when first seen: every
+    what each prompt waited for. A report is counted when first seen: every
     chunk of a stream repeats it, or the first alone has it. ``counted`` holds the
     prompts, or samples, whose report was."""
     items = out if isinstance(out, list) else [out]
@@ -66,8 +93,9 @@ def tidy(
         meta = item.get("meta_info", {})
         values = meta.pop("pic", None)
         if values:
-            tokens = compiled[i] if len(compiled) == len(items) else compiled[0]
-            meta["pic"] = {**values[0], "tokens_compiled": tokens}
+            # Of several samples, all of one prompt's stand together.
+            prompt = i * len(waited) // len(items)
+            meta["pic"] = {**values[0], **waited[prompt].to_json()}
             if exchange is not None:
                 exchange.report = meta["pic"]
             if (index := item.get("index", i)) not in counted:

@@ -23,7 +23,7 @@ from sglang_pic.forest.keys import namespace
 from sglang_pic.link.policy import LinkOptions, ceil_to
 from sglang_pic.request.base import LinkRequest, TokenSpan
 from sglang_pic.server.compare import Distribution, Generate, Prompt, fresh_salt, in_full, linked
-from sglang_pic.server.compiler import CompileItem, compile_request
+from sglang_pic.server.compiler import Caller, CompileItem, compile_request
 from sglang_pic.server.gate import CANARY_FAILED, Gate
 
 logger = logging.getLogger(__name__)
@@ -100,6 +100,7 @@ class Canary:
         self._config = config
         self._gate = gate
         self._task: asyncio.Task[None] | None = None
+        self._judging: asyncio.Future[Verdict] | None = None
         self.verdict = Verdict()
 
     async def settle(self) -> None:
@@ -111,8 +112,15 @@ class Canary:
 
     async def _run(self) -> None:
         salt = fresh_salt("canary")
+        limit_s = self._config.canary_timeout_s
+        judging = self._judging = asyncio.ensure_future(self._judge(salt))
         try:
-            verdict = await self._judge(salt)
+            await asyncio.wait({judging}, timeout=limit_s)
+            if not judging.done():
+                # It tidies up by itself, if it ever can.
+                judging.cancel()
+                raise UntestedError(f"took longer than {limit_s:g} s")
+            verdict = judging.result()
         except (UntestedError, PicRefused) as error:
             verdict = Verdict(UNTESTED, str(error))
             logger.warning("sglang_pic: the canary tested nothing: %s", error)
@@ -187,7 +195,7 @@ class Canary:
         items = [
             CompileItem((*context, *ids), space, None, None, seams=(SEAM,)) for ids in segments
         ]
-        await self._generate(compile_request(items))
+        await asyncio.gather(*(self._generate(compile_request(item, Caller())) for item in items))
 
     async def _linked(
         self, prompt: Prompt, full: Distribution, *, policy: str, mode: str = "share"

@@ -26,6 +26,8 @@ async def command(
     link: LinkRequest | None = None,
     cache_salt: str | None = None,
     extra_key: str | None = None,
+    lora_path: str | None = None,
+    rank: int | None = None,
     **fields: Any,
 ) -> list[Any]:
     """Have every data-parallel rank carry out a command.
@@ -33,7 +35,8 @@ async def command(
     Args:
         manager: SGLang's tokenizer manager.
         do: name of the command.
-        ids, link, cache_salt, extra_key: the request that the command is about.
+        ids, link, cache_salt, extra_key, lora_path: the request that the command is about.
+        rank: the one rank to ask, instead of all.
         fields: further fields of the command, JSON.
 
     Returns:
@@ -41,6 +44,7 @@ async def command(
 
     Raises:
         PicRefused: no rank knows it, or one refuses for another reason.
+        ValueError: SGLang refuses such a request.
     """
     made = command_hints(msgspec.convert({"do": do, **fields}, Command))
     if link is not None:
@@ -55,11 +59,12 @@ async def command(
                     sampling_params={"max_new_tokens": 0},
                     cache_salt=cache_salt,
                     extra_key=extra_key,
+                    lora_path=lora_path,
                     kv_hints=made,
-                    routed_dp_rank=rank if ranks > 1 else None,
+                    routed_dp_rank=one if ranks > 1 else None,
                 ),
             )
-            for rank in range(ranks)
+            for one in (range(ranks) if rank is None else [rank])
         )
     )
     answers = [result for result in results if not _is_refusal(result)]
@@ -83,6 +88,8 @@ async def _send(manager: Any, obj: GenerateReqInput) -> Any:
         message = out["meta_info"]["finish_reason"]["message"]
     except ValueError as error:
         message = str(error)
+        if not message.startswith(DONE):
+            raise
     if not message.startswith(DONE):
         raise RuntimeError(f"the scheduler did not carry out a command: {message}")
     return orjson.loads(message.removeprefix(DONE))

@@ -7,8 +7,11 @@ scheduler as a link.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import sys
+import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
@@ -20,26 +23,22 @@ from sglang.srt.runtime_context import get_memory, get_schedule
 from sglang_pic.config import PicConfig
 from sglang_pic.link.policy import AUTO, floor_to
 from sglang_pic.request.base import LinkRequest
-from sglang_pic.server.answers import (
-    Answered,
-    missing_of,
-    parse_missing,
-    samples_of,
-    tidy,
-    unmarked,
-)
+from sglang_pic.server.answers import Answered, handed_back, samples_of, tidy, unmarked
 from sglang_pic.server.audit import Audit
 from sglang_pic.server.calibrate import Calibration
 from sglang_pic.server.canary import Canary, Model
 from sglang_pic.server.commands import command
-from sglang_pic.server.compiler import CompileItem, Compiler
+from sglang_pic.server.compiler import Compiler, Job
 from sglang_pic.server.exchange import Exchange, current
 from sglang_pic.server.gate import Gate
 from sglang_pic.server.public import check_public
+from sglang_pic.server.queue import FairQueue
 from sglang_pic.server.resolve import Resolver
-from sglang_pic.server.send import set_link, set_links
+from sglang_pic.server.send import is_batch, set_link, split
 from sglang_pic.server.tenants import set_salt
-from sglang_pic.server.wanted import Wanted
+from sglang_pic.server.waited import NOTHING, Waited
+from sglang_pic.server.waiting import EndedError, Waiting, ended
+from sglang_pic.server.wanted import Wanted, caller_of, rank_of
 
 _funnels: weakref.WeakKeyDictionary[Any, Funnel] = weakref.WeakKeyDictionary()
 
@@ -72,6 +71,13 @@ def generate_request(
     return funnel_of(manager).run(original, obj, request, pic, exchange)
 
 
+def abort_request(manager: Any, rid: str = "", abort_all: bool = False) -> None:
+    """After ``TokenizerManager.abort_request``: those that wait in the front end too."""
+    funnel = _funnels.get(manager)
+    if funnel is not None:
+        funnel.waiting.abort(rid, abort_all)
+
+
 class Funnel:
     """Turns requests with ``pic`` fields into links, for one tokenizer manager."""
 
@@ -85,7 +91,10 @@ class Funnel:
         self.wanted = Wanted(self.context, self.config)
         self._is_hybrid = mambaish_config(manager.model_config) is not None
         unhooked = type(manager).generate_request.__wrapped__
-        self.compiler = Compiler(lambda obj: unhooked(manager, obj), page)
+        self.compiler = Compiler(
+            lambda obj: unhooked(manager, obj), self._queue(), self.urgency, page
+        )
+        self.waiting = Waiting(manager, self.urgency)
         self.gate = Gate()
 
         async def generate(obj: GenerateReqInput) -> Any:
@@ -102,6 +111,23 @@ class Funnel:
             generate, functools.partial(command, manager), self._model, self.config, self.gate
         )
 
+    def _queue(self) -> FairQueue[Job]:
+        """Compiles fill at most half of the places in SGLang's own queue."""
+        config, limit = self.config, get_schedule().max_queued_requests
+        most = config.compiles if limit is None else min(config.compiles, max(1, limit // 2))
+        return FairQueue(most, config.tenant_compiles, config.compile_queue)
+
+    def urgency(self, priority: int | None) -> int:
+        """Of a request's priority, the lowest goes first, as SGLang schedules it."""
+        schedule = get_schedule()
+        if not schedule.enable_priority_scheduling:
+            return 0
+        if priority is None:
+            priority = self._manager.default_priority_value
+        if priority is None:
+            return sys.maxsize
+        return priority if schedule.schedule_low_priority_values_first else -priority
+
     async def run(
         self,
         original: Callable[..., AsyncGenerator[Any, None]],
@@ -117,47 +143,110 @@ class Funnel:
         calibration = self.calibration if self._is_hybrid else None
         usual = self.config.link_defaults
         answered = Answered(calibration, self.audit, usual, obj, asked, prompts)
-        counted: set[int] = set()
-        if isinstance(pic, dict) and samples_of(obj) == 1:
-            set_link(obj, *prompts[0], strict=True)
-            outputs = original(self._manager, obj, request)
-            missing = None
-            try:
-                async for out in outputs:
-                    missing = missing_of(out)
-                    if missing is not None:
-                        break
-                    out = tidy(out, exchange, counted)
-                    answered.see(out)
-                    yield out
-            except ValueError as error:
-                missing = parse_missing(str(error))
-                if missing is None:
-                    raise
-            if missing is None:
-                return
-            await outputs.aclose()
-            wanted = [self.wanted.items(obj, *prompts[0], only=missing)]
-            set_link(obj, *prompts[0], strict=False)
+        waited = [NOTHING] * len(prompts)
+        if is_batch(obj):
+            outputs = self._batch(original, obj, request, prompts, waited)
         else:
-            wanted = [
-                self.wanted.items(obj, *prompt, only=None, index=i)
-                for i, prompt in enumerate(prompts)
-            ]
-            set_links(obj, prompts)
-        compiled = await self._compile(wanted)
-        async for out in original(self._manager, obj, request):
-            out = tidy(out, exchange, counted, compiled)
-            answered.see(out)
-            yield out
+            outputs = self._prompt(original, obj, request, prompts, waited, 0)
+        counted: set[int] = set()
+        async with contextlib.aclosing(outputs):
+            async for out in outputs:
+                out = tidy(out, exchange, counted, waited)
+                answered.see(out)
+                yield out
 
-    async def _compile(self, wanted: Sequence[Sequence[CompileItem]]) -> list[int]:
-        """Compile each prompt's items, all in one batch; tokens computed by prompt."""
-        items = [item for items in wanted for item in items]
-        timeout_s = self.config.compile_timeout_s
-        results = iter(await self.compiler.compile(items, timeout_s=timeout_s))
-        made = [[next(results) for _ in items] for items in wanted]
-        return [sum(n for n in counts if isinstance(n, int)) for counts in made]
+    async def _batch(
+        self,
+        original: Callable[..., AsyncGenerator[Any, None]],
+        obj: GenerateReqInput,
+        request: Any,
+        prompts: Sequence[tuple[list[int], LinkRequest]],
+        waited: list[Waited],
+    ) -> AsyncGenerator[Any, None]:
+        """A batch: each of its prompts by itself, and all answers in one list."""
+        lives = [
+            self._prompt(original, one, request, prompts, waited, i)
+            for i, one in enumerate(split(obj))
+        ]
+        answers = await self._manager._collect_batch_responses(lives)
+        yield [one for out in answers for one in (out if isinstance(out, list) else [out])]
+
+    async def _prompt(
+        self,
+        original: Callable[..., AsyncGenerator[Any, None]],
+        obj: GenerateReqInput,
+        request: Any,
+        prompts: Sequence[tuple[list[int], LinkRequest]],
+        waited: list[Waited],
+        index: int,
+    ) -> AsyncGenerator[Any, None]:
+        """The life of one prompt: ask what is missing, wait for it, run. ``waited`` is
+        told before the first output."""
+        ids, link = prompts[index]
+        with self.waiting.stay(obj) as stay:
+            outputs, missing = await self._ask(original, obj, request, ids, link)
+            if missing:
+                work = self._compile(obj, ids, link, missing)
+                try:
+                    waited[index] = await self.waiting.until(stay, obj, request, work)
+                except EndedError as error:
+                    outputs = ended(error, samples_of(obj), stream=obj.stream)
+                else:
+                    set_link(obj, ids, link, strict=False)
+                    outputs = original(self._manager, obj, request)
+        async with contextlib.aclosing(outputs):
+            async for out in outputs:
+                yield out
+
+    async def _ask(
+        self,
+        original: Callable[..., AsyncGenerator[Any, None]],
+        obj: GenerateReqInput,
+        request: Any,
+        ids: list[int],
+        link: LinkRequest,
+    ) -> tuple[AsyncGenerator[Any, None], Sequence[int]]:
+        """Outputs of a prompt, or what has to be compiled first.
+
+        A strict link is the question, and where nothing is missing already runs. Of
+        several samples each would come back: there a command asks.
+        """
+        if samples_of(obj) == 1:
+            set_link(obj, ids, link, strict=True)
+            return await handed_back(original(self._manager, obj, request))
+        missing = await self._missing(obj, ids, link) if self.wanted.links(link) else []
+        set_link(obj, ids, link, strict=False)
+        return original(self._manager, obj, request), missing
+
+    async def _missing(
+        self, obj: GenerateReqInput, ids: list[int], link: LinkRequest
+    ) -> Sequence[int]:
+        """What the rank that the request names does not hold; without a name, what none
+        of them does."""
+        ranks = await command(
+            self._manager,
+            "missing",
+            ids=ids,
+            link=link,
+            cache_salt=obj.cache_salt,
+            extra_key=obj.extra_key,
+            lora_path=obj.lora_path,
+            rank=rank_of(obj),
+        )
+        return [i for i in ranks[0]["missing"] if all(i in rank["missing"] for rank in ranks)]
+
+    async def _compile(
+        self, obj: GenerateReqInput, ids: list[int], link: LinkRequest, missing: Sequence[int]
+    ) -> Waited:
+        """Compile what is missing, as far as there is time."""
+        start = time.monotonic()
+        made = await self.compiler.compile(
+            self.wanted.items(obj, ids, link, missing),
+            caller_of(obj),
+            timeout_s=self.config.compile_timeout_s,
+            limit_s=self.config.compile_limit_s,
+        )
+        return Waited(missing, made, time.monotonic() - start)
 
     def settled(self, ids: list[int], link: LinkRequest) -> tuple[list[int], LinkRequest]:
         """Settle the state policy, and whether anything is linked now."""

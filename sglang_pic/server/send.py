@@ -34,14 +34,12 @@ def set_link(obj: GenerateReqInput, ids: list[int], link: LinkRequest, *, strict
     obj.kv_hints = _hints(obj.kv_hints, dataclasses.replace(link, strict=strict))
 
 
-def set_links(obj: GenerateReqInput, prompts: list[tuple[list[int], LinkRequest]]) -> None:
-    """The same for a batch, or for several samples of one prompt."""
-    single = not (isinstance(obj.text, list) or isinstance((obj.input_ids or [0])[0], list))
-    hints = obj.kv_hints if isinstance(obj.kv_hints, list) else [obj.kv_hints] * len(prompts)
-    made = [
-        _hints(own, dataclasses.replace(link, strict=False))
-        for own, (_, link) in zip(hints, prompts, strict=True)
-    ]
-    ids = [list(ids) for ids, _ in prompts]
-    obj.text = None
-    obj.input_ids, obj.kv_hints = (ids[0], made[0]) if single else (ids, made)
+def is_batch(obj: GenerateReqInput) -> bool:
+    """Whether it has a list of prompts."""
+    return isinstance(obj.text, list) or isinstance((obj.input_ids or [0])[0], list)
+
+
+def split(obj: GenerateReqInput) -> list[GenerateReqInput]:
+    """The requests that a batch stands for, one a prompt; each has all its samples."""
+    obj.normalize_batch_and_arguments()
+    return [obj[i] for i in range(obj.batch_size)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from sglang.srt.managers.io_struct import GenerateReqInput
@@ -9,7 +10,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang_pic.config import PicConfig
 from sglang_pic.forest.keys import namespace
 from sglang_pic.request.base import OPENING, LinkRequest
-from sglang_pic.server.compiler import CompileItem
+from sglang_pic.server.compiler import Caller, CompileItem
 
 
 class Wanted:
@@ -24,34 +25,29 @@ class Wanted:
         self.context = context
         self._config = config
 
-    def items(
-        self,
-        obj: GenerateReqInput,
-        ids: list[int],
-        link: LinkRequest,
-        *,
-        only: Sequence[int] | None,
-        index: int = 0,
-    ) -> list[CompileItem]:
-        """Segments (and the opening text) of the request's prompt number
-        ``index``, or those of them in ``only``."""
+    def links(self, link: LinkRequest) -> bool:
+        """Whether it would use compiled segments."""
         options = link.options
-        if not options.link or link.is_exact or options.policy == "full":
-            return []
-        salt, extra_key, lora = (
-            value[index] if isinstance(value, list) else value
-            for value in (obj.cache_salt, obj.extra_key, obj.lora_path)
-        )
+        return options.link and not link.is_exact and options.policy != "full"
+
+    def items(
+        self, obj: GenerateReqInput, ids: list[int], link: LinkRequest, missing: Sequence[int]
+    ) -> list[CompileItem]:
+        """What is missing of a request with one prompt, in the given order: segments by
+        index, ``OPENING`` for the text in front of them."""
+        options = link.options
+        seam = 0 if options.policy == "none" else options.seam
+        rank = rank_of(obj)
         items = []
-        opening = link.spans[0].start if link.spans else 0
-        if OPENING in only if only is not None else opening >= self._config.min_segment:
-            items.append(CompileItem(tuple(ids[:opening]), salt, extra_key, lora, segment=False))
-        for i, span in enumerate(link.spans):
-            short = span.end - span.start < self._config.min_segment
-            if i in only if only is not None else not short:
-                segment = ids[span.start : span.end]
-                seam = 0 if options.policy == "none" else options.seam
-                items.append(self.segment(segment, salt, extra_key, lora, seam=seam))
+        for i in missing:
+            if i == OPENING:
+                opening = tuple(ids[: link.spans[0].start])
+                salt, extra_key, lora = obj.cache_salt, obj.extra_key, obj.lora_path
+                items.append(CompileItem(opening, salt, extra_key, lora, segment=False, rank=rank))
+                continue
+            segment = ids[link.spans[i].start : link.spans[i].end]
+            made = self.segment(segment, obj.cache_salt, obj.extra_key, obj.lora_path, seam=seam)
+            items.append(dataclasses.replace(made, rank=rank))
         return items
 
     def segment(
@@ -69,3 +65,13 @@ class Wanted:
         space = namespace(self.context, salt)
         seams = (self._config.seam if seam is None else seam,)
         return CompileItem((*self.context, *ids), space, extra_key, lora, seams=seams, named=named)
+
+
+def rank_of(obj: GenerateReqInput) -> int | None:
+    """The data-parallel rank that a request names."""
+    return obj.routed_dp_rank if obj.routed_dp_rank is not None else obj.data_parallel_rank
+
+
+def caller_of(obj: GenerateReqInput) -> Caller:
+    """For whom a request with one prompt has segments compiled."""
+    return Caller(obj.cache_salt or None, obj.priority, obj.routing_key, obj.no_logs)

@@ -129,4 +129,10 @@ def manager() -> Any:
 
 async def tell(do: str, **fields: Any) -> list[Any]:
     """Send a command to the schedulers, see ``server.commands.command``."""
-    return await command(manager(), do, **fields)
+    try:
+        return await command(manager(), do, **fields)
+    except ValueError as error:
+        # Of such a request all else has been checked.
+        if fields.get("lora_path") is None or isinstance(error, PicRequestError):
+            raise
+        raise PicRequestError("lora_path", str(error)) from error

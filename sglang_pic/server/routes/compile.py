@@ -12,6 +12,7 @@ from sglang_pic.errors import PicRefused, PicRequestError
 from sglang_pic.forest.keys import namespace, segment_id
 from sglang_pic.request.fields import MAX_SEGMENTS
 from sglang_pic.request.tokenize import check_tokenizer
+from sglang_pic.server.compiler import QUEUE_FULL, Caller
 from sglang_pic.server.funnel import Funnel, funnel_of
 from sglang_pic.server.routes.base import Answer, Tenant, manager, pic_router, tell
 from sglang_pic.server.routes.prompts import TokenIds, check_prompt
@@ -46,6 +47,7 @@ class CompileBody(Tenant):
     text: Texts | None = None
     input_ids: TokenLists | None = None
     extra_key: str | None = Field(None, description="as in the requests that will link them")
+    lora_path: str | None = Field(None, description="the adapter of those requests")
 
 
 class CompiledSegment(Answer):
@@ -64,19 +66,27 @@ async def compile_segments(body: CompileBody) -> Any:
     """Compile segments ahead of their first use; one entry a segment."""
     funnel = funnel_of(manager())
     segments = _read(body, funnel)
-    salt, extra_key = body.cache_salt, body.extra_key
+    salt, extra_key, lora_path = body.cache_salt, body.extra_key, body.lora_path
+    key = await _key(body)
     lengths = [len(ids) for ids in segments]
     await tell("reserve", tokens=lengths, cache_salt=salt, extra_key=extra_key)
-    items = [funnel.wanted.segment(ids, salt, extra_key, named=True) for ids in segments]
-    results = await funnel.compiler.compile(items)
-    failed = next((result for result in results if isinstance(result, BaseException)), None)
-    if isinstance(failed, ValueError):
-        raise PicRequestError("segments", str(failed)) from failed
-    if failed is not None:
-        raise PicRefused(500, str(failed), "segments") from failed
     space = namespace(funnel.context, salt)
-    names = [segment_id(space, extra_key, ids) for ids in segments]
-    ranks = await tell("held", segments=names, cache_salt=salt, extra_key=extra_key)
+    names = [segment_id(space, key, ids) for ids in segments]
+    # On every rank, since nobody knows on which the links will run.
+    ranks = await tell("name", segments=names, seam=funnel.config.seam, cache_salt=salt)
+    absent = [i for i in range(len(names)) if not all(rank["held"][i] for rank in ranks)]
+    items = [
+        funnel.wanted.segment(segments[i], salt, extra_key, lora_path, named=True) for i in absent
+    ]
+    made = dict(zip(absent, await funnel.compiler.compile(items, Caller(salt)), strict=True))
+    for i, one in made.items():
+        if isinstance(one.error, ValueError):
+            raise PicRequestError(f"segments[{i}]", str(one.error)) from one.error
+        if one.error is not None:
+            raise PicRefused(500, str(one.error), f"segments[{i}]") from one.error
+        if one.outcome == QUEUE_FULL:
+            raise PicRefused(503, "too many segments wait to be compiled", f"segments[{i}]")
+    ranks = await tell("held", segments=names, cache_salt=salt)
     for i, name in enumerate(names):
         if not any(rank["held"][i] for rank in ranks):
             raise PicRefused(507, f"compiled, and no room to keep it: {name}", f"segments[{i}]")
@@ -86,12 +96,21 @@ async def compile_segments(body: CompileBody) -> Any:
                 {
                     "id": name,
                     "tokens": len(ids),
-                    "tokens_computed": result,
+                    "tokens_computed": made[i].tokens if i in made else 0,
                 }
-                for name, ids, result in zip(names, segments, results, strict=True)
+                for i, (name, ids) in enumerate(zip(names, segments, strict=True))
             ]
         }
     )
+
+
+async def _key(body: CompileBody) -> str | None:
+    """What SGLang keeps such requests' prefixes apart by, beside the salt."""
+    if body.lora_path is None:
+        return body.extra_key
+    ranks = await tell("key", extra_key=body.extra_key, lora_path=body.lora_path)
+    key: str | None = ranks[0]["extra_key"]
+    return key
 
 
 def _read(body: CompileBody, funnel: Funnel) -> list[list[int]]:

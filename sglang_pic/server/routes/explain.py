@@ -27,6 +27,7 @@ class ExplainBody(Tenant):
     input_ids: TokenIds | None = None
     pic: dict[str, Any] = Field(default_factory=dict, description="as in /generate")
     extra_key: str | None = None
+    lora_path: str | None = Field(None, description="the request's adapter")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,12 @@ async def explain(body: ExplainBody) -> Any:
     """
     ids, link = _read(body, funnel_of(manager()))
     ranks = await tell(
-        "explain", ids=ids, link=link, cache_salt=body.cache_salt, extra_key=body.extra_key
+        "explain",
+        ids=ids,
+        link=link,
+        cache_salt=body.cache_salt,
+        extra_key=body.extra_key,
+        lora_path=body.lora_path,
     )
     return orjson_response(min(ranks, key=lambda rank: rank["tokens_reused"]))
 
