@@ -208,6 +208,8 @@ def ask_canary(model: FakeModel, told: dict[str, Any], **config: Any) -> tuple[C
         answer = told.get(do, {"stats": {"refusal": None}, "selfcheck": {"rotation": SOUND}}[do])
         if isinstance(answer, Exception):
             raise answer
+        if callable(answer):
+            await answer()
         return [answer]
 
     made = Model(vocabulary=512, longest=4096, page=16, context=())
@@ -264,6 +266,25 @@ def test_the_canary_leaves_alone_what_it_cannot_test(told: Any, why: str, counts
     canary, gate = ask_canary(FakeModel(), told)
     assert canary.verdict.result == UNTESTED and why in canary.verdict.why
     assert gate.reason is None
+
+
+def test_a_canary_that_hangs_is_given_up(counts: Counts) -> None:
+    """In whatever it asks for, tidying up included."""
+    for hangs in ("generate", "flush", "stats"):
+        model = FakeModel()
+
+        async def forever(*_: Any, **__: Any) -> Any:
+            await asyncio.Event().wait()
+
+        if hangs == "stats":
+            told: dict[str, Any] = {"stats": forever}
+        else:
+            told = {}
+            setattr(model, hangs, forever)
+        canary, gate = ask_canary(model, told, canary_timeout_s=0.05)
+        assert canary.verdict.result == UNTESTED
+        assert canary.verdict.why == "took longer than 0.05 s"
+        assert gate.reason is None
 
 
 def test_a_canary_that_dies_stops_links(counts: Counts) -> None:

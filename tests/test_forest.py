@@ -453,6 +453,35 @@ def test_no_tenant_sees_or_touches_what_is_anothers() -> None:
     assert driver.cache.explain(req)["segments"][0]["hit"]
 
 
+def test_what_is_held_as_a_prefix_needs_no_compile() -> None:
+    """Every token but the last, or as many as make whole pages; one less is not it."""
+    for page in (1, 16):
+        driver = Driver(page, 1024, _config())
+        prompt = _tokens(0, 100)
+        assert driver.start(driver.request(prompt))
+        driver.finish(driver.running[0])
+        assert driver.cache.missing(driver.link(prompt, [(10, 90)])) == []
+        assert driver.cache.send_back(driver.link(prompt, [(10, 90)])) == []
+        longer = [*prompt, *_tokens(1, 20)]
+        assert driver.cache.missing(driver.link(longer, [(10, 90)])) == [0]
+        other = [*prompt[:95], *_tokens(2, 5)]
+        assert driver.cache.missing(driver.link(other, [(10, 90)])) == ([0] if page == 1 else [])
+        assert driver.cache.missing(driver.link(prompt, [(10, 90)], "other tenant")) == [0]
+
+
+def test_what_is_held_counts_as_compiled_by_name() -> None:
+    driver = Driver(1, 1024, _config())
+    document = _tokens(0, 50)
+    assert driver.compile(document, "a")
+    mine = _name(driver, document, "a")
+    names = [mine, "0" * 32]
+    assert segments.name(driver.cache, names, "a", 4) == [True, False]
+    assert segments.name(driver.cache, names, "b", 4) == [False, False]
+    record = driver.cache.forest.record(mine, "a")
+    assert record is not None and record.named and record.hits == 0
+    driver.check()
+
+
 def test_a_repeated_compile_changes_no_count() -> None:
     driver = Driver(1, 1024, _config())
     for _ in range(3):

@@ -259,6 +259,26 @@ def test_another_seam_width_compiles_its_own_pair(paged: tuple[Server, int]) -> 
     assert explicit["segments"][0]["tokens_computed"] == 80
 
 
+def test_what_is_compiled_is_not_computed_again(paged: tuple[Server, int]) -> None:
+    """By name or for samples, unless the pair is of another seam width."""
+    server, _ = paged
+    salt, segment = fresh_salt(), ids_of(46, 96)
+    named = {"input_ids": segment, "cache_salt": salt}
+    (first,), (again,) = (server.post("/pic/compile", named).json()["segments"] for _ in range(2))
+    assert (first["tokens_computed"], again["tokens_computed"]) == (96, 0)
+    ids, segments = assemble([("text", [1, 2]), ("segment", segment), ("text", [3])])
+    seam = server.get("/pic/info").json()["config"]["seam"]
+    for width, compiled in ((seam, False), (seam + 16, True), (seam + 16, False)):
+        sent = body(ids, segments, 1, salt, seam=width)
+        sent["sampling_params"] = {**sent["sampling_params"], "n": 2, "temperature": 1}
+        samples = server.generate(**sent)
+        reports = [sample["meta_info"]["pic"] for sample in samples]
+        for report in reports:
+            assert (0 in [one["segment"] for one in report["waited_for"]]) == compiled
+            assert (report["tokens_compiled"] >= 96) == compiled
+            assert report["segments"][0]["reason"] == "hit"
+
+
 def test_requests_of_every_fate_leak_nothing(hybrid16: Server) -> None:
     """Pages and state slots: SGLang checks both whenever it is idle."""
     check_no_leak(hybrid16, 300)

@@ -260,7 +260,7 @@ def test_compile_ahead(page1: Server) -> None:
     linked = page1.generate(**body(*prompt, 1, salt, seam=4))
     assert linked["meta_info"]["pic"]["segments"][0]["id"] == made["id"]
     again = page1.post("/pic/compile", {"input_ids": segment, "cache_salt": salt}).json()
-    assert again["segments"][0]["tokens_computed"] == 1
+    assert again["segments"][0]["tokens_computed"] == 0
     assert {s["id"]: s["hits"] for s in page1.forest()["segments"]}[made["id"]] == 1
 
 
@@ -289,6 +289,43 @@ def test_a_report_counts_what_was_compiled_for_it(page1: Server) -> None:
     )
     counts = [answer["meta_info"]["pic"]["tokens_compiled"] for answer in answers]
     assert counts == [40, 40 + 41 + 42]
+
+
+def test_samples_and_batches_ask_first_what_is_missing(page1: Server) -> None:
+    """What is held is not compiled again, whatever form the request has."""
+    assert page1.post("/flush_cache", {}).status_code == 200
+    salt = fresh_salt()
+    held, other = ids_of(80, 40), ids_of(81, 41)
+    prompts = [assemble([("segment", one), ("text", [1, 2])]) for one in (held, other)]
+    page1.generate(**body(*prompts[0], 1, salt, seam=4))
+    sent = body(*prompts[0], 1, salt, seam=4)
+    params = {**sent["sampling_params"], "n": 2, "temperature": 1}
+    samples = page1.generate(**{**sent, "sampling_params": params})
+    assert len(samples) == 2
+    several = [body(*prompt, 1, salt, seam=4) for prompt in prompts]
+    batch = {
+        "input_ids": [one["input_ids"] for one in several],
+        "pic": [one["pic"] for one in several],
+        "cache_salt": [salt, salt],
+        "sampling_params": params,
+    }
+    for answers, new in ((samples, [0, 0]), (page1.generate(**batch), [0, 0, 41, 41])):
+        reports = [answer["meta_info"]["pic"] for answer in answers]
+        assert [report["tokens_compiled"] for report in reports] == new
+        assert [bool(report["waited_for"]) for report in reports] == [n > 0 for n in new]
+        assert all(report["segments"][0]["reason"] == "hit" for report in reports)
+
+
+def test_what_is_held_as_a_prefix_compiles_nothing(page1: Server) -> None:
+    salt = fresh_salt()
+    ids, segments = assemble([("text", [1, 2]), ("segment", ids_of(82, 64)), ("text", [3])])
+    page1.generate(input_ids=ids, cache_salt=salt, sampling_params={"max_new_tokens": 1})
+    report = page1.generate(**body(ids, segments, 1, salt, seam=4))["meta_info"]["pic"]
+    assert (report["tokens_compiled"], report["waited_for"]) == (0, [])
+    assert (report["exactness"], report["prefix_tokens"]) == ("exact", len(ids) - 1)
+    # One token in front, and it is needed.
+    report = page1.generate(**body([7, *ids], [(3, 67)], 1, salt, seam=4))["meta_info"]["pic"]
+    assert report["tokens_compiled"] == 3 + 64 and report["segments"][0]["hit"]
 
 
 def test_a_thousand_requests_leak_nothing(page16: Server) -> None:

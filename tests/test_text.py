@@ -52,6 +52,8 @@ def test_text_parts_and_ranges_are_one_form(smollm: Server) -> None:
     spans = smollm.generate(text=text, pic={"segments": ranges, "turns": False}, **options)
     reports = [answer["meta_info"]["pic"] for answer in (parts, spans)]
     compiled = [report.pop("tokens_compiled") for report in reports]
+    waits = [(report.pop("waited_s"), report.pop("waited_for")) for report in reports]
+    assert waits[0][0] > 0 and len(waits[0][1]) == len(DOCUMENTS) and waits[1] == (0, [])
     assert compiled[0] > 300 and compiled[1] == 0
     assert reports[0] == reports[1]
     assert reports[0]["tokens_reused"] > 300

@@ -23,7 +23,7 @@ from sglang_pic.server.audit import Audit
 from sglang_pic.server.calibrate import Calibration
 from sglang_pic.server.compare import Prompt
 from sglang_pic.server.exchange import Exchange
-from sglang_pic.server.waited import Waited
+from sglang_pic.server.waited import NOTHING, Waited
 
 
 async def unmarked(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
@@ -82,7 +82,7 @@ def tidy(
     out: Any,
     exchange: Exchange | None,
     counted: set[int],
-    waited: Sequence[Waited],
+    waited: Sequence[Waited] = (NOTHING,),
 ) -> Any:
     """Turn SGLang's list of per-token values into the one report it holds, and add
     what each prompt waited for. A report is counted when first seen: every

@@ -136,6 +136,9 @@ class Waiting:
                 await asyncio.wait({answer})
             if answer.done():
                 raise EndedError(answer.result())
+            # SGLang looks every few seconds: who left since costs no prefill either.
+            if request is not None and not obj.background and await request.is_disconnected():
+                raise ValueError(f"Request is disconnected from the client side. {stay.rid=}")
             return working.result()
         finally:
             if timer is not None:
