@@ -28,6 +28,7 @@ from sglang_pic.kernels.operators.storage import pack
 from sglang_pic.kernels.rotate import LayerRope, angles, rotate
 from sglang_pic.linear.selfcheck import first_layer_check
 from sglang_pic.linear.state import CoreState
+from sglang_pic.forest.keys import is_reserved
 from sglang_pic.link.policy import LinkOptions
 from sglang_pic.metrics import front
 from sglang_pic.metrics.front import Counts
@@ -67,12 +68,12 @@ class FakeModel:
         self.asked.append(obj)
         if self.error is not None:
             raise self.error
-        if isinstance(obj.input_ids[0], list):
-            assert read_internal(obj.kv_hints[0], salt=obj.cache_salt[0]).compile is not None
-            return [{} for _ in obj.input_ids]
+        asked = read_internal(obj.kv_hints, salt=obj.cache_salt)
+        if asked.compile is not None:
+            return {}
         first = math.log(0.5)
         rest = math.log(0.4 / TOP)
-        link = read_internal(obj.kv_hints).link
+        link = asked.link
         if link is None:
             top = [(first, 0, None), *((rest, token, None) for token in range(1, TOP))]
             return {"meta_info": {"output_top_logprobs": [top]}}
@@ -229,9 +230,7 @@ def test_the_canary_passes_once_and_leaves_nothing(counts: Counts) -> None:
     assert {"rotation", "opening_kl", "attention_kl", "modes_kl", "linked_kl"} == set(
         canary.verdict.checks
     )
-    used = {
-        salt for one in model.asked if isinstance(one.cache_salt, str) for salt in [one.cache_salt]
-    }
+    used = {one.cache_salt for one in model.asked if not is_reserved(one.cache_salt)}
     assert used == set(model.flushed)
     assert counts.compiles == 0 and counts.answers == {}
 

@@ -94,11 +94,13 @@ def test_each_answer_is_counted_once(counts: Counts) -> None:
 def test_compiles_are_counted(counts: Counts) -> None:
     async def run() -> None:
         go = asyncio.Event()
+        under_way: list[Any] = []
         error: Exception | None = None
 
         start = time.perf_counter()
 
         async def engine(sent: Any) -> Any:
+            under_way.append(sent)
             await go.wait()
             if error is not None:
                 raise error
@@ -108,6 +110,8 @@ def test_compiles_are_counted(counts: Counts) -> None:
         opening = CompileItem((7,), None, None, None, segment=False)
         compiler = Compiler(engine, FairQueue(8, 8, 8))
         made = asyncio.create_task(compiler.compile([*segments, opening]))
+        while len(under_way) < 3:
+            await asyncio.sleep(0)
         await asyncio.sleep(0.02)
         assert counts.compiling == 3
         go.set()
