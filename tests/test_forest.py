@@ -464,7 +464,7 @@ def test_what_is_held_as_a_prefix_needs_no_compile() -> None:
         assert driver.cache.send_back(driver.link(prompt, [(10, 90)])) == []
         longer = [*prompt, *_tokens(1, 20)]
         assert driver.cache.missing(driver.link(longer, [(10, 90)])) == [0]
-        other = [*prompt[:95], *_tokens(2, 5)]
+        other = [*prompt[:97], *_tokens(2, 3)]
         assert driver.cache.missing(driver.link(other, [(10, 90)])) == ([0] if page == 1 else [])
         assert 0 in driver.cache.missing(driver.link(prompt, [(10, 90)], "other tenant"))
 

@@ -26,7 +26,7 @@ from sglang_pic.config import PicConfig
 from sglang_pic.errors import PicRefused
 from sglang_pic.eval.serving import Server, free_port
 from sglang_pic.server import commands
-from sglang_pic.server.compiler import COMPILED, Made
+from sglang_pic.server.compiler import COMPILED, FAILED, QUEUE_FULL, Made
 from sglang_pic.server.pins import Pins
 from sglang_pic.server.routes import base, compile, explain, install, router, segments, watch
 from sglang_pic.sglang_hooks import CACHE_BACKEND, install_http
@@ -222,6 +222,7 @@ class FakeSchedulers:
         self.cards = [[card()]]  # by rank
         self.room = 1000
         self.keeps = True
+        self.ready: list[str] = []
 
     async def command(self, manager: Any, do: str, **fields: Any) -> list[Any]:
         self.told.append((do, fields))
@@ -244,8 +245,12 @@ class FakeSchedulers:
             if sum(fields["tokens"]) > self.room:
                 raise PicRefused(507, "no room", "segments")
             return {}
+        if do == "key":
+            if fields["lora_path"] != "adapter":
+                raise ValueError("Got LoRA adapter that has never been loaded")
+            return {"extra_key": (fields["extra_key"] or "") + "-its-id"}
         if do == "name":
-            return {"held": [False] * len(fields["segments"])}
+            return {"held": [one in self.ready for one in fields["segments"]]}
         if do == "held":
             return {"held": [self.keeps] * len(fields["segments"])}
         if do == "explain":
@@ -430,6 +435,53 @@ def test_what_cannot_fit_is_not_compiled(front: Front) -> None:
     front.schedulers.room, front.schedulers.keeps = 80, False
     refused = front.send("POST", "/pic/compile", json=sent)
     assert refused.status_code == 507 and refused.json()["error"]["param"] == "segments[0]"
+
+
+def test_what_is_held_is_not_compiled_again(front: Front) -> None:
+    sent = {"input_ids": [[3] * 40, [4] * 41], "cache_salt": "us"}
+    first = front.send("POST", "/pic/compile", json=sent).json()["segments"]
+    front.schedulers.ready = [first[0]["id"]]
+    again = front.send("POST", "/pic/compile", json=sent).json()["segments"]
+    assert [one["tokens_computed"] for one in first + again] == [40, 41, 0, 41]
+    assert front.funnel.compiled == [[3] * 40, [4] * 41, [4] * 41]
+    # Of the seam width that links here have.
+    named = [fields for do, fields in front.schedulers.told if do == "name"]
+    assert all(fields["seam"] == front.funnel.config.seam for fields in named)
+
+
+def test_segments_are_named_and_foretold_with_their_adapter(front: Front) -> None:
+    from sglang_pic.forest.keys import namespace, segment_id
+
+    sent = {"input_ids": [3] * 40, "extra_key": "mine", "lora_path": "adapter"}
+    (made,) = front.send("POST", "/pic/compile", json=sent).json()["segments"]
+    space = namespace(front.funnel.context, None)
+    assert made["id"] == segment_id(space, "mine-its-id", [3] * 40)
+    refused = front.send("POST", "/pic/compile", json={**sent, "lora_path": "unknown"})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "lora_path"
+    assert "never been loaded" in refused.json()["error"]["message"]
+    asked = {"input_ids": [3] * 40, "lora_path": "adapter"}
+    assert front.send("POST", "/pic/explain", json=asked).ok
+    assert front.schedulers.told[-1][1]["lora_path"] == "adapter"
+
+
+@pytest.mark.parametrize(
+    ("made", "status"),
+    [
+        (Made(QUEUE_FULL), 503),
+        (Made(FAILED, error=ValueError("too long")), 400),
+        (Made(FAILED, error=RuntimeError("no memory")), 500),
+    ],
+)
+def test_the_segment_that_was_not_compiled_is_named(front: Front, made: Made, status: int) -> None:
+    async def compile(items: list[Any], caller: Any) -> list[Made]:
+        assert caller.tenant == "us"
+        return [Made(COMPILED, 40), made]
+
+    front.funnel.compile = compile  # type: ignore[method-assign]
+    sent = {"input_ids": [[3] * 40, [4] * 40], "cache_salt": "us"}
+    refused = front.send("POST", "/pic/compile", json=sent)
+    assert refused.status_code == status
+    assert refused.json()["error"]["param"] == "segments[1]"
 
 
 SEGMENT = f"/pic/segments/{ID}"
