@@ -23,12 +23,12 @@ from sglang_pic.checks import Check
 from sglang_pic.config import PicConfig
 from sglang_pic.errors import PicConfigError, PicRefused
 from sglang_pic.eval.serving import Server
+from sglang_pic.forest.keys import is_reserved
 from sglang_pic.kernels.operators.pair import Pair, apply
 from sglang_pic.kernels.operators.storage import pack
 from sglang_pic.kernels.rotate import LayerRope, angles, rotate
 from sglang_pic.linear.selfcheck import first_layer_check
 from sglang_pic.linear.state import CoreState
-from sglang_pic.forest.keys import is_reserved
 from sglang_pic.link.policy import LinkOptions
 from sglang_pic.metrics import front
 from sglang_pic.metrics.front import Counts

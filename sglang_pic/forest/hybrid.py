@@ -99,7 +99,7 @@ class PicHybridCache(PicCache):
 
     def is_ready(self, record: SegmentRecord, seam: int) -> bool:
         first, last = Seam(seam).core(record.tokens, page=self.page_size, opening=False)
-        held = self.states.find(record.id)
+        held = self.states.find(record.id, owner_of(record.salt, record.extra_key))
         if first >= last:
             return True
         return held is not None and held.core(first, last, opening=False) is not None

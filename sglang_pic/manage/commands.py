@@ -82,9 +82,7 @@ COMMANDS: dict[type, Handler] = {
     asked.Stats: lambda scheduler, req, command: segments.stats(scheduler.tree_cache),
     asked.Budgets: lambda scheduler, req, command: segments.budgets(scheduler.tree_cache),
     asked.Explain: lambda scheduler, req, command: scheduler.tree_cache.explain(req),
-    asked.Missing: lambda scheduler, req, command: {
-        "missing": scheduler.tree_cache.send_back(req)
-    },
+    asked.Missing: lambda scheduler, req, command: {"missing": scheduler.tree_cache.send_back(req)},
     # An adapter's part of it is SGLang's to make.
     asked.Key: lambda scheduler, req, command: {"extra_key": req.extra_key},
     asked.List: lambda scheduler, req, command: {
@@ -108,9 +106,7 @@ COMMANDS: dict[type, Handler] = {
         "held": segments.held(scheduler.tree_cache, command.segments, tenant_of(req))
     },
     asked.Name: lambda scheduler, req, command: {
-        "held": segments.name(
-            scheduler.tree_cache, command.segments, tenant_of(req), command.seam
-        )
+        "held": segments.name(scheduler.tree_cache, command.segments, tenant_of(req), command.seam)
     },
     asked.Selfcheck: lambda scheduler, req, command: selfcheck(
         scheduler, req, at=command.at, seam=command.seam
