@@ -2,7 +2,8 @@
 
 What a forward pass would compute is replaced by writing each token's id and
 position into its KV slot, so that whoever reads a row sees whether every slot still
-holds what the plan says.
+holds what the plan says; and a hash of all it saw, so that a report of `exact` can be
+held against what was reused.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ from sglang_pic.request.base import LinkRequest, TokenSpan
 from sglang_pic.request.internal import compile_hints, link_hints
 
 _rids = itertools.count()
+
+
+def _behind(seen: int, token: int) -> int:
+    """What was seen, and one token more; fits a float32."""
+    return hash((seen, token)) & 0xFFFFFF
 
 
 class Driver:
@@ -129,6 +135,7 @@ class Driver:
         # Only what is beyond a page's end is ours to give back later.
         req.kv.kv_allocated_len = req.kv.kv_committed_len = total
         req.extend_end = total
+        self._check_report(req)
         self._compute(req, req.prefix_len, total)
         self.running.append(req)
         return True
@@ -139,6 +146,34 @@ class Driver:
         tokens = torch.tensor(list(req.full_untruncated_fill_ids[start:end]), dtype=torch.float32)
         self.pool.k_buffer[0][row, 0, 0] = tokens
         self.pool.k_buffer[0][row, 0, 1] = self._positions(req, end)[start:end].float()
+        self._look(req, start, end)
+
+    def _look(self, req: Req, start: int, end: int) -> None:
+        """Leave in the values of what was computed a hash of all that it saw."""
+        row = self.rows.req_to_token[req.kv.req_pool_idx, :end].long()
+        tokens = self.pool.k_buffer[0][row, 0, 0].long().tolist()
+        saw = self.pool.v_buffer[0][row, 0, 0].long().tolist()
+        seen = 0
+        for i in torch.argsort(self._positions(req, end)).tolist():
+            if i >= start:
+                saw[i] = _behind(seen, tokens[i])
+            seen = _behind(seen, saw[i])
+        self.pool.v_buffer[0][row[start:], 0, 0] = torch.tensor(saw[start:]).float()
+
+    def _check_report(self, req: Req) -> None:
+        """`exact` is what reuses nothing but what saw the very tokens before it, and
+        nothing else is."""
+        if not req.customized_info:
+            return
+        usual, seen = [], 0
+        for token in req.origin_input_ids:
+            usual.append(_behind(seen, token))
+            seen = _behind(seen, usual[-1])
+        row = self.rows.req_to_token[req.kv.req_pool_idx, : req.prefix_len].long()
+        saw = self.pool.v_buffer[0][row, 0, 0].long().tolist()
+        positions = self._positions(req, req.prefix_len).tolist()
+        exact = all(usual[at] == one for at, one in zip(positions, saw, strict=True))
+        assert req.customized_info["pic"][0]["exactness"] == ("exact" if exact else "composed")
 
     def _positions(self, req: Req, end: int) -> torch.Tensor:
         """Of the first ``end`` entries of its row."""
@@ -161,6 +196,7 @@ class Driver:
             self.rows.write((req.kv.req_pool_idx, slice(end, end + 1)), slot)
             self.pool.k_buffer[0][slot, 0, 0] = float(req.output_ids[-1])
             self.pool.k_buffer[0][slot, 0, 1] = float(end)
+            self._look(req, end, end + 1)
             req.kv.kv_committed_len = req.kv.kv_allocated_len = end + 1
         req.output_ids.append(token)
         return True

@@ -271,6 +271,28 @@ def test_the_next_turn_computes_what_is_new(page: int) -> None:
     assert len(ids) - before <= report["tokens_computed"] < len(ids) - before + 2 * page
 
 
+@pytest.mark.parametrize("page", [1, 4])
+@pytest.mark.parametrize("context", [0, 4])
+def test_a_turn_is_as_exact_as_the_row_that_made_it(page: int, context: int) -> None:
+    begin = _tokens(40, context)
+    driver = Driver(page, 2048, _config(compile_context=tuple(begin), min_segment=8))
+    opening, short, other = _tokens(41, 40), _tokens(42, 5), _tokens(43, 40)
+    for one in (opening, other):
+        assert driver.compile(one)
+    ids, spans = [*begin, *opening, *_tokens(44, 9)], [(context, context + 40)]
+    reports = [_ask(driver, ids, spans, [])]
+    # The same prompt again; the next turn, which names what is too short to compile; a
+    # turn that links a segment compiled elsewhere, and the one behind it.
+    reports.append(_ask(driver, ids, spans, answer := _tokens(45, 6)))
+    ids = [*ids, *answer]
+    for document in (short, other):
+        spans = [*spans, (len(ids), len(ids) + len(document))]
+        ids = [*ids, *document, *_tokens(46, 7)]
+        reports += [_ask(driver, ids, spans, []) for _ in range(2)]
+    assert [report["exactness"] for report in reports] == 4 * ["exact"] + 2 * ["composed"]
+    assert reports[0]["turn_tokens"] == 0 and all(report["turn_tokens"] for report in reports[1:])
+
+
 def test_a_turn_is_found_by_nobody_else() -> None:
     driver = Driver(1, 2048, _config())
     document, other = _tokens(0, 40), _tokens(1, 40)

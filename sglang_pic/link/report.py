@@ -101,6 +101,15 @@ def _why(found: Found, options: LinkOptions, reason: str | None, linked: int, to
     return PREFIX if total else SEAM
 
 
+def _is_exact(plan: LinkPlan, segments: Sequence[Found], prefix_tokens: int) -> bool:
+    """Whether all that a row reuses beyond the ordinary prefix was computed behind the
+    very tokens that precede it here. Of cores only the opening one was; an earlier turn
+    saw no cores but those that this row reuses as well."""
+    cores = [span for span in plan.spans if span.among is None and span.end > prefix_tokens]
+    openings = [found for found in segments if found.opening]
+    return all(any(one.start <= core.start < one.end for one in openings) for core in cores)
+
+
 def make_report(
     n_tokens: int,
     options: LinkOptions,
@@ -126,12 +135,9 @@ def make_report(
     )
     turn_tokens = 0 if plan is None else sum(s.n_tokens for s in plan.spans if s.among is not None)
     made = []
-    exactness = COMPOSED if turn_tokens else EXACT
     for found in segments:
         linked = int(((linked_at >= found.start) & (linked_at < found.end)).sum())
         total = linked + max(0, min(found.end, prefix_tokens) - found.start)
-        if linked and not found.opening:
-            exactness = COMPOSED
         made.append(
             SegmentReport(
                 start=found.start,
@@ -145,7 +151,7 @@ def make_report(
         )
     reused = prefix_tokens + linked_at.numel()
     return LinkReport(
-        exactness=exactness,
+        exactness=EXACT if plan is None or _is_exact(plan, segments, prefix_tokens) else COMPOSED,
         reason=reason,
         policy=options.policy,
         seam=options.seam,
