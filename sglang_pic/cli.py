@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from sglang_pic import launch_server, top
+from sglang_pic.launch_server import did_you_mean
 
 USAGE = """\
 sglang-pic serve --model-path MODEL [flags]   a server; `serve` may be left out
@@ -21,8 +22,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(USAGE)
     elif argv[0] == "top":
         top.main(argv[1:])
-    else:
+    elif argv[0] == "serve" or argv[0].startswith("-"):
         launch_server.main(argv[1:] if argv[0] == "serve" else argv)
+    else:
+        near = did_you_mean(argv[0], ("serve", "top"))
+        print(f"sglang-pic: there is no command {argv[0]}{near}\n{USAGE}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -173,6 +173,9 @@ class PicClient:
         cache_salt: the tenant, as in the requests that link its segments.
         timeout_s: how long to wait for an answer.
 
+    Attributes:
+        url: of the server.
+
     Raises:
         PicServerError: from any call, one of its subclasses where there is one.
         requests.RequestException: from any call, if the server does not answer.
@@ -186,7 +189,7 @@ class PicClient:
         *,
         timeout_s: float = 600,
     ):
-        self._url = url.rstrip("/")
+        self.url = url.rstrip("/")
         self._tenant = {} if cache_salt is None else {"cache_salt": cache_salt}
         self._timeout_s = timeout_s
         self._session = requests.Session()
@@ -269,7 +272,7 @@ class PicClient:
 
     def _send(self, method: str, path: str, **content: Any) -> Any:
         response = self._session.request(
-            method, f"{self._url}/pic/{path}", timeout=self._timeout_s, **content
+            method, f"{self.url}/pic/{path}", timeout=self._timeout_s, **content
         )
         if response.ok:
             return response.json()

@@ -7,14 +7,19 @@ Takes every flag of ``sglang serve`` and a few of its own, starting with
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
 
 from sglang_pic.config import AUDIT_ACTIONS, STATE_DTYPES, PicConfig
 from sglang_pic.errors import PicConfigError
 from sglang_pic.link.policy import AUTO, MODES, POLICIES, STATE_POLICIES
+
+# As like one of our flags as none of SGLang's is.
+ALIKE = 0.86
 
 
 def pic_parser() -> argparse.ArgumentParser:
@@ -22,6 +27,7 @@ def pic_parser() -> argparse.ArgumentParser:
     defaults = PicConfig()
     parser = argparse.ArgumentParser(
         prog="python -m sglang_pic.launch_server",
+        usage="%(prog)s --model-path MODEL [--pic-...] [SGLang's flags]",
         description="Serve a model on stock SGLang with position-independent caching.",
         epilog="All other flags are SGLang's; see `sglang serve --help`.",
         allow_abbrev=False,
@@ -205,7 +211,7 @@ def read_config(args: argparse.Namespace) -> PicConfig:
     """Settings from parsed flags.
 
     Raises:
-        PicConfigError: a value is out of range or the context file unreadable.
+        PicConfigError: a value is out of range, or the context cannot be read.
     """
     text = args.pic_compile_context
     if args.pic_compile_context_file is not None:
@@ -217,7 +223,12 @@ def read_config(args: argparse.Namespace) -> PicConfig:
     if text:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(args.model_path)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(args.model_path)
+        except (OSError, ValueError) as error:
+            raise PicConfigError(
+                f"--pic-compile-context needs the tokenizer of {args.model_path}: {error}"
+            ) from error
         context = tuple(tokenizer(text)["input_ids"])
     return PicConfig(
         seam=args.pic_seam,
@@ -247,6 +258,58 @@ def read_config(args: argparse.Namespace) -> PicConfig:
     )
 
 
+def check_files(args: argparse.Namespace) -> None:
+    """Refuse now what would be refused when SGLang has loaded the model.
+
+    Raises:
+        PicConfigError: ``--pic-tenants`` or ``--pic-store`` is not what it must be.
+    """
+    if args.pic_tenants is not None:
+        from sglang_pic.server.tenants import read_salts
+
+        read_salts(args.pic_tenants)
+    if args.pic_store is not None:
+        try:
+            pathlib.Path(args.pic_store).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=args.pic_store).close()
+        except OSError as error:
+            raise PicConfigError(f"--pic-store: {error}") from error
+
+
+def did_you_mean(word: str, known: Iterable[str], *, alike: float = 0.6) -> str:
+    """Which of the known words was meant, as the end of a sentence; empty if none is near.
+
+    Args:
+        alike: least likeness that counts, from 0 to 1.
+    """
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=alike)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def check_rest(args: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Of the flags left for SGLang, none may be a mistyped one of ours.
+
+    Args:
+        args: what our parser made of the others.
+
+    Raises:
+        PicConfigError: one is; the message names the nearest.
+    """
+    ours = [f"--{name.replace('_', '-')}" for name in vars(args) if name.startswith("pic_")]
+    for word in rest:
+        given = word.partition("=")[0]
+        if not given.startswith("-"):
+            continue
+        plain = "--" + given.lstrip("-").replace("_", "-").lower()
+        longer = [flag for flag in ours if flag.startswith(plain)]
+        if plain.startswith("--pic"):
+            near = did_you_mean(plain, longer, alike=0) or did_you_mean(plain, ours)
+        else:
+            near = did_you_mean(plain, ours, alike=ALIKE)
+        if near or plain.startswith("--pic"):
+            raise PicConfigError(f"there is no {given}{near}")
+
+
 def with_defaults(flags: Sequence[str], *, cuda: bool, tenants: bool = False) -> list[str]:
     """SGLang's flags, and what linking needs of them unless they say otherwise.
 
@@ -272,6 +335,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = pic_parser()
     args, rest = parser.parse_known_args(argv)
     try:
+        check_rest(args, rest)
+        check_files(args)
         read_config(args).to_env()
     except PicConfigError as error:
         parser.error(str(error))
@@ -289,8 +354,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sglang.srt.utils import kill_process_tree
 
     load_plugins()
+    server_args = prepare_server_args(rest)
+    if args.pic_tenants is not None:
+        from sglang_pic.server.tenants import Tenants
+
+        try:
+            Tenants.read(args.pic_tenants, server_args)
+        except PicConfigError as error:
+            parser.error(str(error))
     try:
-        run_server(prepare_server_args(rest))
+        run_server(server_args)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
 

@@ -16,6 +16,7 @@ from rich import box
 from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -24,8 +25,10 @@ from sglang_pic.client import NotFoundError, PicClient, PicServerError, Segment
 
 TIMEOUT_S = 10.0
 HOTTEST = 10
-BAR_CELLS = 48
+# A frame fits 80 columns.
+BAR_CELLS = 36
 LABEL_CELLS = 8
+UNITS = ("", "k", "M", "G", "T")
 STYLES = {
     "pinned": "magenta",
     "segment": "green",
@@ -67,14 +70,24 @@ def poll(client: PicClient) -> Poll:
         stats, segments = client.stats(), client.segments()
         return Poll(time.monotonic(), stats["front"], stats["ranks"], segments)
     except NotFoundError as error:
-        raise TopError(f"a server, but none of ours: {error}") from error
+        raise TopError(f"a server at {client.url}, but none of ours: {error}") from error
     except PicServerError as error:
         hint = ": --api-key" if error.status in (401, 403) else ""
-        raise TopError(f"the server refuses{hint}: {error}") from error
+        raise TopError(f"the server at {client.url} refuses{hint}: {error}") from error
     except (requests.JSONDecodeError, KeyError, TypeError) as error:
-        raise TopError(f"no server of ours: its answer cannot be read: {error!r}") from error
+        why = f"its answer cannot be read: {error!r}"
+        raise TopError(f"no server of ours at {client.url}: {why}") from error
+    except (requests.ConnectionError, requests.Timeout) as error:
+        raise TopError(f"no server answers at {client.url}: {_cause(error)}") from error
     except requests.RequestException as error:
-        raise TopError(f"no server answers: {error}") from error
+        raise TopError(f"no server answers at {client.url}: {error}") from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What the operating system said, below what libraries made of it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 # -- drawing ----------------------------------------------------------------------
@@ -119,13 +132,13 @@ def _headline(now: Poll) -> Text:
 
 
 def _budgets(now: Poll) -> Group:
-    lines = []
+    lines: list[RenderableType] = []
     for rank, stats in enumerate(now.ranks):
         suffix = f" {rank}" if len(now.ranks) > 1 else ""
         kv, state = stats["kv"], stats["state"]
         # What running requests compute belongs to nobody yet.
         running = max(0, kv["capacity"] - sum(kv[k] for k in ("segment", "turn", "prefix", "free")))
-        limit = f"segments may hold {_bytes(kv['budget'])} of {_bytes(kv['capacity'])}"
+        limit = f"budget {_bytes(kv['budget'])} of {_bytes(kv['capacity'])}"
         lines += _bar(f"KV{suffix}", {**kv, "running": running}, kv["capacity"], limit)
         if state["budget"]:
             limit = f"budget {_bytes(state['budget'])}"
@@ -133,27 +146,33 @@ def _budgets(now: Poll) -> Group:
     return Group(*lines)
 
 
-def _bar(label: str, held: Mapping[str, int], whole: int, limit: str) -> list[Text]:
-    """A bar of what is held, by kind, and a line with the same in words. Pinned is
-    part of segment."""
+def _bar(
+    label: str, held: Mapping[str, int], whole: int, limit: str
+) -> tuple[Text, RenderableType]:
+    """A bar of what is held, by kind, and the same in words. Pinned is part of segment."""
     kinds = {kind: held[kind] for kind in STYLES if kind in held}
     cells = {**kinds, "segment": kinds["segment"] - kinds["pinned"]}
-    bar, words = Text(), Text(" " * LABEL_CELLS)
+    bar = Text()
     for kind, size in cells.items():
         if kind != "free":
             bar.append("█" * round(BAR_CELLS * size / max(whole, 1)), STYLES[kind])
     bar.truncate(BAR_CELLS)
     bar.append("░" * (BAR_CELLS - len(bar)), STYLES["free"])
-    for kind, size in kinds.items():
-        words.append(f"{kind} ", STYLES[kind]).append(f"{_bytes(size)}  ")
-    return [Text.assemble(f"{label:<{LABEL_CELLS}}", bar, f"  {limit}"), words]
+    words = [
+        Text.assemble((f"{kind} ", STYLES[kind]), _bytes(size), no_wrap=True)
+        for kind, size in kinds.items()
+    ]
+    return (
+        Text.assemble(f"{label:<{LABEL_CELLS}}", bar, f"  {limit}"),
+        Padding(Columns(words, padding=(0, 2, 0, 0)), (0, 0, 0, LABEL_CELLS)),
+    )
 
 
 def _counters(
     title: str, now: Poll, before: Poll | None, read: Callable[[Poll], Mapping[str, float]]
 ) -> Table:
     """Counters since start, and how fast they grow."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = _table(title)
     table.add_column("")
     table.add_column("all", justify="right")
     table.add_column("a second", justify="right")
@@ -188,22 +207,43 @@ def _over_ranks(poll: Poll, key: str) -> dict[str, float]:
 
 
 def _hottest(segments: Sequence[Segment]) -> Table:
-    table = Table(title="hottest segments", title_justify="left", box=box.SIMPLE_HEAD)
+    table = _table("hottest segments", padding=0)
     # Whole on the narrowest screen: it is what pin and delete take.
-    table.add_column("id", min_width=32, no_wrap=True)
-    for name in ("hits", "tokens", "held", "KV", "state", "value", "last use"):
-        table.add_column(name, justify="right")
+    table.add_column("id", min_width=32)
+    for name in ("hits", "tokens", "held", "KV", "state", "value", "used"):
+        table.add_column(name, justify="right", min_width=len(name))
     table.add_column("")
     for one in sorted(segments, key=lambda segment: -segment.hits)[:HOTTEST]:
         table.add_row(
             one.id,
-            *(f"{count:,}" for count in (one.hits, one.tokens, one.held)),
-            *(_bytes(size) for size in (one.kv_bytes, one.state_bytes)),
-            f"{one.value:.3g}",
-            f"{one.last_use:,}",
+            *(_short(count) for count in (one.hits, one.tokens, one.held)),
+            *(_short(size, 1024) for size in (one.kv_bytes, one.state_bytes)),
+            _short(one.value),
+            _short(one.last_use),
             Text("pinned" if one.pinned else "", STYLES["pinned"]),
         )
     return table
+
+
+def _table(title: str, padding: int = 1) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, padding),
+    )
+
+
+def _short(number: float, thousand: int = 1000) -> str:
+    """In five characters: ``7``, ``0.25``, ``1.2k``, ``219M``, ``1e-06``."""
+    if 0 < number < 0.01:
+        return f"{number:.0e}"
+    unit = 0
+    while number >= 999.5 and unit < len(UNITS) - 1:
+        number, unit = number / thousand, unit + 1
+    digits = 1 if unit and number < 9.95 else 2 if number % 1 and number < 9.95 else 0
+    return f"{number:.{digits}f}{UNITS[unit]}"
 
 
 def _bytes(size: float) -> str:
@@ -278,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             now = poll(client)
         except TopError as error:
-            parser.exit(1, f"{parser.prog}: {args.url}: {error}\n")
+            parser.exit(1, f"{parser.prog}: {error}\n")
         console.print(frame(now))
         if args.json is not None:
             _write(now, args.json)

@@ -12,6 +12,7 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
+import start_log
 from hypothesis import HealthCheck, settings
 
 from sglang_pic.eval import serving
@@ -43,6 +44,7 @@ def serve(model: Any, log: pathlib.Path, *args: str, **options: Any) -> Iterator
     """``eval.serving.serve``, its start-up time noted under the log's name."""
     with serving.serve(model, log, *args, **options) as server:
         _started[log.stem] = server.start_s
+        start_log.keep(log)
         yield server
 
 

@@ -223,9 +223,19 @@ def ask_canary(model: FakeModel, told: dict[str, Any], **config: Any) -> tuple[C
     return canary, gate
 
 
-def test_the_canary_passes_once_and_leaves_nothing(counts: Counts) -> None:
+def test_the_canary_passes_once_and_leaves_nothing(
+    counts: Counts, caplog: pytest.LogCaptureFixture
+) -> None:
     model = FakeModel(lambda options: 0.0 if options.policy == "full" else 0.05)
-    canary, gate = ask_canary(model, {})
+    with caplog.at_level("INFO"):
+        canary, gate = ask_canary(model, {})
+    # Said before they come: SGLang logs each of them as if it were a client's.
+    prompts = sum(
+        len(one.input_ids) if isinstance(one.input_ids[0], list) else 1 for one in model.asked
+    )
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0] == f"sglang_pic: the next {prompts} prompts to prefill are the canary's"
+    assert len(said) == 2 and "the canary passed" in said[1]
     assert canary.verdict.result == PASSED and gate.reason is None
     assert {"rotation", "opening_kl", "attention_kl", "modes_kl", "linked_kl"} == set(
         canary.verdict.checks

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import start_log
 from conftest import CHECKS, TINY, serve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -61,6 +62,10 @@ def hybrid16(tmp_path_factory: pytest.TempPathFactory, logs: pathlib.Path) -> It
 def paged(request: pytest.FixtureRequest) -> tuple[Server, int]:
     """Each server with its page size."""
     return request.getfixturevalue(f"hybrid{request.param}"), request.param
+
+
+def test_a_healthy_start_says_nothing_alarming(paged: tuple[Server, int]) -> None:
+    assert start_log.unexpected(paged[0].log) == []
 
 
 def check_linked(

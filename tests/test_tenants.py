@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import requests
+import start_log
 from conftest import TINY, serve
 from fastapi import FastAPI, WebSocket
 from fastapi.testclient import TestClient
@@ -138,6 +139,7 @@ def test_tenants_are_apart_on_a_server(
     prompt = assemble([("segment", segment), ("text", [3, 4])])
     asking = {k: v for k, v in body(*prompt, 2, "", seam=4).items() if k != "cache_salt"}
     with serve(tiny_path, logs / "tenants.log", *TINY, *flags) as server:
+        assert start_log.unexpected(server.log) == []
 
         def ask(key: str, **fields: Any) -> requests.Response:
             sent = fields or asking

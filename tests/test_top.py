@@ -7,6 +7,7 @@ import http.server
 import io
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,19 +89,21 @@ def fake() -> Iterator[tuple[FakeServer, str]]:
         thread.join()
 
 
-def recorder(**options: Any) -> Console:
-    return Console(record=True, width=160, height=60, file=io.StringIO(), **options)
+def recorder(width: int = 160, **options: Any) -> Console:
+    return Console(record=True, width=width, height=60, file=io.StringIO(), **options)
 
 
-def drawn(now: top.Poll, before: top.Poll | None = None) -> str:
-    console = recorder()
+def drawn(now: top.Poll, before: top.Poll | None = None, width: int = 160) -> str:
+    console = recorder(width)
     console.print(top.frame(now, before))
     return console.export_text()
 
 
 def row(text: str, name: str) -> list[str]:
     """Cells of the row of a table that begins with ``name``."""
-    (cells,) = re.findall(rf"(?:^|  ){re.escape(name)} +([\d,]+) +(-|[\d,.]+)(?:  |$)", text, re.M)
+    (cells,) = re.findall(
+        rf"(?:^ |  ){re.escape(name)} +([\d,]+) +(-|[\d,.]+)(?:  | $)", text, re.M
+    )
     return list(cells)
 
 
@@ -117,7 +120,7 @@ def test_a_frame_shows_every_number(fake: tuple[FakeServer, str]) -> None:
     assert row(text, "admission") == ["6", "-"]
     assert row(text, "state") == ["5", "-"]
     assert "segment 40.0 MiB" in text and "pinned 8.0 MiB" in text
-    assert "segments may hold 75.0 MiB of 100.0 MiB" in text
+    assert "budget 75.0 MiB of 100.0 MiB" in text
     # What is neither held nor free is in use.
     assert "running 15.0 MiB" in text
     assert "budget 64.0 MiB" in text
@@ -129,8 +132,32 @@ def test_a_bar_is_as_full_as_the_pool() -> None:
     held = {"pinned": 10, "segment": 30, "turn": 0, "prefix": 20, "free": 50}
     bar, words = top._bar("KV", held, 100, "a limit")
     assert len(re.findall("[█░]", bar.plain)) == top.BAR_CELLS
-    assert "segment 30 B" in words.plain
+    console = recorder()
+    console.print(words)
+    assert "segment 30 B" in console.export_text()
     assert bar.plain.count("█") == pytest.approx(0.5 * top.BAR_CELLS, abs=2)
+
+
+def test_eighty_columns_are_enough(fake: tuple[FakeServer, str]) -> None:
+    """No heading, number or id is cut, and no line of a bar is broken."""
+    server, url = fake
+    server.counts.observe(report(exactness="exact", reason="require_exact", segments=[]))
+    great = {"hits": 10**6, "tokens": 123_456, "held": 99_949, "kv_bytes": 1023 << 20,
+             "state_bytes": 219 << 20, "value": 1.2e-7, "last_use": 9_999_999}  # fmt: skip
+    server.segments.append({**CARD, **great})
+    for field in ("capacity", "budget"):
+        server.ranks[0]["kv"][field] = 1000 << 20
+    text = drawn(top.poll(PicClient(url)), width=80)
+    assert "…" not in text
+    assert "budget 1000.0 MiB of 1000.0 MiB" in text
+    lines = [line.split() for line in text.splitlines()]
+    assert ["id", "hits", "tokens", "held", "KV", "state", "value", "used"] in lines
+    cells = ["1.0M", "123k", "100k", "1.0G", "219M", "1e-07", "10M", "pinned"]
+    assert [CARD["id"], *cells] in lines
+    assert ["0" * 32, "1", "1.2k", "1.2k", "3.0M", "0", "0.25", "80"] in lines
+    for name in ("prompt tokens", "segments named", "answers", "evicted tokens, states", "refused"):
+        assert name in text
+    assert [line.count("a second") for line in text.splitlines() if "a second" in line] == [2, 2, 1]
 
 
 def test_rates_are_what_grew_between_two_polls(fake: tuple[FakeServer, str]) -> None:
@@ -180,10 +207,10 @@ def test_once_prints_one_frame(fake: tuple[FakeServer, str], capsys: Any, tmp_pa
 @pytest.mark.parametrize(
     ("raw", "key", "said"),
     [
-        (None, "another", "the server refuses: --api-key: 401"),
-        (b"<html>", None, "no server of ours"),
-        (b"{}", None, "no server of ours"),
-        (b"[]", None, "no server of ours"),
+        (None, "another", "the server at URL refuses: --api-key: 401"),
+        (b"<html>", None, "no server of ours at URL: "),
+        (b"{}", None, "no server of ours at URL: "),
+        (b"[]", None, "no server of ours at URL: "),
     ],
 )
 def test_what_is_wrong_is_said(
@@ -194,18 +221,27 @@ def test_what_is_wrong_is_said(
     with pytest.raises(SystemExit) as ended:
         run("--url", url, "--once")
     assert ended.value.code == 1
-    assert said in capsys.readouterr().err
+    assert said.replace("URL", url) in capsys.readouterr().err
 
 
 def test_another_server_and_no_server(fake: tuple[FakeServer, str], capsys: Any) -> None:
+    nobody = f"http://127.0.0.1:{free_port()}"
     for url, said in (
-        (fake[1] + "/elsewhere", "a server, but none of ours"),
-        (f"http://127.0.0.1:{free_port()}", "no server answers"),
-        ("no address", "no server answers"),
+        (fake[1] + "/elsewhere", "a server at URL, but none of ours: 404"),
+        (nobody, "no server answers at URL: [Errno 111] Connection refused"),
+        ("localhost:30000", "no server answers at URL: No connection adapters"),
+        ("no address", "no server answers at URL: Failed to parse"),
     ):
         with pytest.raises(SystemExit):
             run("--url", url, "--once")
-        assert said in capsys.readouterr().err
+        assert said.replace("URL", url) in capsys.readouterr().err
+
+    # One that accepts and says nothing; and what is seen of that without --once.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        console = recorder(80, force_terminal=True)
+        next(top.watch(PicClient(url, timeout_s=0.2), console, None))
+    assert f"no server answers at {url}: timed out" in console.export_text()
 
 
 def test_a_server_that_goes_and_comes_back(fake: tuple[FakeServer, str], tmp_path: Path) -> None:
@@ -238,3 +274,7 @@ def test_the_command_dispatches(monkeypatch: pytest.MonkeyPatch, capsys: Any) ->
     cli.main([])
     out = capsys.readouterr().out
     assert "sglang-pic serve" in out and "sglang-pic top" in out
+    for word, said in (("tpo", "tpo, did you mean top?"), ("xyz", "there is no command xyz\n")):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([word, "--url", "x"])
+        assert ended.value.code == 2 and said in capsys.readouterr().err

@@ -52,6 +52,20 @@ def test_every_turn_matches_the_oracle(paged: tuple[Server, int], seed: int, pol
     assert server.forest()["live_plans"] == 0
 
 
+def test_an_identical_prompt_stays_exact(paged: tuple[Server, int]) -> None:
+    """Behind an opening segment all is as in the plain model, and so is the turn."""
+    server, _ = paged
+    salt = fresh_salt()
+    ids, segments = assemble([("segment", ids_of(1, 40)), ("text", ids_of(3, 30))])
+    found = []
+    for _ in range(3):
+        answer = server.generate(**body(ids, segments, 4, salt, turns=True))
+        assert answer["meta_info"]["pic"]["exactness"] == "exact"
+        check_exact(answer, ids, 4)
+        found.append(_reused(answer))
+    assert found[0] == 0 < found[1] == found[2]
+
+
 def test_an_edited_turn_is_reused_up_to_the_edit(page1: Server) -> None:
     salt = fresh_salt()
     ids, segments = assemble(

@@ -157,9 +157,11 @@ class Canary:
             raise UntestedError("it does not fit into the model's context")
         segments, lead, tails = _tokens(model.vocabulary, length)
         one, other = segments[:2]
-        await self._compile(
-            [*segments, one + other, one + other[: head + 1]], salt, context=model.context
-        )
+        compiled = [*segments, one + other, one + other[: head + 1]]
+        # Behind these the opening, each tail, and the last tail two ways more.
+        prompts = len(compiled) + 2 + 2 * TAILS + 2
+        logger.info("sglang_pic: the next %d prompts to prefill are the canary's", prompts)
+        await self._compile(compiled, salt, context=model.context)
         selfcheck = await self._tell(
             "selfcheck", ids=one + other, cache_salt=salt, at=length, seam=SEAM
         )

@@ -16,7 +16,7 @@ from sglang_pic.server.funnel import funnel_of
 
 Lifespan = Callable[[Any], Any]
 
-LISTEN_TIMEOUT_S = 120.0
+LISTEN_TIMEOUT_S = 10.0
 
 
 def canary_first(lifespan: Lifespan) -> Lifespan:
@@ -28,8 +28,10 @@ def canary_first(lifespan: Lifespan) -> Lifespan:
         # Without its weights a model says nothing; its first link waits instead.
         if not get_model().checkpoint_engine_wait_weights_before_ready:
             await funnel_of(get_global_state().tokenizer_manager).canary.settle()
-        url = app.server_args.url()
-        app.warmup_thread_kwargs["post_warmup_callback"] = lambda: wait_until_it_listens(url)
+        # Of several tokenizer workers each has a thread of its own, with other arguments.
+        if getattr(app, "is_single_tokenizer_mode", False):
+            url = app.server_args.url()
+            app.warmup_thread_kwargs["post_warmup_callback"] = lambda: wait_until_it_listens(url)
         async with lifespan(app) as state:
             yield state
 

@@ -30,6 +30,24 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
+def read_salts(path: str) -> dict[str, str]:
+    """Salts by key, from a JSON object.
+
+    Raises:
+        PicConfigError: the file is not one.
+    """
+    try:
+        salts = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PicConfigError(f"--pic-tenants: {error}") from error
+    if not isinstance(salts, dict) or not salts:
+        raise PicConfigError("--pic-tenants: must be a JSON object of salts by API key")
+    for salt in salts.values():
+        if not isinstance(salt, str) or not salt or is_reserved(salt):
+            raise PicConfigError("--pic-tenants: a salt must be a text, not empty")
+    return salts
+
+
 class Tenants:
     """Salt by API key.
 
@@ -49,15 +67,7 @@ class Tenants:
         Raises:
             PicConfigError: the file is not one, or SGLang's own keys leave a way around.
         """
-        try:
-            salts = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise PicConfigError(f"--pic-tenants: {error}") from error
-        if not isinstance(salts, dict) or not salts:
-            raise PicConfigError("--pic-tenants: must be a JSON object of salts by API key")
-        for salt in salts.values():
-            if not isinstance(salt, str) or not salt or is_reserved(salt):
-                raise PicConfigError("--pic-tenants: a salt must be a text, not empty")
+        salts = read_salts(path)
         if server_args.tokenizer_worker_num > 1 or server_args.grpc_port is not None:
             raise PicConfigError("--pic-tenants works with one tokenizer worker, and not over gRPC")
         admin_key = server_args.admin_api_key
