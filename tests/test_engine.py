@@ -13,7 +13,17 @@ pytestmark = pytest.mark.server
 PROGRAM = """
 import json, random, sys
 import sglang as sgl
+from sglang.srt.managers.kv_hints import decode_kv_hints_envelope
+from sglang_pic.eval.hostile import ATTACKS, Forger
 from sglang_pic.request.hints import pic_hints
+
+def said(engine, hints, **asked):
+    try:
+        return engine.generate(
+            input_ids=[1, 2, 3], sampling_params={"max_new_tokens": 2}, kv_hints=hints, **asked
+        )["output_ids"]
+    except ValueError as error:
+        return str(error)
 
 if __name__ == "__main__":
     engine = sgl.Engine(
@@ -29,12 +39,22 @@ if __name__ == "__main__":
             input_ids=ids + [7], sampling_params={"max_new_tokens": 2}, kv_hints=hints
         )
         reports.append(answer["meta_info"]["pic"])
+    usual = said(engine, None)
+    for name, hints in ATTACKS.items():
+        for given in (hints, decode_kv_hints_envelope(hints)):
+            answer = said(engine, given)
+            assert "kv_hints" in answer, (name, answer)
+    for i in range(300):
+        forger = Forger(random.Random(i), range(512))
+        answer = said(engine, forger.hints(), cache_salt=str(forger.salt()))
+        assert answer == usual or isinstance(answer, str) and "sglang_pic: " not in answer, answer
+    assert said(engine, None) == usual
     engine.shutdown()
     print("REPORTS", json.dumps(reports))
 """
 
 
-def test_engine_links(tiny_path: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_engine_links_and_obeys_nobody(tiny_path: pathlib.Path, tmp_path: pathlib.Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     out = subprocess.run(
