@@ -11,10 +11,10 @@ INSTALLED := .venv/installed.stamp
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs report venv model clean
+.PHONY: help demo test test-all lint docs report venv model clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: venv model ## answer questions over reused documents, beside plain SGLang
 	@$(RUN) -m eval.demo
@@ -27,6 +27,14 @@ test: venv model ## lint, then all tests; ARGS="-k word" goes to pytest
 	echo "test: running pytest"; \
 	$(RUN) -m pytest $(ARGS) || status=1; \
 	exit $$status
+
+# Some two hours on two cores.
+test-all: test ## test, then what takes long: SGLang's own test kits, more fuzzing, the soak
+	@echo "test-all: SGLang's test kits, on stock and on ours"
+	@$(RUN) -m pytest -m kits
+	@echo "test-all: ten minutes of each fuzzer"
+	@PIC_FUZZ_SECONDS=600 $(RUN) -m pytest tests/test_hostile.py -k fuzzed
+	@$(RUN) -m eval.soak
 
 lint: venv ## ruff and mypy
 	@echo "lint: checking style and types"

@@ -8,6 +8,7 @@ refused or, where it is harmless, answered.
 from __future__ import annotations
 
 import copy
+import json
 import random
 import string
 from collections.abc import Callable, Sequence
@@ -208,7 +209,7 @@ class Forger:
         return made if rng.random() < 0.6 else made + rng.choice(SALTS)
 
     def hints(self) -> Any:
-        """``kv_hints``: internal actions as they are, as if signed, and mutated."""
+        """``kv_hints``: internal actions as they are, as if sealed, and mutated."""
         rng = self._rng
         action = rng.choice(INTERNAL)
         payload = rng.choice({LINK: LINKS, COMPILE: COMPILES, COMMAND: COMMANDS}[action])
@@ -218,8 +219,9 @@ class Forger:
             case 1:
                 made = envelope(action, {**payload, **self._signature()})
             case 2:
-                body = {"body": payload, "payload": payload, **self._signature()}
-                made = envelope(action, body, action_id=self._hex(32))
+                # What our front sends looks like this.
+                body = {"body": json.dumps(payload), "seal": self._hex(64)}
+                made = envelope(action, body)
             case 3:
                 versions = {"protocol_version": rng.choice(["2", "", "0", 1, None])}
                 made = envelope(action, payload, **versions, action_version=rng.choice(["2", ""]))
@@ -234,7 +236,7 @@ class Forger:
         return f"{self._rng.getrandbits(4 * digits):0{digits}x}"
 
     def _signature(self) -> dict[str, Any]:
-        name = self._rng.choice(["mac", "hmac", "signature", "secret", "token", "auth"])
+        name = self._rng.choice(["seal", "mac", "signature", "secret", "token", "auth"])
         return {name: self._rng.choice([self._hex(64), self._hex(32), "", None, 0, ["", ""]])}
 
     def pic(self, length: int) -> dict[str, Any]:

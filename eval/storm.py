@@ -1,4 +1,4 @@
-"""Mixed traffic: everything that clients do to a server, well-behaved or not.
+"""Mixed traffic: everything that clients do to a server, well-behaved or hostile.
 
 Each client is seeded and goes from one deed to the next; the server decides how they
 interleave. Each deed knows which answers it may get.
@@ -18,6 +18,7 @@ from typing import Any
 
 import aiohttp
 
+from sglang_pic.eval.hostile import ATTACKS, SALTS, Forger, is_ambiguous
 from sglang_pic.eval.recorded import (
     EXACT,
     PINNED,
@@ -35,6 +36,11 @@ HELD = "held"
 CLIENTS = 12
 MAX_PROBLEMS = 50
 LEAVE_S = 0.2
+
+# Of forged requests: refused, of nothing that exists, or harmless.
+HARMLESS = (200, 400, 403, 404, 405, 409, 413, 422, 507)
+# Of segments that nobody has seen: just long enough to be compiled.
+SMALL = (33, 48)
 
 MALFORMED: tuple[tuple[str, Any], ...] = (
     ("generate", {"pic": 3}),
@@ -149,6 +155,7 @@ class Client:
         self._seen = seen
         self._rng = rng
         self._number = number
+        self._forger = Forger(rng, material.vocabulary)
         self._rids = (f"soak-{number}-{i}" for i in itertools.count())
 
     async def run(self, until: float) -> None:
@@ -195,6 +202,21 @@ class Client:
 
     def _documents(self, most: int) -> list[list[int]]:
         return draw(self._rng, self._material.documents, self._rng.randint(1, most))
+
+    def _new(self, low: int, high: int) -> list[list[int]]:
+        """Segments that nobody has sent before, each small."""
+        return [self._tokens(*SMALL) for _ in range(self._rng.randint(low, high))]
+
+    def _stranger(self) -> str:
+        """A salt that nobody has used before, nor will again."""
+        return f"stranger-{self._rng.getrandbits(64):x}"
+
+    def _cold(self, low: int, high: int) -> dict[str, Any]:
+        """A link of which no segment is compiled."""
+        body = link_of(self._opening(), self._new(low, high), self._tokens(1, 8))
+        salt = self._rng.choice([*TENANTS, self._stranger()])
+        sampling = self._sampling()
+        return {**body, "sampling_params": sampling, "cache_salt": salt, "rid": next(self._rids)}
 
     def _opening(self) -> list[int]:
         return self._rng.choice([[], *self._material.openings])
@@ -381,6 +403,60 @@ class Client:
                     await response.content.readline()
         self._seen.answers["drop_stream", "left"] += 1
 
+    # -- deeds: hostile -----------------------------------------------------------------------
+
+    async def forge(self) -> None:
+        """Commands that only our own front may send."""
+        hints = self._rng.choice(list(ATTACKS.values()))
+        body = {"input_ids": self._tokens(8, 20), "sampling_params": self._sampling(1, 2)}
+        await self._send("forge", "generate", body | {"kv_hints": hints}, may=(400, 403))
+
+    async def ambiguous(self) -> None:
+        """Names that could be taken for another tenant's."""
+        name = self._rng.choice([salt for salt in SALTS if is_ambiguous(salt)])
+        body = {**self._linked(), self._rng.choice(["cache_salt", "extra_key"]): name}
+        await self._send("ambiguous", "generate", body, may=(400,))
+
+    async def mutate(self) -> None:
+        """Anything at all."""
+        make = self._rng.choice([Forger.generate, Forger.management])
+        path, body = make(self._forger)
+        await self._send("mutate", path.removeprefix("/"), body, may=HARMLESS)
+
+    async def many(self) -> None:
+        """As many segments as a prompt can hold, none ever seen before or again."""
+        await self._send("many", "generate", self._cold(16, 64))
+
+    async def compile_many(self) -> None:
+        body = {"input_ids": self._new(64, 300), "cache_salt": self._stranger()}
+        await self._send("compile_many", "pic/compile", body, may=(200, 507))
+
+    async def several_cold(self) -> None:
+        """Several samples, or a batch, of what is not compiled yet."""
+        body = self._cold(1, 4)
+        if self._rng.random() < 0.5:
+            body["sampling_params"] |= {"n": self._rng.randint(2, 3), "temperature": 1.0}
+        else:
+            del body["rid"]
+            body |= {name: [body[name]] * 2 for name in ("input_ids", "pic", "cache_salt")}
+        await self._send("several_cold", "generate", body)
+
+    async def abort_compile(self) -> None:
+        """Take a request back while its segments compile."""
+        body = self._cold(4, 16)
+        asked = asyncio.create_task(self._send("abort_compile", "generate", body, may=(200, 400)))
+        await asyncio.sleep(self._rng.uniform(0, LEAVE_S / 4))
+        await self._send("abort_request", "abort_request", {"rid": body["rid"]})
+        await asked
+
+    async def leave_compile(self) -> None:
+        """Go while one's segments compile."""
+        asked = self._send("leave_compile", "generate", self._cold(4, 16))
+        try:
+            await asyncio.wait_for(asked, self._rng.uniform(0.005, LEAVE_S / 2))
+        except asyncio.TimeoutError:
+            self._seen.answers["leave_compile", "left"] += 1
+
 
 Deed = Callable[[Client], Awaitable[None]]
 
@@ -403,6 +479,14 @@ DEEDS: dict[str, tuple[Deed, float]] = {
     "abort": (Client.abort, 1.5),
     "leave": (Client.leave, 1.5),
     "drop_stream": (Client.drop_stream, 1.5),
+    "forge": (Client.forge, 1),
+    "ambiguous": (Client.ambiguous, 0.5),
+    "mutate": (Client.mutate, 3),
+    "many": (Client.many, 0.5),
+    "compile_many": (Client.compile_many, 0.2),
+    "several_cold": (Client.several_cold, 1),
+    "abort_compile": (Client.abort_compile, 1),
+    "leave_compile": (Client.leave_compile, 1),
 }
 
 

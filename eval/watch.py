@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
@@ -18,16 +19,24 @@ from sglang_pic.eval.serving import Server
 EVERY_S = 2.0
 # The forest's dump walks every segment.
 FOREST_EVERY = 5
-BUCKETS = 20
+BUCKETS = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one process: resident, and of these what it shares with no other."""
+
+    rss: int
+    uss: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Sight:
-    """One sample: seconds since the start, bytes of all processes together, and bytes
+    """One sample: seconds since the start, memory of each process by its name, and bytes
     of the cache by kind, as ``/pic/stats`` has them."""
 
     s: float
-    rss: int
+    processes: dict[str, Memory]
     kv: dict[str, int]
     state: dict[str, int]
     pins: int
@@ -35,11 +44,17 @@ class Sight:
     def to_json(self) -> dict[str, Any]:
         return {
             "s": round(self.s, 2),
-            "rss_bytes": self.rss,
+            **{f"{name}_rss_bytes": memory.rss for name, memory in self.processes.items()},
+            **{f"{name}_uss_bytes": memory.uss for name, memory in self.processes.items()},
             **{f"kv_{name}_bytes": value for name, value in self.kv.items()},
             **{f"state_{name}_bytes": value for name, value in self.state.items()},
             "pins": self.pins,
         }
+
+    @property
+    def resident(self) -> int:
+        """Bytes of all processes together; pages that they share are counted by each."""
+        return sum(memory.rss for memory in self.processes.values())
 
     @property
     def over_budget(self) -> str | None:
@@ -50,14 +65,27 @@ class Sight:
         return None
 
 
-def resident(pid: int) -> int:
-    """Bytes of memory of a process and all its children."""
-    total = 0
-    parent = psutil.Process(pid)
-    for process in (parent, *parent.children(recursive=True)):
+def _name_of(process: psutil.Process) -> str:
+    line = process.cmdline()
+    if line and line[0].startswith("sglang::"):
+        return line[0].removeprefix("sglang::")
+    if any("resource_tracker" in word for word in line):
+        return "resource_tracker"
+    return process.name()
+
+
+def memory_of(pid: int) -> dict[str, Memory]:
+    """Of a server's process, as ``front``, and of all its children."""
+    front = psutil.Process(pid)
+    found: dict[str, Memory] = {}
+    for process in (front, *front.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):
-            total += process.memory_info().rss
-    return total
+            name = "front" if process is front else _name_of(process)
+            if name in found:
+                name = f"{name}_{process.pid}"
+            memory = process.memory_full_info()
+            found[name] = Memory(memory.rss, memory.uss)
+    return found
 
 
 class Watch:
@@ -86,7 +114,8 @@ class Watch:
     async def _look(self, session: aiohttp.ClientSession, at: float) -> None:
         async with session.get(f"{self._server.url}/pic/stats") as response:
             (rank,) = (await response.json())["ranks"]
-        sight = Sight(at, resident(self._server.pid), rank["kv"], rank["state"], rank["pins"])
+        memory = memory_of(self._server.pid)
+        sight = Sight(at, memory, rank["kv"], rank["state"], rank["pins"])
         self.sights.append(sight)
         if (over := sight.over_budget) is not None:
             self.problems.append(f"after {at:.0f} s over budget: {over}")
@@ -107,19 +136,53 @@ class Growth:
     slope: float
     width: float
 
+    @property
+    def low(self) -> float:
+        return self.slope - self.width
 
-def growth(sights: list[Sight]) -> Growth:
-    """Least squares over the means of up to twenty stretches: single samples depend on
-    their neighbours, and their interval would be too narrow.
+    @property
+    def high(self) -> float:
+        return self.slope + self.width
+
+
+def last_half(sights: Sequence[Sight]) -> Sequence[Sight]:
+    return sights[len(sights) // 2 :]
+
+
+def growth(sights: Sequence[Sight]) -> dict[str, Growth]:
+    """Growth of the resident memory of each process that lived through the last half.
 
     Raises:
-        ValueError: fewer than six samples in the last half.
+        ValueError: fewer than ten samples there.
     """
-    last = sights[len(sights) // 2 :]
-    if len(last) < 6:
+    last = last_half(sights)
+    if len(last) < 10:
         raise ValueError("too few samples")
-    parts = np.array_split(np.arange(len(last)), min(BUCKETS, len(last) // 2))
-    minutes = [float(np.mean([last[i].s for i in part])) / 60 for part in parts]
-    means = [float(np.mean([last[i].rss for i in part])) for part in parts]
-    fit = stats.linregress(minutes, means)
-    return Growth(float(fit.slope), float(fit.stderr * stats.t.ppf(0.975, len(parts) - 2)))
+    lasting = set.intersection(*(set(sight.processes) for sight in last))
+    minutes = [sight.s / 60 for sight in last]
+    return {
+        name: slope_of(minutes, [sight.processes[name].rss for sight in last])
+        for name in last[0].processes
+        if name in lasting
+    }
+
+
+def slope_of(minutes: Sequence[float], values: Sequence[float]) -> Growth:
+    """Least squares over the means of up to sixty stretches, as many of them counted as
+    are independent.
+
+    Memory comes in steps, so that even stretches resemble their neighbours. With lag-1
+    autocorrelation r of what the line leaves over, n of them tell as much as
+    n (1 - r) / (1 + r) would that did not (Santer et al. 2000).
+    """
+    parts = np.array_split(np.arange(len(values)), min(BUCKETS, len(values) // 2))
+    x = np.array([np.mean([minutes[i] for i in part]) for part in parts])
+    y = np.array([np.mean([values[i] for i in part]) for part in parts])
+    fit = stats.linregress(x, y)
+    rest = y - fit.intercept - fit.slope * x
+    square = float(rest @ rest)
+    alike = max(0.0, float(rest[1:] @ rest[:-1]) / square) if square else 0.0
+    count = max(3.0, len(y) * (1 - alike) / (1 + alike))
+    spread = float(((x - x.mean()) ** 2).sum())
+    error = (square / (count - 2) / spread) ** 0.5
+    return Growth(float(fit.slope), float(error * stats.t.ppf(0.975, count - 2)))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import random
 import types
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from sglang_pic.eval import soak
 from sglang_pic.eval.models.tiny import tiny_llama
@@ -23,7 +24,7 @@ from sglang_pic.eval.recorded import (
     is_comparable,
 )
 from sglang_pic.eval.storm import DEEDS, Seen
-from sglang_pic.eval.watch import Growth, Sight, Watch, growth
+from sglang_pic.eval.watch import Growth, Memory, Sight, Watch, growth, slope_of
 
 MIB = 1 << 20
 STEP = {7: -0.5, 8: -1.5, 9: -2.5}
@@ -94,7 +95,7 @@ def test_only_answers_of_the_same_plan_are_compared() -> None:
 def _sight(s: float, rss: int = 0, segment: int = 5) -> Sight:
     kv = {"budget": 10, "segment": segment, "turn": 2, "prefix": 0, "pinned": 0, "free": 1}
     state = {"budget": 0, "segment": 0, "turn": 0, "pinned": 0}
-    return Sight(s, rss, kv, state, 0)
+    return Sight(s, {"front": Memory(MIB, 0), "scheduler": Memory(rss, 0)}, kv, state, 0)
 
 
 def _good() -> tuple[Seen, Watch]:
@@ -109,8 +110,9 @@ def _good() -> tuple[Seen, Watch]:
     return seen, watch
 
 
-def _failed(seen: Seen, watch: Watch, grown: Growth | None = None) -> list[str]:
-    checks = soak.checks_of(seen, watch, grown or Growth(0, 0), 2 * MIB)
+def _failed(seen: Seen, watch: Watch, *grown: Growth, minutes: float = 20) -> list[str]:
+    names = ("scheduler", "front")
+    checks = soak.checks_of(seen, watch, dict(zip(names, grown, strict=False)), minutes)
     return [check.name for check in checks if not check.ok]
 
 
@@ -134,8 +136,20 @@ def test_a_good_run_passes_and_each_fault_fails_its_check() -> None:
     seen, watch = _good()
     watch.problems.append("integrity: a KV slot has two owners")
     assert _failed(seen, watch) == ["integrity and budgets"]
-    assert _failed(*_good(), Growth(1.5 * MIB, 0.6 * MIB)) == ["memory flat"]
-    assert _failed(*_good(), Growth(1.5 * MIB, 0.4 * MIB)) == []
+
+
+def test_each_process_must_come_to_rest() -> None:
+    flat, noisy = Growth(0, 0.01 * MIB), Growth(0.2 * MIB, 0.3 * MIB)
+    bounded, leaking = Growth(0.05 * MIB, 0.01 * MIB), Growth(0.2 * MIB, 0.1 * MIB)
+    for grown in (flat, noisy, bounded):
+        assert _failed(*_good(), flat, grown, minutes=60) == []
+    assert _failed(*_good(), flat, leaking, minutes=60) == ["memory flat"]
+    assert _failed(*_good(), leaking, flat, minutes=60) == ["memory flat"]
+    # A run that is not long enough to prove it: a loose bound.
+    assert _failed(*_good(), flat, leaking) == []
+    assert _failed(*_good(), flat, Growth(1.5 * MIB, 0.6 * MIB)) == ["memory flat"]
+    assert _failed(*_good(), flat, Growth(50 * MIB, 5 * MIB), minutes=1) == []
+    assert _failed(*_good(), flat, Growth(50 * MIB, 15 * MIB), minutes=1) == ["memory flat"]
 
 
 def test_a_budget_exceeded_is_named() -> None:
@@ -143,19 +157,41 @@ def test_a_budget_exceeded_is_named() -> None:
     assert _sight(0, segment=9).over_budget == "kv: 9 + 2 bytes of 10"
 
 
-def test_growth_is_that_of_the_last_half() -> None:
+def test_growth_is_that_of_the_last_half_and_of_each_process() -> None:
+    noise = np.random.default_rng(0).integers(MIB, size=300)
     warm = [_sight(2 * i, 100 * MIB * i) for i in range(300)]
-    draw = random.Random(0)
-    flat = [_sight(600 + 2 * i, 1000 * MIB + draw.randrange(MIB)) for i in range(300)]
+    flat = [_sight(600 + 2 * i, 1000 * MIB + int(noise[i])) for i in range(300)]
     found = growth([*warm, *flat])
-    assert abs(found.slope) + found.width < MIB / 2
-    leaking = [
-        dataclasses.replace(sight, rss=sight.rss + int(sight.s / 60 * 3 * MIB)) for sight in flat
-    ]
-    found = growth([*warm, *leaking])
-    assert found.slope == pytest.approx(3 * MIB, rel=0.1)
+    assert list(found) == ["front", "scheduler"]
+    assert found["scheduler"].low < 0 < found["scheduler"].high < MIB / 2
+    assert found["front"] == Growth(0, 0)
+    grown = [1000 * MIB + int(noise[i]) + i * MIB // 10 for i in range(300)]
+    leaking = [_sight(600 + 2 * i, grown[i]) for i in range(300)]
+    assert growth([*warm, *leaking])["scheduler"].slope == pytest.approx(3 * MIB, rel=0.1)
+    gone = [dataclasses.replace(flat[-1], processes={"front": Memory(MIB, 0)})]
+    assert list(growth([*warm, *flat[:-1], *gone])) == ["front"]
     with pytest.raises(ValueError, match="too few"):
-        growth(flat[:5])
+        growth(flat[:9])
+
+
+def test_the_interval_knows_that_memory_resembles_itself() -> None:
+    """A slowly wandering memory that does not grow is seldom called growing, and one that
+    does is seen to."""
+    rng = np.random.default_rng(1)
+    minutes, wrong, naive, missed = np.arange(900) / 30, 0, 0, 0
+    for _ in range(200):
+        wandering = np.zeros(900)
+        for i, step in enumerate(rng.normal(size=900)):
+            wandering[i] = 0.98 * wandering[i - 1] + step
+        found = slope_of(minutes, wandering)
+        wrong += abs(found.slope) > found.width
+        fit = stats.linregress(minutes, wandering)
+        naive += abs(fit.slope) > 1.96 * fit.stderr
+        grown = slope_of(minutes, wandering + minutes)
+        missed += grown.low <= 0
+    assert naive > 100
+    assert wrong < 25
+    assert missed < 40
 
 
 # -- its quick form -------------------------------------------------------------------------
@@ -164,7 +200,7 @@ def test_growth_is_that_of_the_last_half() -> None:
 @pytest.mark.server
 def test_quick_soak(tmp_path: pathlib.Path, logs: pathlib.Path) -> None:
     with soak.soaked(tiny_llama(tmp_path), logs / "soak.log") as server:
-        outcome, checks = soak.run(server, range(16, 496), quick=True, minutes=soak.QUICK_MINUTES)
+        outcome, checks = soak.run(server, range(16, 496), minutes=soak.QUICK_MINUTES)
     for table in outcome.tables:
         table.print()
     assert [(check.name, check.found) for check in checks if not check.ok] == []
