@@ -22,7 +22,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from sglang_pic.errors import PicConfigError
+from sglang_pic.errors import PicConfigError, PicIntegrityError
 from sglang_pic.request.seal import ensure_secret
 from sglang_pic.sglang_contract import SGLANG_VERSION, check_contract, check_shape
 
@@ -49,14 +49,18 @@ def set_positions(batch: Any, cls: Any, schedule_batch: Any, model_runner: Any, 
 
 def write_positions(cache: Any, batch: Any, schedule_batch: Any, model_runner: Any) -> None:
     """Ours of ``set_positions``, by itself so that the timer can find it."""
+    from sglang_pic.attention.rows import by_row, can_tell
     from sglang_pic.attention.ship import to_device
 
     plans = cache.plans_of(schedule_batch.reqs)
+    if any(plan is not None for plan in plans) and not can_tell(batch):
+        raise PicIntegrityError("which rows of the batch are linked cannot be told")
     cache.hand_over(model_runner.attn_backend, batch.rids, schedule_batch.reqs)
     if not batch.forward_mode.is_extend():
         return
     at = 0
     prefixes, extends = batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu
+    plans = by_row(batch.rids, plans, batch)
     for plan, prefix, extend in zip(plans, prefixes, extends, strict=True):
         if plan is not None:
             # Tokens generated since the plan was made keep position = row index.
@@ -346,18 +350,23 @@ _BACKENDS = {
 }
 
 
-def _backend(stock: Callable[[Any], Any], ours: str, runner: Any) -> Any:
+def _in_front(stock: Callable[[Any], Any], ours: str) -> Callable[[Any], Any]:
     """SGLang's attention backend, or ours where the cache is ours and may link."""
-    from sglang.srt.runtime_context import get_memory
 
-    if (
-        get_memory().radix_cache_backend != CACHE_BACKEND
-        or runner.use_mla_backend
-        or runner.model_config.is_encoder_decoder
-        or not runner.spec_algorithm.is_none()
-    ):
-        return stock(runner)
-    return pkgutil.resolve_name(ours)(runner)
+    @functools.wraps(stock)
+    def create(runner: Any) -> Any:
+        from sglang.srt.runtime_context import get_memory
+
+        if (
+            get_memory().radix_cache_backend != CACHE_BACKEND
+            or runner.use_mla_backend
+            or runner.model_config.is_encoder_decoder
+            or not runner.spec_algorithm.is_none()
+        ):
+            return stock(runner)
+        return pkgutil.resolve_name(ours)(runner)
+
+    return create
 
 
 def _register_backends() -> None:
@@ -374,7 +383,7 @@ def _register_backends() -> None:
             CACHE_BACKEND, lambda ctx: build_cache(ctx, unhooked=engine_refusal())
         )
         for name, ours in _BACKENDS.items():
-            ATTENTION_BACKENDS[name] = functools.partial(_backend, ATTENTION_BACKENDS[name], ours)
+            ATTENTION_BACKENDS[name] = _in_front(ATTENTION_BACKENDS[name], ours)
 
 
 def engine_refusal() -> str | None:

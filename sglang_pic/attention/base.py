@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sglang_pic.attention.rope import layer_ropes
+from sglang_pic.attention.rows import by_row
 from sglang_pic.attention.ship import to_device
 from sglang_pic.attention.step import StepRow
 from sglang_pic.errors import PicIntegrityError
@@ -37,32 +38,30 @@ class SpanBackend:
         self._rids: list[str] = []
 
     def set_plans(self, rids: Sequence[str], plans: Sequence[LinkPlan | None]) -> None:
-        """Plans of the batch that runs next; called once a forward pass."""
+        """Plans of the batch that runs next, one a request; called once a forward pass."""
         self._rids, self._plans = list(rids), list(plans)
 
     def links(self, batch: Any) -> bool:
         """Whether any row of the batch must see spans; no graph of SGLang's may run it."""
-        return any(plan is not None for plan in self._live_plans(batch))
+        planned = any(plan is not None for plan in self._plans)
+        return planned and any(plan is not None for plan in self._live_plans(batch))
 
     def _live_plans(self, batch: Any) -> list[LinkPlan | None]:
+        """One a row."""
+        plans = by_row(self._rids, self._plans, batch)
         if not batch.forward_mode.is_decode():
-            return self._plans
+            return plans
         # Decode of relocated rows: their keys are in place, stock attention is right.
-        return [None if plan is not None and plan.relocated else plan for plan in self._plans]
+        return [None if plan is not None and plan.relocated else plan for plan in plans]
 
     def planned_rows(self, batch: Any) -> list[StepRow] | None:
         """The batch's rows, or ``None`` if none is linked.
 
         Args:
             batch: SGLang's ``ForwardBatch``.
-
-        Raises:
-            PicIntegrityError: it is not the batch that was planned.
         """
         if not self.links(batch):
             return None
-        if self._rids != batch.rids:
-            raise PicIntegrityError("the forward pass is not the one that was planned")
         lengths = batch.seq_lens if batch.seq_lens_cpu is None else batch.seq_lens_cpu
         totals = lengths.tolist()
         decode = batch.forward_mode.is_decode()

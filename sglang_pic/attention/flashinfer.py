@@ -168,8 +168,6 @@ class PicFlashInferBackend(SpanBackend, FlashInferAttnBackend):
         if rows is None:
             super().init_forward_metadata_out_graph(forward_batch)
             return
-        # A replay is padded to its graph.
-        self._plans += [None] * (batch_size - len(rows))
         super().init_forward_metadata_out_graph(self.without_linked(forward_batch))
         table, pool_rows = self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices
         if self._graphs is None or not self._graphs.refill(batch_size, rows, table, pool_rows):

@@ -204,7 +204,7 @@ class PlanningTree(ConversingTree):
         link.plan = plan = dataclasses.replace(plan, relocated=options.mode == "relocate")
         in_row_order = np.frombuffer(ids, dtype=np.int64)[plan.order.numpy()]
         req.full_untruncated_fill_ids = array("q", in_row_order.tobytes())
-        req.skip_radix_cache_insert = True
+        req.skip_radix_cache_insert = link.permutes = True
         self._report(req, link, made.seen, made.prefix, None)
         if not plan.reused:
             return self._root_match(req.extra_key)
@@ -313,8 +313,8 @@ class PlanningTree(ConversingTree):
         if link.private is not None:
             self.token_to_kv_pool_allocator.free(link.private)
             link.private = None
-        if req.skip_radix_cache_insert:
-            req.skip_radix_cache_insert = False
+        if link.permutes:
+            req.skip_radix_cache_insert = link.permutes = False
             req.full_untruncated_fill_ids = req.origin_input_ids + req.output_ids
 
     def _report(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +40,8 @@ class LinkState:
     of the plan and the earlier turns it reuses.
 
     ``private`` holds the slots of relocated pages between load-back and
-    allocation; from then on the row owns them.
+    allocation; from then on the row owns them. ``permutes`` says that the plan
+    changed the order of the request's tokens, and forbade to cache them as a prefix.
     """
 
     request: LinkRequest
@@ -46,20 +49,46 @@ class LinkState:
     cores: tuple[Core, ...] = ()
     chain: Chain | None = None
     private: torch.Tensor | None = None
+    permutes: bool = False
+
+
+# Of SGLang's flags ``return_*``, those whose output does not depend on the order in
+# which a row holds the prompt: it is of generated tokens, or a matter of form. What
+# log-probabilities a request wants of its prompt it says by ``logprob_start_len``.
+ORDERLESS = frozenset({"return_logprob", "return_sampling_mask", "return_flat_raw_top_logprobs"})
+# They ask by place in the prompt, not by a flag.
+PLACES = ("multi_item_delimiter_indices", "token_indices_to_pool", "decision_layout")
+
+
+@functools.cache
+def ordered_flags(request: type[Req]) -> tuple[str, ...]:
+    """Flags of SGLang's request class that ask for what is not known to be ``ORDERLESS``."""
+    names = inspect.signature(request).parameters
+    return tuple(n for n in names if n.startswith("return_") and n not in ORDERLESS)
+
+
+def asked_of_prompt(req: Req) -> str | None:
+    """What this request wants to know of its prompt's tokens, which a linked row holds
+    in an order of its own, or ``None``."""
+    if req.return_logprob and req.logprob_start_len not in (-1, len(req.origin_input_ids)):
+        return "input_logprobs"
+    for name in ordered_flags(type(req)):
+        if getattr(req, name):
+            return name.removeprefix("return_")
+    return next((name for name in PLACES if getattr(req, name) is not None), None)
 
 
 def unlinkable(req: Req) -> str | None:
     """Why this request must be answered as stock would, or ``None``."""
-    if req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids):
-        return "input_logprobs"
-    if req.return_hidden_states:
-        return "hidden_states"
+    asked = asked_of_prompt(req)
+    if asked is not None:
+        return asked
     if req.multimodal_inputs is not None:
         return "multimodal"
     if req.input_embeds is not None or req.positional_embed_overrides is not None:
         return "input_embeds"
     if req.session is not None:
         return "session"
-    if (req.sampling_params.beam_width or 1) > 1:
+    if req.beam_group is not None:
         return "beam_search"
     return None

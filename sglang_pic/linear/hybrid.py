@@ -45,6 +45,6 @@ class PicHybridBackend(HybridLinearAttnBackend):
         options: Sequence[LinkOptions | None],
         captures: Sequence[Capture | None],
     ) -> None:
-        """Rows of the batch that runs next; called once a forward pass."""
+        """Requests of the batch that runs next; called once a forward pass."""
         self.full_attn_backend.set_plans(rids, plans)
         self.linear_attn_backend.set_rows(rids, plans, options, captures)

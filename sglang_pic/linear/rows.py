@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import MambaAttnBackendBase
 
-from sglang_pic.errors import PicIntegrityError
+from sglang_pic.attention.rows import by_row
 from sglang_pic.linear.capture import Capture, CaptureRow, CaptureStep, build_capture
 from sglang_pic.linear.state import LinearShape
 from sglang_pic.linear.step import LinkRow, LinkStep, build_link, has_core
@@ -66,7 +66,7 @@ class PicLinearBackend(MambaAttnBackendBase):
         options: Sequence[LinkOptions | None],
         captures: Sequence[Capture | None],
     ) -> None:
-        """Rows of the batch that runs next; called once a forward pass."""
+        """Requests of the batch that runs next; called once a forward pass."""
         self._rids, self._plans = list(rids), plans
         self._options, self._captures = options, captures
 
@@ -80,8 +80,6 @@ class PicLinearBackend(MambaAttnBackendBase):
         self._others = forward_batch
         special = any(row is not None for row in (*self._plans, *self._captures))
         if special and not forward_batch.forward_mode.is_decode_or_idle():
-            if self._rids != forward_batch.rids:
-                raise PicIntegrityError("the forward pass is not the one that was planned")
             self._arrange(forward_batch)
         if self._others is not None:
             super().init_forward_metadata(self._others)
@@ -93,7 +91,11 @@ class PicLinearBackend(MambaAttnBackendBase):
         slots = self.req_to_token_pool.get_mamba_indices(batch.req_pool_indices)
         slots = self._translate_mamba_indices(slots).tolist()
         linked, compiling, others, at = [], [], [], 0
-        rows = zip(self._plans, self._options, self._captures, strict=True)
+        plans, options_of, captures = (
+            by_row(self._rids, values, batch)
+            for values in (self._plans, self._options, self._captures)
+        )
+        rows = zip(plans, options_of, captures, strict=True)
         for i, (plan, options, capture) in enumerate(rows):
             where = (at, prefixes[i], extends[i], slots[i])
             if plan is not None and has_core(plan, prefixes[i], extends[i]):

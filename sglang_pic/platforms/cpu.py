@@ -9,13 +9,14 @@ SGLang finds it, serves on it and takes its defaults.
 from __future__ import annotations
 
 import os
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+from sglang_pic.platforms import unpinned
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -62,6 +63,9 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
             # For a float32 checkpoint "auto" means float16, in which most CPUs
             # compute a prompt some ten times slower.
             server_args.dtype = "float32"
+        if server_args.lora_backend == "csgmv":
+            # The default, of Triton kernels.
+            server_args.lora_backend = "torch_native"
         if server_args.max_total_tokens is None:
             # Otherwise the KV cache takes most of the machine's memory.
             server_args.max_total_tokens = DEFAULT_MAX_TOTAL_TOKENS
@@ -77,25 +81,12 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
         """States of hybrids may be kept on a grid of tokens, as page sizes above 1 need."""
         return True
 
+    def get_compile_backend(self, mode: str | None = None) -> str:
+        """How SGLang's small helpers are compiled: not at all. With the usual backend
+        the first request that needs one waits for a C++ compiler, and without one
+        it ends the scheduler."""
+        return "eager"
+
     def init_backend(self) -> None:
-        """Let models that ask torch for the current device module get the CPU's.
-
-        A CUDA build of torch answers ``torch.cuda`` even without a driver. SGLang
-        pins one mask of a hybrid's decode whatever the platform says; memory
-        that is used where it lies needs no pinning.
-        """
-        torch.get_device_module = get_device_module
-        torch.Tensor.pin_memory = pin_memory
-
-
-_torch_get_device_module = torch.get_device_module
-
-
-def get_device_module(device: torch.device | str | None = None) -> ModuleType:
-    """``torch.get_device_module``, except that no device means the CPU."""
-    return _torch_get_device_module("cpu" if device is None else device)
-
-
-def pin_memory(tensor: torch.Tensor, device: torch.device | str | None = None) -> torch.Tensor:
-    """``torch.Tensor.pin_memory`` where there is nothing to transfer to."""
-    return tensor
+        """Let code that was made for GPUs run: see ``unpinned``."""
+        unpinned.install()
