@@ -155,6 +155,14 @@ def abort_waiting(result: Any, manager: Any, rid: str = "", abort_all: bool = Fa
     funnel.abort_request(manager, rid, abort_all)
 
 
+def check_sent(sent: Any, manager: Any, *_: Any, **__: Any) -> None:
+    """After ``TokenizerManager._create_tokenized_object``: refuse what ends a scheduler."""
+    from sglang_pic.server import bounds, funnel
+
+    if funnel.is_enabled():
+        bounds.check_sent(sent, manager.model_config.vocab_size)
+
+
 def render_marked(original: Any, serving: Any, messages: Any, **kwargs: Any) -> Any:
     """Around ``OpenAIServingChat._render_and_encode_chat_template``."""
     from sglang_pic.server import chat
@@ -272,6 +280,13 @@ FRONT_HOOKS = (
         abort_waiting,
         ("self", "rid", "abort_all"),
         "while its segments compile a request is not with the scheduler, which would end it",
+    ),
+    Hook(
+        _SRT + "managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
+        HookType.AFTER,
+        check_sent,
+        ("self", "obj", "input_text", "input_ids"),
+        "every prompt of every endpoint passes here, complete as the scheduler will get it",
     ),
     Hook(
         _SRT + "entrypoints.openai.serving_chat.OpenAIServingChat._render_and_encode_chat_template",

@@ -25,6 +25,7 @@ from sglang_pic.link.policy import AUTO, floor_to
 from sglang_pic.request.base import LinkRequest
 from sglang_pic.server.answers import Answered, handed_back, samples_of, tidy, unmarked
 from sglang_pic.server.audit import Audit
+from sglang_pic.server.bounds import check_samples
 from sglang_pic.server.calibrate import Calibration
 from sglang_pic.server.canary import Canary, Model
 from sglang_pic.server.commands import command
@@ -64,6 +65,7 @@ def generate_request(
         return original(manager, obj, request)
     set_salt(obj)
     exchange = current.get()
+    check_samples(obj)
     attached = check_public(obj)
     pic = exchange.pic if exchange is not None else attached
     if pic is None:

@@ -1,0 +1,167 @@
+"""What is refused of any request, linked or not, because it ends SGLang's scheduler.
+
+The front of SGLang lets each of these through, and the scheduler, which serves
+everybody, dies of it. One entry a flaw: to be taken out when SGLang mends it, which
+``tests/test_bounds.py`` notices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+from sglang.srt.managers import io_struct
+from sglang.srt.managers.io_struct import GenerateReqInput, TokenizedGenerateReqInput
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from sglang_pic.errors import PicRequestError
+
+# Samples of one prompt. SGLang makes a request of each before it looks at any.
+MOST_SAMPLES = 16384
+# Below it logits, which are divided by it, overflow: no probabilities are left.
+LEAST_REPETITION_PENALTY = 1e-6
+# Of SGLang's sampling parameters, those that it computes itself. A client that sets
+# them switches off the normalisation that the scheduler relies on.
+COMPUTED = ("is_normalized", "stop_str_max_len", "stop_regex_max_len")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """One way to end a scheduler.
+
+    Attributes:
+        field: of the request.
+        problem: what is wrong with a request, if anything; takes what is sent to the
+            scheduler and the size of the vocabulary.
+        reason: what becomes of it there.
+    """
+
+    field: str
+    problem: Callable[[TokenizedGenerateReqInput, int], str | None]
+    reason: str
+
+
+def _token_ids(sent: TokenizedGenerateReqInput, vocabulary: int) -> str | None:
+    # The places of images and the like hold numbers of their own.
+    if not sent.input_ids or sent.mm_inputs is not None:
+        return None
+    ids = np.frombuffer(sent.input_ids, dtype=np.int64)
+    for id_ in (int(ids.min()), int(ids.max())):
+        if not 0 <= id_ < vocabulary:
+            return f"token {id_} is outside the vocabulary of {vocabulary}"
+    return None
+
+
+def _logprob_start(sent: TokenizedGenerateReqInput, vocabulary: int) -> str | None:
+    asked = sent.return_logprob and sent.logprob_start_len < -1
+    return f"must be at least -1, got {sent.logprob_start_len}" if asked else None
+
+
+def _top_logprobs(sent: TokenizedGenerateReqInput, vocabulary: int) -> str | None:
+    if not sent.return_logprob or 0 <= sent.top_logprobs_num <= vocabulary:
+        return None
+    return f"must be from 0 to {vocabulary}, the vocabulary, got {sent.top_logprobs_num}"
+
+
+def _stop_tokens(sent: TokenizedGenerateReqInput, vocabulary: int) -> str | None:
+    stops = sent.sampling_params.stop_token_ids or ()
+    wrong = next((id_ for id_ in stops if not 0 <= id_ < vocabulary), None)
+    if wrong is None:
+        return None
+    return f"token {wrong} is outside the vocabulary of {vocabulary}"
+
+
+def _logit_bias(sent: TokenizedGenerateReqInput, vocabulary: int) -> str | None:
+    for id_, bias in (sent.sampling_params.logit_bias or {}).items():
+        if isinstance(bias, (int, float)) and not abs(bias) <= np.finfo(np.float32).max:
+            return f"the bias of {id_} must be a finite number of 32 bits, got {bias}"
+    return None
+
+
+def _repetition(sent: TokenizedGenerateReqInput, vocabulary: int) -> str | None:
+    penalty = sent.sampling_params.repetition_penalty
+    if isinstance(penalty, bool) or penalty >= LEAST_REPETITION_PENALTY:
+        return None
+    return f"must be at least {LEAST_REPETITION_PENALTY}, got {penalty}"
+
+
+BOUNDS = (
+    Bound("input_ids", _token_ids, "an index outside the embedding"),
+    Bound("logprob_start_len", _logprob_start, "a slice of a negative length"),
+    Bound("top_logprobs_num", _top_logprobs, "more of the best than there are"),
+    Bound(
+        "sampling_params.stop_token_ids",
+        _stop_tokens,
+        "an index outside the logits, beside any request with `min_new_tokens`",
+    ),
+    Bound("sampling_params.logit_bias", _logit_bias, "probabilities that are no numbers"),
+    Bound("sampling_params.repetition_penalty", _repetition, "probabilities that are no numbers"),
+)
+
+
+def _field_at(error: str) -> str:
+    """The request's field that a message of msgspec's is about: ``... - at `$[8][6]` ``."""
+    found = re.search(r"`\$\[(\d+)\](?:\[(\d+)\])?", error)
+    if found is None:
+        return "request"
+    name = sent_fields[int(found[1]) - 1]  # in front of them stands the type's name
+    if name == "sampling_params" and found[2]:
+        return f"{name}.{SamplingParams.__struct_fields__[int(found[2])]}"
+    return name
+
+
+sent_fields = TokenizedGenerateReqInput.__struct_fields__
+
+
+def _check_readable(sent: TokenizedGenerateReqInput) -> None:
+    """The scheduler reads by type what it is sent, and ends at what it cannot read; the
+    front takes any JSON for a sampling parameter."""
+    # These are SGLang's own, and may be large.
+    bare = msgspec.structs.replace(sent, time_stats=None, mm_inputs=None)
+    try:
+        io_struct.msgpack_decode(io_struct.msgpack_encode(bare))
+    except (msgspec.ValidationError, OverflowError, TypeError, ValueError) as error:
+        raise PicRequestError(_field_at(str(error)), str(error).split(" - at")[0]) from error
+
+
+def check_samples(obj: GenerateReqInput) -> None:
+    """Refuse what must not reach SGLang's normalisation of a request.
+
+    Raises:
+        PicRequestError: naming the field.
+    """
+    params = obj.sampling_params
+    for one in params if isinstance(params, list) else [params]:
+        if not isinstance(one, dict):
+            continue
+        samples = one.get("n")
+        if isinstance(samples, int) and samples > MOST_SAMPLES:
+            raise PicRequestError(
+                "sampling_params.n", f"must be at most {MOST_SAMPLES}, got {samples}"
+            )
+        for name in COMPUTED:
+            if name in one:
+                raise PicRequestError(f"sampling_params.{name}", "is not for clients to set")
+
+
+def check_sent(sent: Any, vocabulary: int) -> None:
+    """Refuse what the scheduler would not survive.
+
+    Args:
+        sent: what SGLang's front has made of one prompt.
+        vocabulary: its size.
+
+    Raises:
+        PicRequestError: naming the field.
+    """
+    if not isinstance(sent, TokenizedGenerateReqInput):
+        return
+    _check_readable(sent)
+    for bound in BOUNDS:
+        problem = bound.problem(sent, vocabulary)
+        if problem is not None:
+            raise PicRequestError(bound.field, problem)
