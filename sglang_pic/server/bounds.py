@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -23,10 +24,12 @@ from sglang_pic.errors import PicRequestError
 # Samples of one prompt. SGLang makes a request of each before it looks at any.
 MOST_SAMPLES = 16384
 # Below it logits, which are divided by it, overflow: no probabilities are left.
-LEAST_REPETITION_PENALTY = 1e-6
+LEAST_REPETITION_PENALTY = 1e-20
 # Of SGLang's sampling parameters, those that it computes itself. A client that sets
 # them switches off the normalisation that the scheduler relies on.
 COMPUTED = ("is_normalized", "stop_str_max_len", "stop_regex_max_len")
+MOST_BIAS = float(np.finfo(np.float32).max)
+_NO_IDS = array("q")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +80,7 @@ def _stop_tokens(sent: TokenizedGenerateReqInput, vocabulary: int) -> str | None
 
 def _logit_bias(sent: TokenizedGenerateReqInput, vocabulary: int) -> str | None:
     for id_, bias in (sent.sampling_params.logit_bias or {}).items():
-        if isinstance(bias, (int, float)) and not abs(bias) <= np.finfo(np.float32).max:
+        if isinstance(bias, (int, float)) and not abs(bias) <= MOST_BIAS:
             return f"the bias of {id_} must be a finite number of 32 bits, got {bias}"
     return None
 
@@ -108,20 +111,18 @@ def _field_at(error: str) -> str:
     found = re.search(r"`\$\[(\d+)\](?:\[(\d+)\])?", error)
     if found is None:
         return "request"
-    name = sent_fields[int(found[1]) - 1]  # in front of them stands the type's name
+    # In front of the fields stands the type's name.
+    name = TokenizedGenerateReqInput.__struct_fields__[int(found[1]) - 1]
     if name == "sampling_params" and found[2]:
         return f"{name}.{SamplingParams.__struct_fields__[int(found[2])]}"
     return name
-
-
-sent_fields = TokenizedGenerateReqInput.__struct_fields__
 
 
 def _check_readable(sent: TokenizedGenerateReqInput) -> None:
     """The scheduler reads by type what it is sent, and ends at what it cannot read; the
     front takes any JSON for a sampling parameter."""
     # These are SGLang's own, and may be large.
-    bare = msgspec.structs.replace(sent, time_stats=None, mm_inputs=None)
+    bare = msgspec.structs.replace(sent, input_ids=_NO_IDS, time_stats=None, mm_inputs=None)
     try:
         io_struct.msgpack_decode(io_struct.msgpack_encode(bare))
     except (msgspec.ValidationError, OverflowError, TypeError, ValueError) as error:
