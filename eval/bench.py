@@ -57,6 +57,7 @@ class Bench:
             "dtype": "float32",
             "pool_tokens": self.pool,
             "start_s": {"stock": self.stock.start_s, "ours": self.ours.start_s},
+            "parts_of_ours": {"stock": self.stock.parts, "ours": self.ours.parts},
         }
 
     def tokens(self, rng: random.Random, count: int) -> list[int]:
@@ -117,6 +118,7 @@ def bench(
         )
         linking = stack.enter_context(serve(model, logs / "ours.log", *common, *ours))
         print(f"up after {stock.start_s:.0f} s and {linking.start_s:.0f} s", flush=True)
+        print(f"parts of ours in stock: {', '.join(stock.parts) or 'none'}", flush=True)
         yield Bench(
             model,
             name,

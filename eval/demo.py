@@ -177,7 +177,8 @@ def main() -> None:
         stock = stack.enter_context(
             serve(model, logs / "stock.log", *common, "--enable-cache-report", module=module)
         )
-        say(f"up after {stock.start_s:.0f} s; asking {len(ASKED)} questions on both")
+        say(f"up after {stock.start_s:.0f} s, with our {', '.join(stock.parts)}")
+        say(f"asking {len(ASKED)} questions on both; ours has {', '.join(ours.parts)}")
         rows = run(ours, stock)
     show(rows)
     if args.json:
@@ -187,6 +188,7 @@ def main() -> None:
             "documents": DOCUMENTS,
             "compile_context": OPENING,
             "start_s": {"ours": ours.start_s, "stock": stock.start_s},
+            "parts_of_ours": {"ours": ours.parts, "stock": stock.parts},
         }
         write_json(args.json, config, rows)
 

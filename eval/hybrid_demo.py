@@ -129,10 +129,17 @@ def main() -> None:
         module = "sglang.launch_server"
         stock = stack.enter_context(serve(model, logs / "stock.log", *common, module=module))
         say(f"up after {ours.start_s:.0f} s and {stock.start_s:.0f} s; asking")
+        say(f"plain SGLang has our {', '.join(stock.parts)}; ours {', '.join(ours.parts)}")
         rows = run(ours, stock)
     show(rows)
     if args.json:
-        config = {"segments": SEGMENTS, "segment_tokens": LENGTH, "seam": SEAM, "dtype": "float32"}
+        config = {
+            "segments": SEGMENTS,
+            "segment_tokens": LENGTH,
+            "seam": SEAM,
+            "dtype": "float32",
+            "parts_of_ours": {"ours": ours.parts, "stock": stock.parts},
+        }
         write_json(args.json, config, rows)
 
 

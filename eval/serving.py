@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -29,13 +30,14 @@ COMMON_ARGS = (
 
 @dataclasses.dataclass(frozen=True)
 class Server:
-    """A running server: its address, its log, how long it took to start, and the
-    process that the others are children of."""
+    """A running server: its address, its log, how long it took to start, the process
+    that the others are children of, and SGLang's list of plug-ins to load, if it has one."""
 
     url: str
     log: pathlib.Path
     start_s: float
     pid: int = 0
+    plugins: str | None = None
 
     def post(self, path: str, body: Any, *, timeout: float = 300) -> requests.Response:
         return requests.post(self.url + path, json=body, timeout=timeout)
@@ -73,6 +75,29 @@ class Server:
         if first is None or "error" in first[1]:
             raise RuntimeError(f"{self.url}: no token came: {first}")
         return first
+
+    @functools.cached_property
+    def parts(self) -> list[str]:
+        """Which parts of ours run in it; to be asked first while it runs.
+
+        Stock SGLang starts on a plain CPU on our platform, and a comparison with it
+        can't show what that does.
+        """
+        info = self.get("/server_info").json()
+        listed = None if self.plugins is None else self.plugins.split(",")
+        on_cpu = info["device"] == "cpu" and os.environ.get("SGLANG_USE_CPU_ENGINE") != "1"
+        platform = on_cpu and (listed is None or "sglang_pic_cpu" in listed)
+        plugin = listed is None or "sglang_pic" in listed
+        links = plugin and info["radix_cache_backend"] == "pic"
+        found = {
+            "platform": platform,
+            "hooks": plugin,
+            "linear kernels": plugin and platform,
+            "cache": links,
+            "attention": links,
+            "front": links,
+        }
+        return [name for name, runs in found.items() if runs]
 
     def forest(self) -> dict[str, Any]:
         """The forest of the one rank.
@@ -120,12 +145,13 @@ def serve(
     started = time.monotonic()
     # A test's interpreted kernels are its own.
     own = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    own.update(env or {})
     with log.open("wb") as out:
         process = subprocess.Popen(
             line,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env={**own, **(env or {})},
+            env=own,
             start_new_session=True,
         )
     url = f"http://127.0.0.1:{port}"
@@ -137,7 +163,8 @@ def serve(
             if process.poll() is not None or time.monotonic() - started > START_TIMEOUT_S:
                 raise RuntimeError(f"{line} did not start:\n{log.read_text()[-4000:]}")
             time.sleep(0.5)
-        yield Server(url, log, time.monotonic() - started, process.pid)
+        start_s = time.monotonic() - started
+        yield Server(url, log, start_s, process.pid, own.get("SGLANG_PLUGINS"))
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -65,9 +65,9 @@ def distributions(answer: dict[str, Any]) -> torch.Tensor:
     return torch.tensor([[value for value, *_ in row] for row in rows])
 
 
-def check_exact(answer: dict[str, Any], ids: list[int], n_new: int) -> None:
+def check_exact(answer: dict[str, Any], ids: list[int], n_new: int, of: Any = None) -> None:
     """The answer is the plain model's."""
-    expected = dense.full_logprobs(model(), ids, n_new)
+    expected = dense.full_logprobs(of or model(), ids, n_new)
     assert (distributions(answer) - expected.full_logprobs).abs().max() < TOLERANCE
 
 
@@ -81,9 +81,11 @@ def check_linked(
     n_new: int,
     policy: str = "seam",
     context: Sequence[int] = (),
+    of: Any = None,
 ) -> None:
     """The answer is the oracle's, and exactly the tokens of the formula were reused.
 
+    Of another model than ``model()`` where ``of`` is one.
     Along the server's own tokens, so that a near-tie ends no comparison; the
     greedy choice may differ from the oracle's by no more than the tolerance.
     """
@@ -98,7 +100,7 @@ def check_linked(
         assert segment["tokens_reused"] == len(core) or report["turn_tokens"]
     chosen = answer["output_ids"]
     expected = dense.linked_logprobs(
-        model(), ids, segments, min_segment=1, n_new=n_new, forced=chosen, **where
+        of or model(), ids, segments, min_segment=1, n_new=n_new, forced=chosen, **where
     ).full_logprobs
     worst = (distributions(answer) - expected).abs().max().item()
     assert worst < TOLERANCE, f"log-probabilities differ by {worst}"

@@ -89,7 +89,7 @@ def test_the_server_outlives_every_parameter(smollm: Server, marked: bool, strea
         else:
             request["text"] = document
         response = smollm.post("/generate", {**request, "stream": stream})
-        if stream and '"error"' in response.text or response.status_code == 400:
+        if response.status_code == 400 or (stream and '"error"' in response.text):
             refused.append(params)
         else:
             assert response.status_code == 200, (params, response.text)
@@ -109,10 +109,7 @@ def test_a_marked_beam_is_answered_as_stock_would(page1: Server) -> None:
     answer = page1.generate(**beam(prompt[0], 2), pic=marked, cache_salt=fresh_salt())
     assert answer["meta_info"]["pic"]["reason"] == "beam_search"
     assert answer["meta_info"]["pic"]["tokens_compiled"] == 0
-    found = [one["meta_info"]["beam_results"] for one in (plain, answer)] if (
-        "beam_results" in plain["meta_info"]
-    ) else [one["output_ids"] for one in (plain, answer)]
-    assert found[0] == found[1]
+    assert answer["output_ids"] == plain["output_ids"]
     wait_idle(page1)
 
 

@@ -90,3 +90,9 @@ def test_stock_ignores_pic_fields(stock: Server) -> None:
     assert answers[0]["output_ids"] == answers[1]["output_ids"]
     assert "pic" not in answers[0]["meta_info"]
     assert stock.get("/pic/info").status_code == 404
+
+
+def test_which_of_our_parts_stock_runs_on(page1: Server, stock: Server) -> None:
+    """So that a comparison says what it leaves out."""
+    assert stock.parts == ["platform", "hooks", "linear kernels"]
+    assert page1.parts == [*stock.parts, "cache", "attention", "front"]
