@@ -43,13 +43,13 @@ def test_every_output_that_a_request_can_ask_for_is_classified() -> None:
     asked = flags(field.name for field in dataclasses.fields(GenerateReqInput))
     of_req = flags(inspect.signature(Req).parameters)
     assert asked - of_req == OF_FRONT
-    assert set(state.ordered_flags(Req)) == {
+    assert set(state.ordered_flags()) == {
         "return_hidden_states",
         "return_routed_experts",
         "return_indexer_topk",
         "return_pooled_hidden_states",
     }
-    assert of_req - set(state.ordered_flags(Req)) == state.ORDERLESS
+    assert of_req - set(state.ordered_flags()) == state.ORDERLESS
     # What a request says by place, too: no other parameter is a list of numbers.
     lists = {
         name

@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from sglang.srt.managers.schedule_batch import Req
 
 from sglang_pic.forest.turns import Chain, Core
 from sglang_pic.link.plan import LinkPlan
 from sglang_pic.request.base import LinkRequest
-
-if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req
 
 # Why a request that was to be linked is answered exactly, beside ``unlinkable``.
 NO_ROOM = "no_room_to_relocate"
@@ -61,9 +59,9 @@ PLACES = ("multi_item_delimiter_indices", "token_indices_to_pool", "decision_lay
 
 
 @functools.cache
-def ordered_flags(request: type[Req]) -> tuple[str, ...]:
-    """Flags of SGLang's request class that ask for what is not known to be ``ORDERLESS``."""
-    names = inspect.signature(request).parameters
+def ordered_flags() -> tuple[str, ...]:
+    """Flags of SGLang's request that ask for what is not known to be ``ORDERLESS``."""
+    names = inspect.signature(Req).parameters
     return tuple(n for n in names if n.startswith("return_") and n not in ORDERLESS)
 
 
@@ -72,7 +70,7 @@ def asked_of_prompt(req: Req) -> str | None:
     in an order of its own, or ``None``."""
     if req.return_logprob and req.logprob_start_len not in (-1, len(req.origin_input_ids)):
         return "input_logprobs"
-    for name in ordered_flags(type(req)):
+    for name in ordered_flags():
         if getattr(req, name):
             return name.removeprefix("return_")
     return next((name for name in PLACES if getattr(req, name) is not None), None)

@@ -91,11 +91,12 @@ class PicLinearBackend(MambaAttnBackendBase):
         slots = self.req_to_token_pool.get_mamba_indices(batch.req_pool_indices)
         slots = self._translate_mamba_indices(slots).tolist()
         linked, compiling, others, at = [], [], [], 0
-        plans, options_of, captures = (
-            by_row(self._rids, values, batch)
-            for values in (self._plans, self._options, self._captures)
+        rows = zip(
+            by_row(self._rids, self._plans, batch),
+            by_row(self._rids, self._options, batch),
+            by_row(self._rids, self._captures, batch),
+            strict=True,
         )
-        rows = zip(plans, options_of, captures, strict=True)
         for i, (plan, options, capture) in enumerate(rows):
             where = (at, prefixes[i], extends[i], slots[i])
             if plan is not None and has_core(plan, prefixes[i], extends[i]):
