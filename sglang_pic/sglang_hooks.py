@@ -28,6 +28,7 @@ from sglang_pic.sglang_contract import SGLANG_VERSION, check_contract, check_sha
 
 CACHE_BACKEND = "pic"
 _SRT = "sglang.srt."
+_CHAT = _SRT + "entrypoints.openai.serving_chat.OpenAIServingChat."
 
 # -- what the hooks do ------------------------------------------------------------
 
@@ -163,11 +164,18 @@ def check_sent(sent: Any, manager: Any, *_: Any, **__: Any) -> None:
         bounds.check_sent(sent, manager.model_config.vocab_size)
 
 
-def render_marked(original: Any, serving: Any, messages: Any, **kwargs: Any) -> Any:
-    """Around ``OpenAIServingChat._render_and_encode_chat_template``."""
+def convert_chat(original: Any, serving: Any, request: Any, raw_request: Any = None) -> Any:
+    """Around ``OpenAIServingChat._convert_to_internal_request``."""
     from sglang_pic.server import chat
 
-    return chat.render_marked(original, serving, messages, **kwargs)
+    return chat.convert(original, serving, request, raw_request)
+
+
+def build_chat(original: Any, serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around what makes a prompt of chat messages."""
+    from sglang_pic.server import chat
+
+    return chat.build(original, serving, request, *args, **kwargs)
 
 
 def install_http(server_args: Any, *_: Any, **__: Any) -> None:
@@ -289,11 +297,24 @@ FRONT_HOOKS = (
         "every prompt of every endpoint passes here, complete as the scheduler will get it",
     ),
     Hook(
-        _SRT + "entrypoints.openai.serving_chat.OpenAIServingChat._render_and_encode_chat_template",
+        _CHAT + "_convert_to_internal_request",
         HookType.AROUND,
-        render_marked,
-        ("self", "messages", "tools", "template_kwargs", "encode_kwargs", "use_cache"),
-        "the rendered text exists only here, between template and tokenizer",
+        convert_chat,
+        ("self", "request", "raw_request"),
+        "SGLang makes chat prompts in a worker thread, without the request's context",
+    ),
+    *(
+        Hook(
+            _CHAT + name,
+            HookType.AROUND,
+            build_chat,
+            ("self", "request", *parameters, "is_multimodal"),
+            "the text of a chat prompt exists only here, between messages and tokenizer",
+        )
+        for name, parameters in (
+            ("_apply_jinja_template", ("tools",)),
+            ("_apply_conversation_template", ()),
+        )
     ),
     Hook(
         _SRT + "entrypoints.http_server._setup_and_run_http_server",

@@ -51,12 +51,9 @@ def pic_segment(text: str) -> SglExprList:
 
     Raises:
         TypeError: ``text`` is not a string.
-        ValueError: ``text`` is empty.
     """
     if not isinstance(text, str):
         raise TypeError(f"a segment is a string, got {type(text).__name__}")
-    if not text:
-        raise ValueError("a segment must not be empty")
     return SglExprList([_Mark(text), SglConstantText(text)])
 
 
@@ -74,7 +71,7 @@ def segment_ranges(state: Any) -> list[tuple[int, int]]:
 
     Returns:
         Half-open ranges [start, end) in characters (Unicode code points) of
-        ``text_``, sorted, disjoint, not empty.
+        ``text_``, sorted and disjoint; of an empty segment, empty.
     """
     executor = getattr(state, "stream_executor", None)
     if executor is None:
@@ -89,7 +86,7 @@ def segment_ranges(state: Any) -> list[tuple[int, int]]:
             continue
         _, _, length, digest = name.split(":")
         end = start + int(length)
-        if _digest(text[start:end]) == digest:
+        if end <= len(text) and _digest(text[start:end]) == digest:
             found.add((start, end))
     ranges: list[tuple[int, int]] = []
     for start, end in sorted(found):

@@ -25,6 +25,7 @@ PARTLY_EVICTED = "partly_evicted"
 NO_STATE = "state_not_held"
 POLICY_FULL = "policy_full"
 NOT_LINKED = "request_not_linked"
+EMPTY = "empty"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +91,8 @@ class Found:
 
 
 def _why(found: Found, options: LinkOptions, reason: str | None, linked: int, total: int) -> str:
+    if found.start == found.end:
+        return EMPTY
     if reason is not None:
         return NOT_LINKED
     if found.id is None:

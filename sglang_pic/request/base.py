@@ -12,7 +12,7 @@ OPENING = -1
 
 @dataclasses.dataclass(frozen=True)
 class TokenSpan:
-    """Half-open range of token indices ``[start, end)``, never empty."""
+    """Half-open range of token indices ``[start, end)``; of an empty segment, empty."""
 
     start: int
     end: int

@@ -53,13 +53,14 @@ class PicFields:
     """A validated ``pic`` object.
 
     ``ranges`` are in the unit of the prompt (tokens or characters); they are
-    sorted, disjoint and not empty, but not yet checked against its length.
-    ``text`` is the prompt when it was given as ``parts``.
+    sorted and disjoint, but not yet checked against its length.
+    ``tokenize`` is ``None`` where the request names no rule. ``text`` is the prompt
+    when it was given as ``parts``.
     """
 
     ranges: tuple[TokenSpan, ...]
     options: LinkOptions
-    tokenize: str = "pieces"
+    tokenize: str | None = None
     text: str | None = None
 
 
@@ -87,10 +88,8 @@ def _ranges(segments: Any) -> tuple[TokenSpan, ...]:
         start, end = item["start"], item["end"]
         if start < 0:
             raise PicRequestError(f"{field}.start", f"must be at least 0, got {start}")
-        if end <= start:
-            raise PicRequestError(
-                f"{field}.end", f"the segment is empty or reversed: [{start}, {end})"
-            )
+        if end < start:
+            raise PicRequestError(f"{field}.end", f"the segment is reversed: [{start}, {end})")
         if ranges and start < ranges[-1].end:
             raise PicRequestError(
                 f"{field}.start",
@@ -105,7 +104,7 @@ def join_parts(parts: Any) -> tuple[str, tuple[TokenSpan, ...]]:
     """Concatenate ``parts`` and return the text and the marked character ranges.
 
     Raises:
-        PicRequestError: naming the part that is malformed or empty.
+        PicRequestError: naming the part that is malformed.
     """
     if not isinstance(parts, list) or not parts:
         raise PicRequestError("pic.parts", "must be a non-empty list")
@@ -122,8 +121,6 @@ def join_parts(parts: Any) -> tuple[str, tuple[TokenSpan, ...]]:
                 f"pic.parts[{i}]", f"must be a string or {{'segment': string}}, got {part!r:.80}"
             )
         if marked:
-            if not text:
-                raise PicRequestError(f"pic.parts[{i}].segment", "must not be empty")
             segments.append({"start": length, "end": length + len(text)})
         pieces.append(text)
         length += len(text)
@@ -184,7 +181,9 @@ def parse_fields(pic: Any, defaults: LinkOptions) -> PicFields:
             if pic.get("ablation") is None
             else _choice(pic["ablation"], "ablation", ABLATIONS),
         ),
-        tokenize=_choice(pic.get("tokenize", "pieces"), "tokenize", TOKENIZE_RULES),
+        tokenize=None
+        if pic.get("tokenize") is None
+        else _choice(pic["tokenize"], "tokenize", TOKENIZE_RULES),
         text=text,
     )
 

@@ -2,27 +2,67 @@
 
 Two rules at the edges of a segment:
 
-``pieces`` (default): every segment, and every stretch of text between them, is
-    tokenised alone. A segment's ids never depend on its neighbours, so it is
-    found again anywhere; a prompt may get a few tokens more than stock would
-    give it.
+``pieces``: every segment, and every stretch of text between them, is tokenised
+    alone. A segment's ids never depend on its neighbours, so it is found again
+    anywhere; a prompt may get a few tokens more than stock would give it.
 ``whole``: the prompt is tokenised once, as stock does, and a segment is the
     tokens that lie entirely inside its characters. The prompt is stock's, token
     for token; a token that straddles an edge belongs to no segment, and the
     same document may tokenise differently behind other text.
+
+Which one is usual depends on the tokenizer (``usual_rule``).
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from sglang_pic.errors import PicRequestError
 from sglang_pic.request.base import TokenSpan
 
+PIECES, WHOLE = "pieces", "whole"
+
+# Cut where words begin with and without a space, and at a line's end.
+_PROBE = ("See:", " the tower", "stands\n", "\n", "31 metres", "tall.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Which rule requests get that name none, and why."""
+
+    rule: str
+    why: str
+
+
+def usual_rule(tokenizer: Any) -> Rule:
+    """``pieces``, unless pieces that are tokenised alone spell another text, as with
+    tokenizers that put a space in front of whatever they are given.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer; ``None`` on a server that has none.
+    """
+    if tokenizer is None:
+        return Rule(PIECES, "this server has no tokenizer: prompts are token ids")
+    pieces = [i for text in _PROBE for i in _ids(tokenizer, text)]
+    if tokenizer.decode(pieces) == tokenizer.decode(_ids(tokenizer, "".join(_PROBE))):
+        return Rule(PIECES, "pieces that are tokenised alone spell the text")
+    return Rule(WHOLE, "this tokenizer changes a text that is tokenised in pieces")
+
+
+def is_fast(tokenizer: Any) -> bool:
+    """Whether it knows where in a text its tokens lie."""
+    return getattr(tokenizer, "is_fast", False)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
 
 def _special_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Special tokens that the tokenizer puts before and behind a text."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    bare = _ids(tokenizer, "a")
     framed = tokenizer("a", add_special_tokens=True)["input_ids"]
     for i in range(len(framed) - len(bare) + 1):
         if framed[i : i + len(bare)] == bare:
@@ -31,34 +71,32 @@ def _special_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _encode_pieces(
-    tokenizer: Any, text: str, ranges: tuple[TokenSpan, ...], add_special_tokens: bool
-) -> tuple[list[int], tuple[TokenSpan, ...]]:
+    tokenizer: Any, text: str, ranges: Sequence[TokenSpan], add_special_tokens: bool
+) -> tuple[list[int], list[TokenSpan]]:
     before, behind = _special_frame(tokenizer) if add_special_tokens else ([], [])
     ids = list(before)
     spans = []
     at = 0
     for chars in ranges:
         if at < chars.start:
-            ids += tokenizer(text[at : chars.start], add_special_tokens=False)["input_ids"]
+            ids += _ids(tokenizer, text[at : chars.start])
         start = len(ids)
-        ids += tokenizer(text[chars.start : chars.end], add_special_tokens=False)["input_ids"]
+        ids += _ids(tokenizer, text[chars.start : chars.end])
         spans.append(TokenSpan(start, len(ids)))
         at = chars.end
     if at < len(text):
-        ids += tokenizer(text[at:], add_special_tokens=False)["input_ids"]
-    return ids + behind, tuple(spans)
+        ids += _ids(tokenizer, text[at:])
+    return ids + behind, spans
 
 
 def _encode_whole(
-    tokenizer: Any, text: str, ranges: tuple[TokenSpan, ...], add_special_tokens: bool
-) -> tuple[list[int], tuple[TokenSpan, ...]]:
-    if not getattr(tokenizer, "is_fast", False):
-        raise PicRequestError("pic.tokenize", "'whole' needs a fast tokenizer, which maps offsets")
+    tokenizer: Any, text: str, ranges: Sequence[TokenSpan], add_special_tokens: bool
+) -> tuple[list[int], list[TokenSpan]]:
     encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
     offsets = encoded["offset_mapping"]
     spans = []
     token = 0
-    for i, chars in enumerate(ranges):
+    for chars in ranges:
         # Special tokens map to (0, 0): an empty range is inside no segment.
         while token < len(offsets) and (
             offsets[token][0] < chars.start or offsets[token][0] == offsets[token][1]
@@ -67,10 +105,23 @@ def _encode_whole(
         start = token
         while token < len(offsets) and offsets[token][1] <= chars.end:
             token += 1
-        if token == start:
-            raise PicRequestError(f"pic.segments[{i}]", "no whole token lies inside this segment")
         spans.append(TokenSpan(start, token))
-    return encoded["input_ids"], tuple(spans)
+    return encoded["input_ids"], spans
+
+
+def _with_empty(ranges: Sequence[TokenSpan], spans: Sequence[TokenSpan]) -> list[TokenSpan]:
+    """Spans of all ranges, given those of the ranges that are not empty.
+
+    An empty one stands at the end of the one before it; it cuts no text in two.
+    """
+    found = iter(spans)
+    at = spans[0].start if spans else 0
+    placed = []
+    for chars in ranges:
+        span = next(found) if chars.start < chars.end else TokenSpan(at, at)
+        placed.append(span)
+        at = span.end
+    return placed
 
 
 def check_tokenizer(tokenizer: Any) -> None:
@@ -82,7 +133,7 @@ def check_tokenizer(tokenizer: Any) -> None:
 def encode_marked(
     tokenizer: Any,
     text: str,
-    ranges: tuple[TokenSpan, ...],
+    ranges: Sequence[TokenSpan],
     *,
     rule: str,
     add_special_tokens: bool = True,
@@ -92,17 +143,26 @@ def encode_marked(
     Args:
         tokenizer: a Hugging Face tokenizer; ``None`` on a server that has none.
         text: the prompt, without any marker.
-        ranges: character ranges, sorted, disjoint, not empty, inside the text.
+        ranges: character ranges, sorted, disjoint, inside the text.
         rule: ``pieces`` or ``whole``.
         add_special_tokens: frame the prompt as the tokenizer usually does (BOS).
 
     Returns:
-        Token ids and one token span a range.
+        Token ids and one token span a range, empty for a range that is empty or
+        holds no whole token.
 
     Raises:
-        PicRequestError: the rule cannot be followed for this text, or there is no
-            tokenizer.
+        PicRequestError: the tokenizer cannot follow the rule, or there is none.
     """
     check_tokenizer(tokenizer)
-    encode = _encode_pieces if rule == "pieces" else _encode_whole
-    return encode(tokenizer, text, ranges, add_special_tokens)
+    solid = [chars for chars in ranges if chars.start < chars.end]
+    spans: list[TokenSpan] = []
+    if not solid:
+        ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+    elif rule == PIECES:
+        ids, spans = _encode_pieces(tokenizer, text, solid, add_special_tokens)
+    elif is_fast(tokenizer):
+        ids, spans = _encode_whole(tokenizer, text, solid, add_special_tokens)
+    else:
+        raise PicRequestError("pic.tokenize", "'whole' needs a fast tokenizer, which maps offsets")
+    return ids, tuple(_with_empty(ranges, spans))

@@ -1,55 +1,172 @@
-"""Segments through SGLang's own chat template."""
+"""Segments through SGLang's own chat serving, however it builds the prompt.
+
+The prompt is built twice over a stand-in for the tokenizer (``server.texts``): from
+the messages as they are, which is the prompt, and from a copy with signs around the
+marked texts. If the copy, its signs cut out, is the same text, and every marked text
+stands in it unchanged, they are segments; else the request is refused.
+"""
 
 from __future__ import annotations
 
+import collections
+import copy
 from collections.abc import Callable
 from typing import Any
 
+from pydantic import TypeAdapter
+from sglang.srt.entrypoints.openai.protocol import ChatCompletionMessageParam
+
 from sglang_pic.errors import PicRequestError
+from sglang_pic.request.base import TokenSpan
 from sglang_pic.request.fields import MAX_SEGMENTS, check_length
-from sglang_pic.request.tokenize import encode_marked
-from sglang_pic.server.exchange import of_messages
+from sglang_pic.server.exchange import current, entered
+from sglang_pic.server.funnel import funnel_of
+from sglang_pic.server.marks import Mark, Marks
+from sglang_pic.server.texts import CANNOT, Piece, Texts
+
+_messages = TypeAdapter(list[ChatCompletionMessageParam])
+
+# Of each piece of a prompt, the marked texts in it: number and character range.
+Found = list[list[tuple[int, TokenSpan]]]
 
 
-def render_marked(
-    original: Callable[..., Any],
-    serving: Any,
-    messages: list[dict[str, Any]],
-    **kwargs: Any,
-) -> tuple[list[int], str | None]:
-    """Around ``OpenAIServingChat._render_and_encode_chat_template``.
+def convert(
+    original: Callable[..., Any], serving: Any, request: Any, raw_request: Any = None
+) -> Any:
+    """Around ``OpenAIServingChat._convert_to_internal_request``, which SGLang calls in
+    a worker thread: makes the exchange known there."""
+    with entered(raw_request):
+        return original(serving, request, raw_request)
 
-    Renders twice, with and without marks. Only if the marked text, its marks
-    cut out, is the unmarked one, is it tokenised by segment: a template that
-    reads its content is never misled by a mark.
-    """
-    exchange = of_messages(messages)
+
+class _Manager:
+    """SGLang's tokenizer manager with another tokenizer."""
+
+    def __init__(self, manager: Any, tokenizer: Any):
+        self._manager = manager
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._manager, name)
+
+
+def build(
+    original: Callable[..., Any], serving: Any, request: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Around SGLang's two ways to make a prompt of messages,
+    ``OpenAIServingChat._apply_jinja_template`` and ``_apply_conversation_template``."""
+    exchange = current.get()
     if exchange is None or exchange.marks is None:
-        return original(serving, messages, **kwargs)
-    if kwargs["use_cache"] or serving._prompt_text_round_trip_is_lossy:
-        raise PicRequestError("messages", "this model's chat encoding cannot carry segments")
-    tokenizer = serving.tokenizer_manager.tokenizer
-
-    def render(messages: list[dict[str, Any]]) -> str:
-        return tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=kwargs.get("add_generation_prompt", True),
-            tools=kwargs["tools"],
-            return_dict=False,
-            **kwargs["template_kwargs"],
-        )
-
+        return original(serving, request, *args, **kwargs)
+    if (
+        serving.chat_encoding_spec not in (None, "dsv32")
+        or serving._prompt_text_round_trip_is_lossy
+    ):
+        raise PicRequestError("messages", CANNOT)
     marks = exchange.marks
-    text, ranges = marks.cut(render(messages))
-    if text != render(marks.strip(messages)):
-        raise PicRequestError("messages", "the chat template alters a marked part")
-    check_length(text, serving.tokenizer_manager.model_config.context_len, "messages")
-    if len(ranges) > MAX_SEGMENTS:
+    manager = serving.tokenizer_manager
+    texts = Texts(manager.tokenizer)
+
+    def make(asked: Any) -> Any:
+        shadow = copy.copy(serving)
+        shadow.tokenizer_manager = _Manager(manager, texts)
+        shadow._chat_template_cache = collections.OrderedDict()
+        return original(shadow, asked, *args, **kwargs)
+
+    def signed(count: int) -> list[Piece]:
+        twin = exchange.twin
+        written = marks.written(request, count).messages if twin is None else twin(count)
+        asked = request.model_copy(update={"messages": _messages.validate_python(written)})
+        try:
+            return texts.pieces(make(asked).prompt_ids)
+        except Exception:
+            return []  # the signs have caused it: without them there was a prompt
+
+    result = make(request)
+    if result.image_data or result.video_data or result.audio_data:
+        raise PicRequestError("messages", "images, audio and video leave no room for segments")
+    pieces = texts.pieces(result.prompt_ids)
+    text = "".join(piece.text for piece in pieces)
+    check_length(text, manager.model_config.context_len, "messages")
+    ranges = locate(marks, pieces, signed)
+    exchange.ids, exchange.spans = funnel_of(manager).resolver.chat(pieces, ranges, exchange.pic)
+    result.prompt_ids = list(exchange.ids)
+    return result
+
+
+def locate(
+    marks: Marks, pieces: list[Piece], signed: Callable[[int], list[Piece]]
+) -> list[list[TokenSpan]]:
+    """Where the marked texts stand in a prompt: character ranges in each of its pieces,
+    empty ones behind the text that was marked before.
+
+    Args:
+        marks: of its messages.
+        pieces: the prompt.
+        signed: makes it of messages with signs around the first so many of the marks.
+
+    Raises:
+        PicRequestError: the prompt does not hold each of them unchanged.
+    """
+    found = _compare(marks, pieces, signed(len(marks.all)))
+    if found is None:
+        raise PicRequestError(
+            _first_altered(marks, pieces, signed).field,
+            "the chat template reads, alters or breaks up this text: it cannot be a segment",
+        )
+    for piece, of in zip(pieces, found, strict=True):
+        for number, span in of:
+            mark = marks.all[number]
+            if piece.text[span.start : span.end] != mark.core:
+                raise PicRequestError(mark.field, "the chat template alters this text")
+    seen = {number for of in found for number, _ in of}
+    for number, mark in enumerate(marks.all):
+        if mark.core and number not in seen:
+            raise PicRequestError(mark.field, "the chat template leaves this text out")
+    if sum(map(len, found)) > MAX_SEGMENTS:
         raise PicRequestError("messages", f"at most {MAX_SEGMENTS} segments a request")
-    rule = exchange.pic.get("tokenize", "pieces")
-    special = kwargs["encode_kwargs"].get("add_special_tokens", True)
-    exchange.ids, exchange.spans = encode_marked(
-        tokenizer, text, ranges, rule=rule, add_special_tokens=special
-    )
-    return list(exchange.ids), None
+    return _with_empty(marks, found)
+
+
+def _with_empty(marks: Marks, found: Found) -> list[list[TokenSpan]]:
+    behind: dict[int, int] = {}  # empty texts, by the one before them that is not
+    number = -1
+    for i, mark in enumerate(marks.all):
+        if mark.core:
+            number = i
+        else:
+            behind[number] = behind.get(number, 0) + 1
+    last = {number: (i, j) for i, of in enumerate(found) for j, (number, _) in enumerate(of)}
+    ranges: list[list[TokenSpan]] = [[] for _ in found]
+    ranges[0] += [TokenSpan(0, 0)] * behind.get(-1, 0)
+    for i, of in enumerate(found):
+        for j, (number, span) in enumerate(of):
+            ranges[i].append(span)
+            if last[number] == (i, j):
+                ranges[i] += [TokenSpan(span.end, span.end)] * behind.get(number, 0)
+    return ranges
+
+
+def _compare(marks: Marks, pieces: list[Piece], signed: list[Piece]) -> Found | None:
+    """What is found in a prompt with signs; ``None`` if it is not the prompt."""
+    if len(signed) != len(pieces):
+        return None
+    found = []
+    for with_signs, piece in zip(signed, pieces, strict=True):
+        text, spans = marks.cut(with_signs.text) or (None, [])
+        if text != piece.text:
+            return None
+        found.append(spans)
+    return found
+
+
+def _first_altered(marks: Marks, pieces: list[Piece], signed: Callable[[int], list[Piece]]) -> Mark:
+    """A mark with which the prompt becomes another, though not yet without it."""
+    good, bad = 0, len(marks.all)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        if _compare(marks, pieces, signed(middle)) is None:
+            bad = middle
+        else:
+            good = middle
+    return marks.all[bad - 1]

@@ -2,8 +2,9 @@
 
 SGLang's OpenAI endpoints have no field for a plug-in. The middleware and the
 code around ``TokenizerManager.generate_request`` run in one asyncio context,
-so a context variable connects them. Chat templates are rendered in a worker
-thread without that context; there the marks in the messages tell whose they are.
+so a context variable connects them. Chat prompts are made in a worker thread
+without that context; SGLang hands it the HTTP request, whose scope has the
+exchange too.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sglang_pic.request.base import TokenSpan
-from sglang_pic.server.marks import ChatMarks, find_open
+from sglang_pic.server.marks import Marks
+
+_SCOPE = "sglang_pic.exchange"
 
 
 @dataclasses.dataclass
@@ -24,40 +27,42 @@ class Exchange:
 
     Attributes:
         pic: the raw ``pic`` object, or a list of them for a batch.
-        marks: for chat, the marks that its text carries.
-        ids, spans: for chat, the prompt as the template rendered it.
+        marks: for chat, its marked texts.
+        twin: makes chat messages with signs around the first so many of the marks
+            (``Marks.written``), for endpoints whose body is not ``messages`` as the
+            chat endpoint has them.
+        ids, spans: for chat, the prompt, once it is made.
         report: the exactness report, once the first output is there.
     """
 
     pic: Any
-    marks: ChatMarks | None = None
+    marks: Marks | None = None
+    twin: Callable[[int], Sequence[Any]] | None = None
     ids: list[int] | None = None
     spans: tuple[TokenSpan, ...] = ()
     report: Any = None
 
 
-_rendering: dict[str, Exchange] = {}
+@contextlib.contextmanager
+def carry(exchange: Exchange, scope: Any = None) -> Iterator[Any]:
+    """Make the exchange known to all code that serves the request, whose ASGI scope
+    is to be the one that this gives."""
+    token = current.set(exchange)
+    try:
+        yield {**(scope or {}), _SCOPE: exchange}
+    finally:
+        current.reset(token)
 
 
 @contextlib.contextmanager
-def carry(exchange: Exchange) -> Iterator[None]:
-    """Make the exchange known to all code that serves the request."""
-    token = current.set(exchange)
-    marks = exchange.marks
-    if marks is not None:
-        _rendering[marks.open] = exchange
+def entered(raw_request: Any) -> Iterator[None]:
+    """Make it known in a thread that has nothing but SGLang's HTTP request."""
+    scope = getattr(raw_request, "scope", {})
+    token = current.set(scope.get(_SCOPE, current.get()))
     try:
         yield
     finally:
         current.reset(token)
-        if marks is not None:
-            del _rendering[marks.open]
-
-
-def of_messages(messages: Any) -> Exchange | None:
-    """The exchange whose marks these chat messages carry."""
-    found = find_open(messages) if _rendering else None
-    return _rendering.get(found) if found is not None else None
 
 
 current: contextvars.ContextVar[Exchange | None] = contextvars.ContextVar(

@@ -1,9 +1,10 @@
-"""Marks around a segment's text, for the time it spends in a chat template.
+"""Marked texts of a chat request, and how they are found in a rendered prompt.
 
-A mark is plain ASCII with 128 random bits of this request, so that no user
-text can hold one, no template escapes one, and none can survive: what a
-template renders is searched for them, and they are cut out before anything is
-tokenised.
+A mark is remembered by its place in the request's body; what SGLang handles is
+never marked. Only a copy of the messages is rendered with a sign before and
+behind every marked text, beside the rendering that counts (``server.chat``).
+The copy's text is compared, searched for the signs and thrown away. A sign
+holds 128 random bits that are made after the request has come.
 """
 
 from __future__ import annotations
@@ -11,146 +12,198 @@ from __future__ import annotations
 import dataclasses
 import re
 import secrets
+from collections.abc import Collection, Sequence
 from typing import Any
+
+from pydantic import BaseModel
 
 from sglang_pic.errors import PicRequestError
 from sglang_pic.request.base import TokenSpan
+from sglang_pic.request.fields import MAX_SEGMENTS
 
-_OPEN, _CLOSE = "PICOPEN", "PICCLOSE"
-_ANY_OPEN = re.compile(_OPEN + "[0-9a-f]{32}")
-
-
-def find_open(value: Any) -> str | None:
-    """The first opening mark in the strings of a JSON value, or ``None``."""
-    if isinstance(value, str):
-        found = _ANY_OPEN.search(value)
-        return found.group() if found else None
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next((mark for mark in map(find_open, inner) if mark is not None), None)
+Path = tuple[str | int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class ChatMarks:
-    """The opening and closing mark of one request."""
+class Mark:
+    """One marked text.
 
-    open: str
-    close: str
+    Attributes:
+        path: its place in the body, ``("messages", 3, "content", 1, "text")``.
+        text: as the client sent it.
+    """
 
-    @classmethod
-    def fresh(cls) -> ChatMarks:
-        nonce = secrets.token_hex(16)
-        return cls(_OPEN + nonce, _CLOSE + nonce)
+    path: Path
+    text: str
 
-    def wrap(self, text: str) -> str:
-        """Mark a text inside its surrounding white space, which templates may trim."""
-        body = text.strip()
-        at = text.index(body)
-        return f"{text[:at]}{self.open}{body}{self.close}{text[at + len(body) :]}"
+    @property
+    def field(self) -> str:
+        """The place as errors name it: ``messages[3].content[1].text``."""
+        steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in self.path)
+        return "".join(steps).removeprefix(".")
 
-    def strip(self, value: Any) -> Any:
-        """A copy of a JSON value without any mark in its strings."""
-        if isinstance(value, str):
-            return value.replace(self.open, "").replace(self.close, "")
-        if isinstance(value, list):
-            return [self.strip(item) for item in value]
-        if isinstance(value, dict):
-            return {key: self.strip(item) for key, item in value.items()}
-        return value
+    @property
+    def core(self) -> str:
+        """The segment: the text without surrounding white space, which templates trim."""
+        return self.text.strip()
 
-    def cut(self, text: str) -> tuple[str, tuple[TokenSpan, ...]]:
-        """Remove the marks; return the text and the character ranges they held.
+
+class Marks:
+    """The marked texts of one request, in the order of its body.
+
+    Args:
+        marks: at least one.
+
+    Raises:
+        PicRequestError: there are too many.
+    """
+
+    def __init__(self, marks: Sequence[Mark]):
+        if len(marks) > MAX_SEGMENTS:
+            raise PicRequestError(
+                marks[MAX_SEGMENTS].field, f"at most {MAX_SEGMENTS} segments a request"
+            )
+        self.all = tuple(marks)
+        self._nonce = secrets.token_hex(16)
+        self._sign = re.compile(f"PIC(OPEN|CLOSE){self._nonce}([0-9a-f]{{4}})")
+
+    def written(self, body: Any, count: int | None = None) -> Any:
+        """A copy of the body with signs around the first ``count`` marked texts that
+        are not empty; by default around all.
+
+        Args:
+            body: a model of SGLang's, or plain JSON; shared with the copy where
+                nothing is marked.
 
         Raises:
-            PicRequestError: the template broke the marks up or reordered them.
+            PicRequestError: a text is not where the client sent it.
+        """
+        marks = [(i, mark) for i, mark in enumerate(self.all[:count]) if mark.core]
+        return self._write(body, marks, 0) if marks else body
+
+    def _write(self, value: Any, marks: Sequence[tuple[int, Mark]], depth: int) -> Any:
+        i, first = marks[0]
+        if len(first.path) == depth:
+            if value != first.text:
+                raise PicRequestError(first.field, "was changed before the chat template saw it")
+            at = value.index(first.core)
+            end = at + len(first.core)
+            opening, closing = (f"PIC{kind}{self._nonce}{i:04x}" for kind in ("OPEN", "CLOSE"))
+            return f"{value[:at]}{opening}{value[at:end]}{closing}{value[end:]}"
+        inside: dict[str | int, list[tuple[int, Mark]]] = {}
+        for i, mark in marks:
+            inside.setdefault(mark.path[depth], []).append((i, mark))
+        new = {step: self._write(_at(value, step), of, depth + 1) for step, of in inside.items()}
+        if isinstance(value, BaseModel):
+            return value.model_copy(update={str(step): text for step, text in new.items()})
+        if isinstance(value, dict):
+            return {**value, **new}
+        return [new.get(i, item) for i, item in enumerate(value)]
+
+    def cut(self, text: str) -> tuple[str, list[tuple[int, TokenSpan]]] | None:
+        """Remove the signs.
+
+        Returns:
+            The text, and the number and character range of every marked text in it;
+            ``None`` if the signs are not pairs that stand one behind the other.
         """
         pieces: list[str] = []
-        ranges: list[TokenSpan] = []
-        start: int | None = None
+        found: list[tuple[int, TokenSpan]] = []
+        open_at: tuple[str, int] | None = None
         at = length = 0
-        for found in re.finditer(f"{self.open}|{self.close}", text):
-            piece = text[at : found.start()]
-            pieces.append(piece)
-            length += len(piece)
-            at = found.end()
-            opens = found.group() == self.open
-            if opens != (start is None):
-                raise PicRequestError("messages", "the chat template broke up a marked part")
-            if opens:
-                start = length
+        for sign in self._sign.finditer(text):
+            pieces.append(text[at : sign.start()])
+            length += sign.start() - at
+            at = sign.end()
+            kind, number = sign.groups()
+            if kind == "OPEN" and open_at is None:
+                open_at = number, length
+            elif kind == "CLOSE" and open_at is not None and open_at[0] == number:
+                found.append((int(number, 16), TokenSpan(open_at[1], length)))
+                open_at = None
             else:
-                assert start is not None
-                if length > start:
-                    ranges.append(TokenSpan(start, length))
-                start = None
-        if start is not None:
-            raise PicRequestError("messages", "the chat template broke up a marked part")
-        pieces.append(text[at:])
-        return "".join(pieces), tuple(ranges)
+                return None
+        if open_at is not None:
+            return None
+        return "".join([*pieces, text[at:]]), found
 
 
-def _wrap_text(text: Any, field: str, marks: ChatMarks) -> str:
+def _at(value: Any, step: str | int) -> Any:
+    try:
+        return getattr(value, str(step)) if isinstance(value, BaseModel) else value[step]
+    except (AttributeError, LookupError, TypeError):
+        return None
+
+
+# -- reading a body -------------------------------------------------------------------
+
+
+def _flag(holder: dict[str, Any], path: Path) -> bool:
+    value = holder.pop("pic_segment", None)
+    if value is not None and not isinstance(value, bool):
+        field = Mark((*path, "pic_segment"), "").field
+        raise PicRequestError(field, f"must be true or false, got {value!r:.80}")
+    return bool(value)
+
+
+def _mark(holder: dict[str, Any], path: Path) -> Mark:
+    text = holder.get(str(path[-1]))
+    mark = Mark(path, text if isinstance(text, str) else "")
     if not isinstance(text, str):
-        raise PicRequestError(field, f"a segment must be text, got {text!r:.80}")
-    if not text.strip():
-        raise PicRequestError(field, "a segment must not be empty")
-    return marks.wrap(text)
+        raise PicRequestError(mark.field, f"a segment must be text, got {text!r:.80}")
+    return mark
 
 
-def _flag(holder: dict[str, Any], field: str) -> bool:
-    value = holder.pop("pic_segment", False)
-    if not isinstance(value, bool):
-        raise PicRequestError(f"{field}.pic_segment", f"must be true or false, got {value!r:.80}")
-    return value
+def find_marks(messages: Any, at: Path, named: Collection[Path] = ()) -> list[Mark]:
+    """The marked texts of a list of messages, or of content parts.
+
+    One is marked if it carries ``"pic_segment": true``, which is removed here, or if
+    ``named`` holds its path. A message's text is its ``content``, a part's its ``text``.
+
+    Args:
+        messages: a decoded JSON value; what is no list of objects holds none.
+        at: the list's place in the body.
+
+    Raises:
+        PicRequestError: naming the message or part at fault.
+    """
+    marks: list[Mark] = []
+    for i, item in enumerate(messages if isinstance(messages, list) else ()):
+        if not isinstance(item, dict):
+            continue
+        path = (*at, i)
+        content = item.get("content")
+        if _flag(item, path) or path in named:
+            marks.append(_mark(item, (*path, "text" if "content" not in item else "content")))
+        elif isinstance(content, list):
+            marks += find_marks(content, (*path, "content"), named)
+    return marks
 
 
-def mark_messages(messages: Any, named: Any) -> ChatMarks | None:
-    """Put marks around the segments of a chat request, in place.
+def mark_messages(messages: Any, named: Any) -> Marks | None:
+    """The marks of a chat request, or ``None`` if nothing is marked.
 
-    A segment is a message with string content, or a text part, that carries
-    ``"pic_segment": true`` (removed here) or is named in ``pic.segments`` as
-    ``{"message": i}`` or ``{"message": i, "part": j}``.
-
-    Returns:
-        The marks, or ``None`` if nothing is marked.
+    Args:
+        messages: the body's; flags are removed in place.
+        named: ``pic.segments``, a list of ``{"message": i}`` and
+            ``{"message": i, "part": j}``.
 
     Raises:
         PicRequestError: naming the message, part or entry at fault.
     """
     wanted = _named(named)
-    if not isinstance(messages, list):
-        return None  # SGLang refuses it
-    marks = ChatMarks.fresh()
-    count = 0
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            continue
-        field = f"messages[{i}]"
-        content = message.get("content")
-        if _flag(message, field) or (i, None) in wanted:
-            wanted.discard((i, None))
-            message["content"] = _wrap_text(content, f"{field}.content", marks)
-            count += 1
-        if not isinstance(content, list):
-            continue
-        for j, part in enumerate(content):
-            if not isinstance(part, dict):
-                continue
-            here = f"{field}.content[{j}]"
-            if _flag(part, here) or (i, j) in wanted:
-                wanted.discard((i, j))
-                part["text"] = _wrap_text(part.get("text"), f"{here}.text", marks)
-                count += 1
-    if wanted:
-        i, part = min(wanted, key=str)
-        where = f"messages[{i}]" if part is None else f"messages[{i}].content[{part}]"
-        raise PicRequestError("pic.segments", f"{where} does not exist")
-    return marks if count else None
+    marks = find_marks(messages, ("messages",), wanted)
+    found = {mark.path[:-1] for mark in marks}
+    for path in wanted:
+        if path not in found:
+            raise PicRequestError("pic.segments", f"{Mark(path, '').field} does not exist")
+    return Marks(marks) if marks else None
 
 
-def _named(named: Any) -> set[tuple[int, int | None]]:
+def _named(named: Any) -> dict[Path, None]:
     if not isinstance(named, list):
         raise PicRequestError("pic.segments", "must be a list of {message, part}")
-    wanted: set[tuple[int, int | None]] = set()
+    wanted: dict[Path, None] = {}
     for i, item in enumerate(named):
         field = f"pic.segments[{i}]"
         if not isinstance(item, dict) or not {"message"} <= set(item) <= {"message", "part"}:
@@ -158,5 +211,6 @@ def _named(named: Any) -> set[tuple[int, int | None]]:
         for value in item.values():
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise PicRequestError(field, f"must hold indices, got {value!r:.80}")
-        wanted.add((item["message"], item.get("part")))
+        part: Path = ("content", item["part"]) if "part" in item else ()
+        wanted[("messages", item["message"], *part)] = None
     return wanted

@@ -40,8 +40,11 @@ def read_request(path: str, body: dict[str, Any], defaults: Any) -> Exchange | N
             raise PicRequestError("pic.parts", "not in a chat request: mark its content parts")
         marks = mark_messages(body.get("messages"), pic.pop("segments", []))
         parse_fields(pic, defaults)
-        # A chat request without a mark is an ordinary one.
-        return Exchange(pic, marks) if marks is not None else None
+        if marks is None:
+            return None  # an ordinary request
+        if body.get("input_ids") is not None:
+            raise PicRequestError("input_ids", "stands for the messages: they cannot be marked")
+        return Exchange(pic, marks)
     if "pic" not in body:
         return None
     pic = body.pop("pic")
@@ -107,9 +110,9 @@ class PicMiddleware:
         if exchange is None:
             await self._app(_with_length(scope, raw), replay, send)
             return
-        with carry(exchange):
+        with carry(exchange, _with_length(scope, raw)) as scope:
             out = send if path == "/generate" else _ReportSender(send, exchange)
-            await self._app(_with_length(scope, raw), replay, out)
+            await self._app(scope, replay, out)
 
 
 async def _read(receive: Callable[..., Any]) -> bytes:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sglang_pic.errors import PicRequestError
 from sglang_pic.link.policy import LinkOptions
-from sglang_pic.request.base import LinkRequest
-from sglang_pic.request.fields import check_inside, check_length, parse_fields
-from sglang_pic.request.tokenize import encode_marked
+from sglang_pic.request.base import LinkRequest, TokenSpan
+from sglang_pic.request.fields import PicFields, check_inside, check_length, parse_fields
+from sglang_pic.request.tokenize import PIECES, WHOLE, encode_marked, is_fast, usual_rule
 from sglang_pic.server.exchange import Exchange
+from sglang_pic.server.texts import CANNOT, Piece
 
 
 class Resolver:
@@ -25,6 +27,7 @@ class Resolver:
     def __init__(self, manager: Any, defaults: LinkOptions):
         self._manager = manager
         self._defaults = defaults
+        self.usual = usual_rule(manager.tokenizer)
 
     def resolve(
         self, obj: GenerateReqInput, pic: Any, exchange: Exchange | None
@@ -69,34 +72,72 @@ class Resolver:
             raise PicRequestError("pic", "needs a prompt given as text or as token ids")
         check_length(text, self._manager.model_config.context_len, "text")
         check_inside(fields.ranges, len(text), "characters")
-        ids, spans = encode_marked(
-            self._manager.tokenizer, text, fields.ranges, rule=fields.tokenize
-        )
-        return ids, LinkRequest(spans, fields.options)
+        made, spans = self._encode(Piece(text, special=True, bos=True), fields.ranges, fields)
+        return made, LinkRequest(spans, fields.options)
 
     def segment(self, text: str) -> list[int]:
-        """Token ids of a segment given as text, as a prompt's piece would get them.
+        """Token ids of a segment given as text, as in a prompt, at the start of a line.
 
         Raises:
             PicRequestError: the text cannot fit the model's context.
         """
         check_length(text, self._manager.model_config.context_len, "text")
-        return self._manager.tokenizer(text, add_special_tokens=False)["input_ids"]
+        tokenizer = self._manager.tokenizer
+        if self.usual.rule == PIECES:
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+        behind = TokenSpan(1, 1 + len(text))
+        ids, (span,) = encode_marked(
+            tokenizer, "\n" + text, (behind,), rule=WHOLE, add_special_tokens=False
+        )
+        return ids[span.start : span.end]
+
+    def chat(
+        self, pieces: Sequence[Piece], ranges: Sequence[Sequence[TokenSpan]], pic: Any
+    ) -> tuple[list[int], tuple[TokenSpan, ...]]:
+        """Token ids and spans of a chat prompt.
+
+        Args:
+            pieces: the texts that SGLang encodes one by one.
+            ranges: of each, the characters that are segments.
+            pic: the request's.
+
+        Raises:
+            PicRequestError: the tokenizer cannot follow the rule.
+        """
+        fields = parse_fields(pic, self._defaults)
+        ids: list[int] = []
+        spans: list[TokenSpan] = []
+        for piece, chars in zip(pieces, ranges, strict=True):
+            made, found = self._encode(piece, chars, fields)
+            spans += (TokenSpan(span.start + len(ids), span.end + len(ids)) for span in found)
+            ids += made
+        return ids, tuple(spans)
+
+    def _encode(
+        self, piece: Piece, ranges: Sequence[TokenSpan], fields: PicFields
+    ) -> tuple[list[int], tuple[TokenSpan, ...]]:
+        tokenizer = self._manager.tokenizer
+        exact = fields.options.require_exact
+        rule = fields.tokenize or (WHOLE if exact else self.usual.rule)
+        if rule == PIECES and self.usual.rule == WHOLE and ranges:
+            raise PicRequestError("pic.tokenize", f"{self.usual.why}: use 'whole'")
+        if exact and fields.tokenize is None and not is_fast(tokenizer):
+            ranges = ()  # its prompt is stock's, and it links nothing
+        ids, spans = encode_marked(
+            tokenizer, piece.text, ranges, rule=rule, add_special_tokens=piece.special
+        )
+        if not piece.bos and ids and ids[0] == tokenizer.bos_token_id:
+            ids = ids[1:]
+            spans = tuple(TokenSpan(span.start - 1, span.end - 1) for span in spans)
+        return ids, spans
 
     def _chat(
         self, obj: GenerateReqInput, pic: Any, exchange: Exchange
     ) -> tuple[list[int], LinkRequest]:
-        fields = parse_fields(
-            {key: value for key, value in pic.items() if key != "segments"}, self._defaults
+        if exchange.ids is None:
+            raise PicRequestError("messages", CANNOT)
+        if obj.input_ids != exchange.ids:
+            raise PicRequestError("messages", "the prompt was changed behind the template")
+        return list(exchange.ids), LinkRequest(
+            exchange.spans, parse_fields(pic, self._defaults).options
         )
-        assert exchange.marks is not None
-        if exchange.ids is not None:
-            ids = list(obj.input_ids or [])
-            if ids[: len(exchange.ids)] != exchange.ids:
-                raise PicRequestError("messages", "the prompt was changed behind the template")
-            return ids, LinkRequest(exchange.spans, fields.options)
-        if not isinstance(obj.text, str):
-            raise PicRequestError("messages", "this model's chat encoding cannot carry segments")
-        text, ranges = exchange.marks.cut(obj.text)
-        ids, spans = encode_marked(self._manager.tokenizer, text, ranges, rule=fields.tokenize)
-        return ids, LinkRequest(spans, fields.options)
