@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import requests
 
@@ -251,6 +252,10 @@ class PicClient:
         answer = self._post("explain", body)
         segments = [_made(ExplainedSegment, one) for one in answer["segments"]]
         return _made(Explanation, {**answer, "segments": segments})
+
+    def report(self, id: str) -> dict[str, Any]:
+        """The report of one of the last answers, by its id."""
+        return self._get(f"report/{quote(id, safe='')}")["pic"]
 
     def budgets(self) -> list[dict[str, Any]]:
         """Of each data-parallel rank: what may be held, and who holds how much of it."""

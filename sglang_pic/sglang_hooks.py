@@ -188,6 +188,7 @@ def install_http(server_args: Any, *_: Any, **__: Any) -> None:
             raise PicConfigError(f"--pic-tenants needs --radix-cache-backend {CACHE_BACKEND}")
         return
     from sglang.srt.entrypoints.http_server import app
+    from starlette.middleware import Middleware
 
     from sglang_pic.metrics import prometheus
     from sglang_pic.server.middleware import PicMiddleware
@@ -195,12 +196,18 @@ def install_http(server_args: Any, *_: Any, **__: Any) -> None:
     from sglang_pic.server.startup import canary_first
     from sglang_pic.server.tenants import TenantMiddleware, Tenants
 
-    app.add_middleware(PicMiddleware)
+    # Innermost: keys are checked and bodies decompressed before it reads one.
+    app.user_middleware.append(Middleware(PicMiddleware))
     if tenants is not None:
         app.add_middleware(TenantMiddleware, tenants=Tenants.read(tenants, server_args))
     install_routes(app)
     app.include_router(prometheus.router)
     app.router.lifespan_context = canary_first(app.router.lifespan_context)
+
+
+def is_request_level(original: Callable[..., bool], streamer: Any, key: str) -> bool:
+    """Around ``is_request_level_customized_info_key``: a report is one of the request."""
+    return key == "pic" or original(streamer, key)
 
 
 def wrap_hybrid(original: Callable[..., Any], runner: Any, full_attn_backend: Any) -> Any:
@@ -251,6 +258,15 @@ ENGINE_HOOKS = (
         wrap_hybrid,
         ("runner", "full_attn_backend"),
         "SGLang picks a hybrid's linear backend here by model, without a registry",
+    ),
+    Hook(
+        _SRT + "managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
+        ".is_request_level_customized_info_key",
+        HookType.AROUND,
+        is_request_level,
+        ("self", "key"),
+        "what comes with an output's tokens never comes where there are none; SGLang asks "
+        "here, of a subclass that only a subclass of the scheduler could name",
     ),
     *(
         Hook(

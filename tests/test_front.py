@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import json
 import pathlib
 import subprocess
 import sys
@@ -21,8 +19,6 @@ from sglang_pic.errors import PicConfigError
 from sglang_pic.forest.keys import is_reserved, namespace, segment_id
 from sglang_pic.launch_server import pic_parser, read_config
 from sglang_pic.server import funnel as funnel_module
-from sglang_pic.server.exchange import Exchange
-from sglang_pic.server.middleware import _ReportSender
 from sglang_pic.sglang_contract import check_shape
 from sglang_pic.sglang_hooks import (
     ENGINE_HOOKS,
@@ -120,63 +116,6 @@ def test_names_tell_segments_apart(a: Any, b: Any) -> None:
 
     assert (name(*a) == name(*b)) == (norm(a) == norm(b))
     assert is_reserved(namespace((), a[1]))
-
-
-@given(
-    cuts=st.lists(st.integers(0, 200), max_size=6),
-    usage=st.booleans(),
-    events=st.integers(1, 4),
-)
-def test_a_stream_keeps_its_events_however_it_is_cut(cuts, usage, events) -> None:
-    """The report lands in the last chunk; nothing else changes."""
-    chunks: list[Any] = [
-        {"choices": [{"delta": {"content": str(i)}, "finish_reason": None}]} for i in range(events)
-    ]
-    chunks[-1]["choices"][0]["finish_reason"] = "stop"
-    if usage:
-        chunks.append({"choices": [], "usage": {"prompt_tokens": 3}})
-    lines_of = [json.dumps(c, separators=(",", ":")).encode() for c in chunks]
-    raw = b"".join(b"data: " + line + b"\n\n" for line in lines_of)
-    raw += b"data: [DONE]\n\n"
-    bounds = sorted({0, len(raw), *(cut for cut in cuts if cut < len(raw))})
-    sent = bytearray()
-
-    async def send(message: Any) -> None:
-        sent.extend(message.get("body", b""))
-
-    async def run() -> None:
-        sender = _ReportSender(send, Exchange({}, report={"exactness": "composed"}))
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
-        await sender({"type": "http.response.start", "status": 200, "headers": headers})
-        for start, end in itertools.pairwise(bounds):
-            piece = {"type": "http.response.body", "body": raw[start:end], "more_body": True}
-            await sender(piece)
-        await sender({"type": "http.response.body", "body": b"", "more_body": False})
-
-    asyncio.run(run())
-    lines = [line for line in bytes(sent).split(b"\n\n") if line]
-    assert lines[-1] == b"data: [DONE]"
-    got = [json.loads(line[6:]) for line in lines[:-1]]
-    holder = got[-1]["usage"] if usage else got[-1]
-    assert holder.pop("pic") == {"exactness": "composed"}
-    assert got == chunks
-
-
-def test_a_token_leaves_a_stream_at_once() -> None:
-    sent = []
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    async def run() -> None:
-        sender = _ReportSender(send, Exchange({}, report={}))
-        headers = [(b"content-type", b"text/event-stream")]
-        await sender({"type": "http.response.start", "status": 200, "headers": headers})
-        event = b'data: {"choices":[{"finish_reason":null}]}\n\n'
-        await sender({"type": "http.response.body", "body": event, "more_body": True})
-        assert sent[-1]["body"] == event
-
-    asyncio.run(run())
 
 
 def test_an_ordinary_answer_beside_a_link_is_stocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ BAD = [
     ({"seam": 10**30}, "pic.seam"),
     ({"policy": "lucky"}, "pic.policy"),
     ({"policy": ["seam"]}, "pic.policy"),
-    ({"mode": None}, "pic.mode"),
+    ({"mode": 3}, "pic.mode"),
     ({"require_exact": 1}, "pic.require_exact"),
     ({"link": "no"}, "pic.link"),
     ({"tokenize": "bytes"}, "pic.tokenize"),

@@ -15,9 +15,11 @@ import sglang as sgl
 from linking import fresh_salt
 
 from sglang_pic import pic_segment
+from sglang_pic.client import NotFoundError, PicClient
 from sglang_pic.eval.models.smollm2 import ensure_model
 from sglang_pic.eval.passages import load_passages
 from sglang_pic.eval.serving import Server
+from sglang_pic.forest.keys import namespace
 from sglang_pic.lang import PicRuntimeEndpoint, report_of
 
 pytestmark = pytest.mark.server
@@ -208,6 +210,241 @@ def test_completions(client: openai.OpenAI) -> None:
     assert len(made.usage.pic["segments"]) == 1
 
 
+def events(response: requests.Response) -> list[dict[str, Any]]:
+    lines = response.content.split(b"\n")
+    return [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
+
+
+def ids_of_segments(report: dict[str, Any]) -> list[str]:
+    return [segment["id"] for segment in report["segments"]]
+
+
+def test_each_answer_has_its_report(smollm: Server, client: openai.OpenAI) -> None:
+    """Of several prompts, and of several samples; by the choices' index."""
+    spans = [[{"start": 0, "end": len(document)}] for document in DOCUMENTS[:2]]
+    prompts = [DOCUMENTS[0] + QUESTION, "No segment.", DOCUMENTS[1] + QUESTION]
+    pic = [{"segments": spans[0]}, None, {"segments": spans[1]}]
+    options = {"model": "default", "max_tokens": 3, "temperature": 0}
+    extra = {"extra_body": {"pic": pic, "cache_salt": fresh_salt()}}
+    answer = client.completions.create(prompt=prompts, n=2, **options, **extra)
+    reports = answer.usage.pic
+    assert [report is not None for report in reports] == [True, True, False, False, True, True]
+    assert ids_of_segments(reports[0]) == ids_of_segments(reports[1])
+    assert ids_of_segments(reports[0]) != ids_of_segments(reports[4])
+    assert reports[0]["tokens_compiled"] > 50 and reports[4]["tokens_compiled"] > 50
+    for usage in ({}, {"stream_options": {"include_usage": True}}):
+        stream = list(
+            client.completions.create(prompt=prompts, n=2, stream=True, **usage, **options, **extra)
+        )
+        told = [getattr(chunk, "pic", None) for chunk in stream]
+        if usage:
+            assert not any(told)
+            ids = [one and ids_of_segments(one) for one in stream[-1].usage.pic]
+        else:
+            ends = {
+                chunk.choices[0].index: one
+                for chunk, one in zip(stream, told, strict=True)
+                if chunk.choices[0].finish_reason
+            }
+            assert sum(one is not None for one in told) == 4
+            ids = [ends[index] and ids_of_segments(ends[index]) for index in range(6)]
+        assert ids == [report and ids_of_segments(report) for report in reports]
+        for index, choice in enumerate(answer.choices):
+            mine = [c for chunk in stream for c in chunk.choices if c.index == index]
+            assert "".join(c.text for c in mine) == choice.text
+
+
+def test_chat_with_several_samples(client: openai.OpenAI) -> None:
+    options = {"model": "default", "max_tokens": 3, "messages": chat_messages(DOCUMENTS[:1])}
+    answer = client.chat.completions.create(n=2, **options)
+    assert [len(report["segments"]) for report in answer.usage.pic] == [1, 1]
+
+
+def test_an_answer_without_a_token_has_its_report(smollm: Server, client: openai.OpenAI) -> None:
+    salt = fresh_salt()
+    body = {"pic": marked(DOCUMENTS[:2]), "cache_salt": salt, "sampling_params": greedy(0)}
+    answer = smollm.generate(**body)
+    assert (answer["text"], len(answer["meta_info"]["pic"]["segments"])) == ("", 2)
+    told = events(smollm.post("/generate", {**body, "stream": True}))
+    assert [len(chunk["meta_info"]["pic"]["segments"]) for chunk in told] == [2]
+    pic = {"extra_body": {"pic": marked(DOCUMENTS[:2]), "cache_salt": salt}}
+    options = {"model": "default", "prompt": "", "max_tokens": 0, **pic}
+    assert client.completions.create(**options).usage.pic["tokens_reused"] > 100
+    *_, last = client.completions.create(**options, stream=True)
+    assert last.pic["tokens_reused"] > 100
+
+
+def test_usage_in_every_chunk_delays_none(client: openai.OpenAI) -> None:
+    stream = list(
+        client.chat.completions.create(
+            model="default",
+            messages=chat_messages(DOCUMENTS[:1]),
+            max_tokens=5,
+            stream=True,
+            stream_options={"include_usage": True, "continuous_usage_stats": True},
+        )
+    )
+    assert sum(chunk.usage is not None for chunk in stream) > 2
+    assert [hasattr(chunk.usage, "pic") for chunk in stream] == [False] * (len(stream) - 1) + [True]
+
+
+def test_a_stream_says_it_once(smollm: Server) -> None:
+    told = events(
+        smollm.post(
+            "/generate",
+            {"pic": marked(DOCUMENTS[:2]), "sampling_params": greedy(6), "stream": True},
+        )
+    )
+    assert len(told) > 2
+    assert ["pic" in chunk["meta_info"] for chunk in told] == [True] + [False] * (len(told) - 1)
+
+
+def test_what_is_not_linked_may_still_be_a_prefix(smollm: Server) -> None:
+    text = DOCUMENTS[0] + QUESTION
+    span = {"start": 0, "end": len(DOCUMENTS[0])}
+    body = {
+        "text": text,
+        "pic": {"segments": [span], "require_exact": True},
+        "cache_salt": fresh_salt(),
+        "sampling_params": greedy(1),
+    }
+    cold, warm = (smollm.generate(**body)["meta_info"]["pic"] for _ in range(2))
+    assert cold["reason"] == warm["reason"] == "require_exact"
+    told = [(one["segments"][0]["hit"], one["segments"][0]["reason"]) for one in (cold, warm)]
+    assert told == [(False, "request_not_linked"), (True, "prefix")]
+
+
+def test_a_list_of_one_prompt_is_one_prompt(smollm: Server, client: openai.OpenAI) -> None:
+    """As LangChain sends it."""
+    parts = {"parts": [{"segment": DOCUMENTS[0]}, QUESTION]}
+    options = {"model": "default", "max_tokens": 3, "temperature": 0}
+    answers = [
+        client.completions.create(prompt=prompt, extra_body={"pic": pic}, **options)
+        for prompt, pic in (("", parts), ([""], parts), ([""], [parts]))
+    ]
+    assert len({answer.choices[0].text for answer in answers}) == 1
+    assert all(len(answer.usage.pic["segments"]) == 1 for answer in answers)
+    span = {"start": 0, "end": len(DOCUMENTS[0])}
+    body = {"text": [DOCUMENTS[0] + QUESTION], "pic": {"segments": [span]}}
+    (answer,) = smollm.generate(**body, sampling_params=greedy(1))
+    assert len(answer["meta_info"]["pic"]["segments"]) == 1
+
+
+def test_a_report_may_be_asked_for(smollm: Server, client: openai.OpenAI) -> None:
+    """By the id in any chunk, for a client that drops what it does not know."""
+    salt = fresh_salt()
+    us = PicClient(smollm.url, cache_salt=salt)
+    body = {"cache_salt": salt}
+    chat = {"model": "default", "max_tokens": 3, "messages": chat_messages(DOCUMENTS[:2])}
+    first, *_, last = client.chat.completions.create(stream=True, extra_body=body, **chat)
+    assert us.report(first.id) == last.pic
+    named = {**body, "rid": f"a/{salt} b?"}
+    client.chat.completions.create(extra_body=named, **chat)
+    assert len(us.report(named["rid"])["segments"]) == 2
+    answer = smollm.generate(**body, pic=marked(DOCUMENTS[:1]), sampling_params=greedy(1))
+    assert us.report(answer["meta_info"]["id"]) == answer["meta_info"]["pic"]
+    for other in (None, fresh_salt()):
+        with pytest.raises(NotFoundError, match="id"):
+            PicClient(smollm.url, cache_salt=other).report(first.id)
+    plain = smollm.generate(text="No segment.", sampling_params=greedy(1))
+    with pytest.raises(NotFoundError):
+        PicClient(smollm.url).report(plain["meta_info"]["id"])
+
+
+def blocks(documents: list[str], kind: str = "text") -> list[dict[str, Any]]:
+    marked_parts = [{"type": kind, "text": d, "pic_segment": True} for d in documents]
+    return [*marked_parts, {"type": kind, "text": QUESTION}]
+
+
+def test_anthropic_messages(smollm: Server) -> None:
+    system = [{"type": "text", "text": DOCUMENTS[2], "pic_segment": True}]
+    body = {
+        "model": "default",
+        "max_tokens": 6,
+        "temperature": 0,
+        "system": system,
+        "messages": [{"role": "user", "content": blocks(DOCUMENTS[:2])}],
+        "pic": {"seam": 8, "turns": False},
+    }
+    whole = smollm.post("/v1/messages", body).json()
+    report = whole["usage"]["pic"]
+    assert (report["seam"], len(report["segments"])) == (8, 3)
+    assert [segment["reason"] for segment in report["segments"]] == ["hit"] * 3
+    told = events(smollm.post("/v1/messages", {**body, "stream": True}))
+    assert told[0]["message"]["usage"]["pic"]["tokens_reused"] == report["tokens_reused"]
+    text = "".join(event["delta"].get("text", "") for event in told if "delta" in event)
+    assert text == whole["content"][0]["text"]
+    us = PicClient(smollm.url)
+    assert us.report(whole["id"]) == report
+    assert us.report(told[0]["message"]["id"])["segments"]
+    counted = smollm.post("/v1/messages/count_tokens", {k: body[k] for k in ("model", "system",
+                          "messages")}).json()  # fmt: skip
+    assert counted["input_tokens"] == report["tokens_reused"] + report["tokens_computed"]
+    results = [{"type": "tool_result", "tool_use_id": "1", "content": DOCUMENTS[0],
+                "pic_segment": True}]  # fmt: skip
+    messages = [{"role": "user", "content": results}]
+    answer = smollm.post(
+        "/v1/messages", {"model": "default", "max_tokens": 1, "messages": messages}
+    )
+    assert answer.status_code == 200, answer.text
+    (segment,) = answer.json()["usage"]["pic"]["segments"]
+    assert segment["id"] in ids_of_segments(report)
+
+
+def test_responses(smollm: Server, client: openai.OpenAI) -> None:
+    options = {
+        "model": "default",
+        "temperature": 0,
+        "max_output_tokens": 6,
+        "input": [{"role": "user", "content": blocks(DOCUMENTS[:2], "input_text")}],
+        "extra_body": {"pic": {"seam": 8, "turns": False}, "cache_salt": fresh_salt()},
+    }
+    whole = client.responses.create(**options)
+    report = whole.usage.pic
+    assert [segment["reason"] for segment in report["segments"]] == ["hit"] * 2
+    *_, last = client.responses.create(stream=True, **options)
+    assert last.response.usage.pic["tokens_reused"] == report["tokens_reused"]
+    assert last.response.output_text == whole.output_text
+    output = {"type": "function_call_output", "call_id": "1", "output": DOCUMENTS[0],
+              "pic_segment": True}  # fmt: skip
+    call = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}
+    answer = client.responses.create(**{**options, "input": [call, output]})
+    assert ids_of_segments(answer.usage.pic) == ids_of_segments(report)[:1]
+
+
+def test_sagemakers_name_of_the_chat_endpoint(smollm: Server) -> None:
+    body = {"model": "default", "max_tokens": 1, "messages": chat_messages(DOCUMENTS[:2])}
+    answer = smollm.post("/invocations", body).json()
+    assert len(answer["usage"]["pic"]["segments"]) == 2
+
+
+MANY = [{"type": "text", "text": f"Line {i}.\n", "pic_segment": True} for i in range(1025)]
+INPUTS = [{**part, "type": "input_text"} for part in MANY]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body", "named"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": MANY}]}, "messages"),
+        ("/v1/messages", {"messages": [{"role": "user", "content": MANY}]}, "messages"),
+        ("/v1/responses", {"input": [{"role": "user", "content": INPUTS}]}, "messages"),
+        ("/v1/completions", {"prompt": "hi", "cache_salt": namespace((), "x")}, "cache_salt"),
+        ("/generate", {"text": "hi", "cache_salt": namespace((), "x")}, "cache_salt"),
+        ("/generate", {"pic": {"parts": [{"segment": "word " * 400_000}]}}, "text"),
+    ],
+)
+def test_what_is_refused_late_is_named_too(
+    smollm: Server, path: str, body: dict[str, Any], named: str, stream: bool
+) -> None:
+    """Behind the endpoint, where SGLang answers, in its stream as well."""
+    body = {"model": "default", "max_tokens": 1, "stream": stream, **body}
+    response = smollm.post(path, body)
+    told = response.json() if response.status_code == 400 else events(response)[-1]
+    assert told["error"]["param"] == named, response.text
+    assert told["error"]["message"].startswith(named)
+
+
 EMPTY = {"role": "user", "content": "", "pic_segment": True}
 OUTSIDE = {"start": 0, "end": 999}
 
@@ -221,6 +458,9 @@ OUTSIDE = {"start": 0, "end": 999}
         ("/v1/chat/completions", {"messages": [EMPTY]}, "messages[0].content"),
         ("/v1/completions", {"pic": {"segments": [OUTSIDE]}}, "pic.segments[0].end"),
         ("/v1/completions", {"pic": {"parts": ["x"]}}, "pic.parts"),
+        ("/v1/completions", {"pic": [{}]}, "pic"),
+        ("/v1/completions", {"prompt": ["a", "b"], "pic": {}}, "pic"),
+        ("/v1/chat/completions", {"tools": [{"pic_segment": True}]}, "tools[0].pic_segment"),
         ("/generate", {"text": "abc", "pic": {"segments": [{"start": 1, "end": 4}]}},
          "pic.segments[0].end"),
     ],

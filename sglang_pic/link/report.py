@@ -94,7 +94,7 @@ def _why(found: Found, options: LinkOptions, reason: str | None, linked: int, to
     if found.start == found.end:
         return EMPTY
     if reason is not None:
-        return NOT_LINKED
+        return PREFIX if total else NOT_LINKED
     if found.id is None:
         return POLICY_FULL if options.policy == "full" else SHORT
     if found.miss is not None:

@@ -13,9 +13,10 @@
         "turns": true
     }
 
-``segments`` counts tokens where the prompt is given as token ids, characters
-(Unicode code points) where it is given as text. ``parts`` replaces the text:
-the prompt is their concatenation, the marked ones are its segments. ``ablation``
+A field that is ``null`` is absent. ``segments`` counts tokens where the prompt is
+given as token ids, characters (Unicode code points) where it is given as text.
+``parts`` replaces the text: the prompt is their concatenation, the marked ones are
+its segments. ``ablation``
 (``link.policy.ABLATIONS``) breaks a link on purpose, for evaluation.
 """
 
@@ -155,6 +156,7 @@ def parse_fields(pic: Any, defaults: LinkOptions) -> PicFields:
     unknown = set(pic) - _KNOWN
     if unknown:
         raise PicRequestError(f"pic.{min(unknown)}", f"unknown field; known are {sorted(_KNOWN)}")
+    pic = {name: value for name, value in pic.items() if value is not None}
     if "parts" in pic and "segments" in pic:
         raise PicRequestError("pic.parts", "give either 'parts' or 'segments', not both")
     text = None
@@ -177,9 +179,7 @@ def parse_fields(pic: Any, defaults: LinkOptions) -> PicFields:
             link=_flag(pic.get("link", defaults.link), "link"),
             state=_choice(pic.get("state", defaults.state), "state", (*STATE_POLICIES, AUTO)),
             turns=_flag(pic.get("turns", defaults.turns), "turns"),
-            ablation=None
-            if pic.get("ablation") is None
-            else _choice(pic["ablation"], "ablation", ABLATIONS),
+            ablation=_choice(pic["ablation"], "ablation", ABLATIONS) if "ablation" in pic else None,
         ),
         tokenize=None
         if pic.get("tokenize") is None

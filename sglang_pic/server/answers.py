@@ -22,7 +22,8 @@ from sglang_pic.request.hints import MISSING
 from sglang_pic.server.audit import Audit
 from sglang_pic.server.calibrate import Calibration
 from sglang_pic.server.compare import Prompt
-from sglang_pic.server.exchange import Exchange
+from sglang_pic.server.exchange import Exchange, noting
+from sglang_pic.server.reports import last_reports
 from sglang_pic.server.waited import NOTHING, Waited
 
 
@@ -35,6 +36,16 @@ async def unmarked(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, No
                 if isinstance(item, dict):
                     item.get("meta_info", {}).pop("pic", None)
             yield out
+
+
+async def noted(
+    outputs: AsyncGenerator[Any, None], exchange: Exchange | None
+) -> AsyncGenerator[Any, None]:
+    """Outputs of a request with a link; its exchange learns what refuses it."""
+    async with contextlib.aclosing(outputs):
+        with noting(exchange):
+            async for out in outputs:
+                yield out
 
 
 def parse_missing(message: str) -> list[int] | None:
@@ -83,24 +94,26 @@ def tidy(
     exchange: Exchange | None,
     counted: set[int],
     waited: Sequence[Waited] = (NOTHING,),
+    samples: int = 1,
 ) -> Any:
-    """Turn SGLang's list of per-token values into the one report it holds, and add
-    what each prompt waited for. A report is counted when first seen: every
-    chunk of a stream repeats it, or the first alone has it. ``counted`` holds the
-    prompts, or samples, whose report was."""
+    """Turn what SGLang holds of a report into the report, and add what its prompt
+    waited for. Every chunk of a stream may repeat it: it is handed on, and counted,
+    once. ``counted`` holds the answers whose report was; each prompt has ``samples``
+    of them."""
     items = out if isinstance(out, list) else [out]
     for i, item in enumerate(items):
         meta = item.get("meta_info", {})
         values = meta.pop("pic", None)
-        if values:
-            # Of several samples, all of one prompt's stand together.
-            prompt = i * len(waited) // len(items)
-            meta["pic"] = {**values[0], **waited[prompt].to_json()}
-            if exchange is not None:
-                exchange.report = meta["pic"]
-            if (index := item.get("index", i)) not in counted:
-                counted.add(index)
-                counts.observe(meta["pic"])
+        index = i if isinstance(out, list) else item.get("index", i)
+        if not values or index in counted:
+            continue
+        counted.add(index)
+        prompt = index // samples
+        meta["pic"] = {**values[0], **waited[prompt].to_json()}
+        counts.observe(meta["pic"])
+        if exchange is not None:
+            exchange.reports[index] = meta["pic"]
+            last_reports.keep(exchange.salt_of(prompt), meta["id"], meta["pic"])
     return out
 
 

@@ -19,7 +19,7 @@ from sglang.srt.entrypoints.openai.protocol import ChatCompletionMessageParam
 from sglang_pic.errors import PicRequestError
 from sglang_pic.request.base import TokenSpan
 from sglang_pic.request.fields import MAX_SEGMENTS, check_length
-from sglang_pic.server.exchange import current, entered
+from sglang_pic.server.exchange import Exchange, current, entered, noting
 from sglang_pic.server.funnel import funnel_of
 from sglang_pic.server.marks import Mark, Marks
 from sglang_pic.server.texts import CANNOT, Piece, Texts
@@ -58,12 +58,24 @@ def build(
     exchange = current.get()
     if exchange is None or exchange.marks is None:
         return original(serving, request, *args, **kwargs)
+    with noting(exchange):
+        return _linked(exchange, exchange.marks, original, serving, request, *args, **kwargs)
+
+
+def _linked(
+    exchange: Exchange,
+    marks: Marks,
+    original: Callable[..., Any],
+    serving: Any,
+    request: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     if (
         serving.chat_encoding_spec not in (None, "dsv32")
         or serving._prompt_text_round_trip_is_lossy
     ):
         raise PicRequestError("messages", CANNOT)
-    marks = exchange.marks
     manager = serving.tokenizer_manager
     texts = Texts(manager.tokenizer)
 

@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from sglang_pic.errors import PicRequestError
 from sglang_pic.request.base import TokenSpan
 from sglang_pic.server.marks import Marks
 
@@ -26,21 +27,39 @@ class Exchange:
     """One request on its way through the server.
 
     Attributes:
-        pic: the raw ``pic`` object, or a list of them for a batch.
+        pic: the raw ``pic`` object, or a list of them for a batch; ``None`` of an
+            ordinary request.
         marks: for chat, its marked texts.
         twin: makes chat messages with signs around the first so many of the marks
             (``Marks.written``), for endpoints whose body is not ``messages`` as the
             chat endpoint has them.
         ids, spans: for chat, the prompt, once it is made.
-        report: the exactness report, once the first output is there.
+        usage_chunk: whether a stream of OpenAI's ends with a chunk that tells usage.
+        salt: the tenant, or a list of them for a batch, once it is known.
+        reports: the exactness report of each answer by its index, as they come.
+        refused: what ended the request behind its endpoint.
     """
 
-    pic: Any
+    pic: Any = None
     marks: Marks | None = None
     twin: Callable[[int], Sequence[Any]] | None = None
     ids: list[int] | None = None
     spans: tuple[TokenSpan, ...] = ()
-    report: Any = None
+    usage_chunk: bool = False
+    salt: Any = None
+    reports: dict[int, Any] = dataclasses.field(default_factory=dict)
+    refused: PicRequestError | None = None
+
+    def salt_of(self, prompt: int) -> str | None:
+        """The tenant of one of its prompts."""
+        return self.salt[prompt] if isinstance(self.salt, list) else self.salt
+
+    def report(self, answers: int) -> Any:
+        """The report of the one answer; of several a list by index, ``None`` for one
+        whose prompt has no segments."""
+        if answers == 1:
+            return self.reports.get(0)
+        return [self.reports.get(index) for index in range(answers)]
 
 
 @contextlib.contextmanager
@@ -52,6 +71,17 @@ def carry(exchange: Exchange, scope: Any = None) -> Iterator[Any]:
         yield {**(scope or {}), _SCOPE: exchange}
     finally:
         current.reset(token)
+
+
+@contextlib.contextmanager
+def noting(exchange: Exchange | None) -> Iterator[None]:
+    """Note a refusal: SGLang, which answers it, keeps its words and not its field."""
+    try:
+        yield
+    except PicRequestError as error:
+        if exchange is not None:
+            exchange.refused = error
+        raise
 
 
 @contextlib.contextmanager

@@ -23,18 +23,25 @@ from sglang.srt.runtime_context import get_memory, get_schedule
 from sglang_pic.config import PicConfig
 from sglang_pic.link.policy import AUTO, floor_to
 from sglang_pic.request.base import LinkRequest
-from sglang_pic.server.answers import Answered, handed_back, samples_of, tidy, unmarked
+from sglang_pic.server.answers import (
+    Answered,
+    handed_back,
+    noted,
+    samples_of,
+    tidy,
+    unmarked,
+)
 from sglang_pic.server.audit import Audit
 from sglang_pic.server.bounds import check_samples
 from sglang_pic.server.calibrate import Calibration
 from sglang_pic.server.canary import Canary, Model
 from sglang_pic.server.commands import command
 from sglang_pic.server.compiler import Compiler, Job
-from sglang_pic.server.exchange import Exchange, current
+from sglang_pic.server.exchange import Exchange, current, noting
 from sglang_pic.server.gate import Gate
 from sglang_pic.server.public import check_public
 from sglang_pic.server.queue import FairQueue
-from sglang_pic.server.resolve import Resolver
+from sglang_pic.server.resolve import Resolver, is_list_of_one
 from sglang_pic.server.send import is_batch, set_link, split
 from sglang_pic.server.tenants import set_salt
 from sglang_pic.server.waited import NOTHING, Waited
@@ -63,14 +70,20 @@ def generate_request(
     """Around ``TokenizerManager.generate_request``."""
     if not isinstance(obj, GenerateReqInput) or not is_enabled():
         return original(manager, obj, request)
-    set_salt(obj)
     exchange = current.get()
-    check_samples(obj)
-    attached = check_public(obj)
-    pic = exchange.pic if exchange is not None else attached
+    with noting(exchange):
+        check_samples(obj)
+        set_salt(obj)
+        pic = check_public(obj)
+    if exchange is not None and exchange.pic is not None:
+        pic = exchange.pic
     if pic is None:
         return unmarked(original(manager, obj, request))
-    return funnel_of(manager).run(original, obj, request, pic, exchange)
+    if exchange is not None:
+        exchange.salt = obj.cache_salt
+    if isinstance(pic, dict) and is_list_of_one(obj):
+        pic = [pic]
+    return noted(funnel_of(manager).run(original, obj, request, pic, exchange), exchange)
 
 
 def abort_request(manager: Any, rid: str = "", abort_all: bool = False) -> None:
@@ -153,7 +166,7 @@ class Funnel:
         counted: set[int] = set()
         async with contextlib.aclosing(outputs):
             async for out in outputs:
-                out = tidy(out, exchange, counted, waited)
+                out = tidy(out, exchange, counted, waited, samples_of(obj))
                 answered.see(out)
                 yield out
 

@@ -154,7 +154,12 @@ def _mark(holder: dict[str, Any], path: Path) -> Mark:
     return mark
 
 
-def find_marks(messages: Any, at: Path, named: Collection[Path] = ()) -> list[Mark]:
+def find_marks(
+    messages: Any,
+    at: Path,
+    named: Collection[Path] = (),
+    keys: Sequence[str] = ("content",),
+) -> list[Mark]:
     """The marked texts of a list of messages, or of content parts.
 
     One is marked if it carries ``"pic_segment": true``, which is removed here, or if
@@ -163,6 +168,7 @@ def find_marks(messages: Any, at: Path, named: Collection[Path] = ()) -> list[Ma
     Args:
         messages: a decoded JSON value; what is no list of objects holds none.
         at: the list's place in the body.
+        keys: where a message may have its text, or its parts.
 
     Raises:
         PicRequestError: naming the message or part at fault.
@@ -172,11 +178,12 @@ def find_marks(messages: Any, at: Path, named: Collection[Path] = ()) -> list[Ma
         if not isinstance(item, dict):
             continue
         path = (*at, i)
-        content = item.get("content")
+        key = next((key for key in keys if key in item), "text")
+        content = item.get(key)
         if _flag(item, path) or path in named:
-            marks.append(_mark(item, (*path, "text" if "content" not in item else "content")))
+            marks.append(_mark(item, (*path, key)))
         elif isinstance(content, list):
-            marks += find_marks(content, (*path, "content"), named)
+            marks += find_marks(content, (*path, key), named, keys)
     return marks
 
 

@@ -16,6 +16,12 @@ from sglang_pic.server.exchange import Exchange
 from sglang_pic.server.texts import CANNOT, Piece
 
 
+def is_list_of_one(obj: GenerateReqInput) -> bool:
+    """Whether a request is a batch of one prompt."""
+    given = obj.text if obj.text is not None else obj.input_ids
+    return isinstance(given, list) and len(given) == 1 and isinstance(given[0], str | list)
+
+
 class Resolver:
     """Reads prompts for one tokenizer manager.
 
@@ -52,8 +58,6 @@ class Resolver:
         ids = obj.input_ids if obj.input_ids is not None else [None] * len(obj.text)
         if not isinstance(pic, list) or len(pic) != len(texts):
             raise PicRequestError("pic", f"must be a list of {len(texts)} objects, one a prompt")
-        if obj.stream:
-            raise PicRequestError("pic", "a batch cannot be streamed; send its prompts one by one")
         return [self.one(*one) for one in zip(texts, ids, pic, strict=True)]
 
     def one(

@@ -1,7 +1,7 @@
 """``/pic/*``: what a server can do and holds, and the commands to its cache.
 
 ``watch`` only looks, ``compile`` makes segments ahead of their first use,
-``explain`` foretells a link, ``segments`` is about what is there,
+``explain`` foretells a link, ``report`` says what one did, ``segments`` is about what is there,
 ``store`` saves it, ``linking`` turns it all off.
 """
 
@@ -9,13 +9,22 @@ from __future__ import annotations
 
 from fastapi import APIRouter, FastAPI
 
-from sglang_pic.server.routes import compile, explain, linking, segments, store, watch
+from sglang_pic.server.routes import (
+    compile,
+    explain,
+    linking,
+    report,
+    segments,
+    store,
+    watch,
+)
 
 router = APIRouter(
     routes=[
         *watch.router.routes,
         *compile.router.routes,
         *explain.router.routes,
+        *report.router.routes,
         *segments.router.routes,
         *linking.router.routes,
         *store.router.routes,

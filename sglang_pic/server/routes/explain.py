@@ -13,7 +13,7 @@ from sglang_pic.errors import PicRequestError
 from sglang_pic.link.report import LinkReport
 from sglang_pic.request.base import LinkRequest
 from sglang_pic.server.funnel import Funnel, funnel_of
-from sglang_pic.server.middleware import read_request
+from sglang_pic.server.reading import GENERATE, read_request
 from sglang_pic.server.routes.base import Tenant, manager, pic_router, tell
 from sglang_pic.server.routes.prompts import TokenIds, check_prompt
 
@@ -60,8 +60,7 @@ async def explain(body: ExplainBody) -> Any:
 def _read(body: ExplainBody, funnel: Funnel) -> tuple[list[int], LinkRequest]:
     """The prompt and the link, as if the body had come to ``/generate``."""
     prompt: dict[str, Any] = {"text": body.text, "input_ids": body.input_ids, "pic": body.pic}
-    exchange = read_request("/generate", prompt, funnel.config.link_defaults)
-    assert exchange is not None
+    exchange = read_request(GENERATE, prompt, funnel.config.link_defaults)
     text, input_ids = prompt["text"], prompt["input_ids"]
     if (text is None) == (input_ids is None):
         raise PicRequestError("text", "give one of 'text', 'input_ids' and 'pic.parts'")
