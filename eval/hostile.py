@@ -173,7 +173,7 @@ class Forger:
                 del value[key]
             case 1 if isinstance(value, list):
                 value.insert(key, copy.deepcopy(value[key]))
-            case 1:
+            case 1 if isinstance(value, dict):
                 value[str(key) + rng.choice(["", "s", " ", "\x00"])] = rng.choice(JUNK)
             case _:
                 value[key] = self._mutate(value[key])
