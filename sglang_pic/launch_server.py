@@ -315,7 +315,8 @@ def with_defaults(flags: Sequence[str], *, cuda: bool, tenants: bool = False) ->
 
     Args:
         cuda: SGLang would choose among attention backends that cannot link.
-        tenants: it could not warm its own server up, having no tenant's key.
+        tenants: it could not warm its own server up, having no tenant's key; and its model
+            is not called by where it lies.
     """
     given = {flag.split("=")[0] for flag in flags}
     made = list(flags)
@@ -323,6 +324,9 @@ def with_defaults(flags: Sequence[str], *, cuda: bool, tenants: bool = False) ->
         made += ["--radix-cache-backend", "pic"]
     if tenants:
         made += ["--skip-server-warmup"]
+        model = pathlib.PurePath(flags[flags.index("--model-path") + 1])
+        if "--served-model-name" not in given and model.is_absolute():
+            made += ["--served-model-name", model.name]
     named = {f"--{kind}attention-backend" for kind in ("", "prefill-", "decode-")}
     if cuda and not named & given:
         made += ["--attention-backend", "triton"]

@@ -191,15 +191,21 @@ def install_http(server_args: Any, *_: Any, **__: Any) -> None:
     from starlette.middleware import Middleware
 
     from sglang_pic.metrics import prometheus
+    from sglang_pic.server.access import warn_of_unknown
     from sglang_pic.server.middleware import PicMiddleware
+    from sglang_pic.server.redact import RedactMiddleware, Secrets
     from sglang_pic.server.routes import install as install_routes
     from sglang_pic.server.startup import canary_first
-    from sglang_pic.server.tenants import TenantMiddleware, Tenants
+    from sglang_pic.server.tenants import TenantMiddleware, Tenants, read_salts
 
     # Innermost: keys are checked and bodies decompressed before it reads one.
     app.user_middleware.append(Middleware(PicMiddleware))
+    hidden = () if tenants is None else (tenants, *read_salts(tenants))
+    secrets = Secrets.of(server_args.resolved_dict(), hidden)
+    app.add_middleware(RedactMiddleware, secrets=secrets)
     if tenants is not None:
         app.add_middleware(TenantMiddleware, tenants=Tenants.read(tenants, server_args))
+        app.router.lifespan_context = warn_of_unknown(app.router.lifespan_context)
     install_routes(app)
     app.include_router(prometheus.router)
     app.router.lifespan_context = canary_first(app.router.lifespan_context)
@@ -208,6 +214,14 @@ def install_http(server_args: Any, *_: Any, **__: Any) -> None:
 def is_request_level(original: Callable[..., bool], streamer: Any, key: str) -> bool:
     """Around ``is_request_level_customized_info_key``: a report is one of the request."""
     return key == "pic" or original(streamer, key)
+
+
+def hide_secrets(info: dict[str, Any], *_: Any, **__: Any) -> dict[str, Any]:
+    """After ``build_server_info``: for gRPC, where no middleware of ours stands."""
+    from sglang_pic.server.redact import Secrets
+
+    shown: dict[str, Any] = Secrets.of(info).hide(info)
+    return shown
 
 
 def wrap_hybrid(original: Callable[..., Any], runner: Any, full_attn_backend: Any) -> Any:
@@ -338,6 +352,13 @@ FRONT_HOOKS = (
         install_http,
         ("server_args", "tokenizer_manager"),
         "routes and middleware must be added before the application starts",
+    ),
+    Hook(
+        _SRT + "utils.common.build_server_info",
+        HookType.AFTER,
+        hide_secrets,
+        ("server_args", "scheduler_info"),
+        "SGLang shows its flags, keys among them, in answers over HTTP and gRPC",
     ),
 )
 

@@ -36,7 +36,7 @@ from sglang_pic.linear.state import StateStore
 from sglang_pic.link import report
 from sglang_pic.server import gate
 from sglang_pic.server.routes import router
-from sglang_pic.server.tenants import Tenants
+from sglang_pic.server.tenants import Tenants, check_key
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -266,7 +266,12 @@ def check_json(example: Example) -> None:
     if title == "SGLANG_PIC_CONFIG":
         PicConfig(**value)
     elif title == "tenants.json":
-        assert Tenants(value, "root").of({"headers": []}) == (False, None)
+        for key, salt in value.items():
+            check_key(key)
+            found = Tenants(value, "root").of(
+                {"headers": [(b"authorization", b"Bearer " + key.encode())]}
+            )
+            assert found is not None and found.salt == salt
     elif title == "meta_info.pic":
         prompt = {"input_ids": list(range(99)), "pic": {"segments": [{"start": 0, "end": 64}]}}
         answer = example.namespace["server"].generate(**prompt, sampling_params=ONE_TOKEN)

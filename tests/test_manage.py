@@ -592,7 +592,7 @@ def test_managing_takes_the_admins_key(route: Any, monkeypatch: pytest.MonkeyPat
     """As SGLang finds the routes in its application once the hook has run."""
     app = FastAPI()
     monkeypatch.setattr(http_server, "app", app)
-    install_http(types.SimpleNamespace(radix_cache_backend=CACHE_BACKEND))
+    install_http(types.SimpleNamespace(radix_cache_backend=CACHE_BACKEND, resolved_dict=dict))
     (method,) = route.methods
     call = (app, method, route.path.replace("{id}", ID))
     assert allowed(*call)

@@ -32,6 +32,7 @@ from sglang_pic.server.answers import (
     unmarked,
 )
 from sglang_pic.server.audit import Audit
+from sglang_pic.server.binding import bind
 from sglang_pic.server.bounds import check_samples
 from sglang_pic.server.calibrate import Calibration
 from sglang_pic.server.canary import Canary, Model
@@ -43,7 +44,6 @@ from sglang_pic.server.public import check_public
 from sglang_pic.server.queue import FairQueue
 from sglang_pic.server.resolve import Resolver, is_list_of_one
 from sglang_pic.server.send import is_batch, set_link, split
-from sglang_pic.server.tenants import set_salt
 from sglang_pic.server.waited import NOTHING, Waited
 from sglang_pic.server.waiting import EndedError, Waiting, ended
 from sglang_pic.server.wanted import Wanted, caller_of, rank_of
@@ -69,11 +69,12 @@ def generate_request(
 ) -> AsyncGenerator[Any, None]:
     """Around ``TokenizerManager.generate_request``."""
     if not isinstance(obj, GenerateReqInput) or not is_enabled():
+        bind(obj)
         return original(manager, obj, request)
     exchange = current.get()
     with noting(exchange):
         check_samples(obj)
-        set_salt(obj)
+        bind(obj)
         pic = check_public(obj)
     if exchange is not None and exchange.pic is not None:
         pic = exchange.pic

@@ -9,9 +9,9 @@ from pydantic import Field
 from sglang.srt.utils.json_response import orjson_response
 
 from sglang_pic.errors import PicRefused
+from sglang_pic.server.binding import set_salt
 from sglang_pic.server.reports import last_reports
 from sglang_pic.server.routes.base import Answer, Tenant, pic_router
-from sglang_pic.server.tenants import set_salt
 
 router = pic_router()
 

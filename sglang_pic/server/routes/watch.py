@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fastapi import Response
+from fastapi import Request, Response
 from pydantic import Field
-from sglang.srt.utils.auth import AuthLevel, auth_level
+from sglang.srt.runtime_context import get_serving
+from sglang.srt.utils.auth import AuthLevel, auth_level, decide_request_auth
 from sglang.srt.utils.json_response import orjson_response
 
 from sglang_pic import __version__, timer
@@ -19,11 +20,37 @@ from sglang_pic.server.routes.base import Answer, Body, manager, pic_router, tel
 router = pic_router()
 
 
+# What a client needs to know to send ``pic`` fields.
+_CLIENTS = ("seam", "policy", "mode", "min_segment", "compile_timeout_s", "state")
+
+
+def _may_see_all(request: Request) -> bool:
+    """Whether it could ask the other routes, too."""
+    serving = get_serving()
+    return decide_request_auth(
+        method="GET",
+        path="/pic/info",
+        authorization_header=request.headers.get("Authorization"),
+        api_key=serving.api_key,
+        admin_api_key=serving.admin_api_key,
+        auth_level=AuthLevel.ADMIN_OPTIONAL,
+    ).allowed
+
+
 @router.get("/info")
-async def info() -> dict[str, Any]:
-    """Version and settings; a client that finds this may send ``pic`` fields."""
+async def info(request: Request) -> dict[str, Any]:
+    """Version and settings; a client that finds this may send ``pic`` fields.
+
+    Where there is an admin's key, others see what they need for that.
+    """
     funnel = funnel_of(manager())
     settings = dataclasses.asdict(funnel.config)
+    if not _may_see_all(request):
+        return {
+            "version": __version__,
+            "config": {name: settings[name] for name in _CLIENTS},
+            "linking": {"on": funnel.gate.reason is None, "reason": funnel.gate.reason},
+        }
     settings["compile_context"] = list(funnel.context)
     state = funnel.calibration.to_json() if funnel.config.state == AUTO else None
     return {
