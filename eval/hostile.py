@@ -220,8 +220,9 @@ class Forger:
                 made = envelope(action, {**payload, **self._signature()})
             case 2:
                 # What our front sends looks like this.
-                body = {"body": json.dumps(payload), "seal": self._hex(64)}
-                made = envelope(action, body)
+                body = json.dumps(payload) + rng.choice(["", "", " ", "\ud800"])
+                seal = rng.choice([self._hex(64), self._hex(64), "", "\ud800", "é"])
+                made = envelope(action, {"body": body, "seal": seal})
             case 3:
                 versions = {"protocol_version": rng.choice(["2", "", "0", 1, None])}
                 made = envelope(action, payload, **versions, action_version=rng.choice(["2", ""]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 from typing import Any
 
 import orjson
@@ -13,11 +14,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from linking import fresh_salt, ids_of
 from schemathesis import checks
+from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.kv_hints import decode_kv_hints_envelope
 
-from sglang_pic.errors import PicRequestError
+from sglang_pic.errors import PicActionError, PicRequestError
+from sglang_pic.eval.hostile import ATTACKS, Forger
 from sglang_pic.eval.serving import Server
 from sglang_pic.link.policy import LinkOptions
 from sglang_pic.request.fields import _KNOWN, PicFields, parse_fields
+from sglang_pic.request.internal import FAMILY, NOTHING, read_internal
+from sglang_pic.server.public import check_public
 from sglang_pic.server.reading import CHATS, COMPLETIONS, GENERATE, take
 from sglang_pic.server.routes import router
 
@@ -109,6 +115,34 @@ def test_bodies_are_read_or_refused_by_name(
     assert exchange.pic is None or path != "/v1/score"
     with contextlib.suppress(orjson.JSONDecodeError):  # an integer that none of us reads
         assert "pic" not in orjson.loads(rest)
+
+
+# -- hints ----------------------------------------------------------------------------
+
+
+def test_forged_hints_are_refused_by_the_front_and_by_the_scheduler() -> None:
+    """Whichever of the two a forged action reaches first."""
+    forged = [*ATTACKS.values(), *(Forger(random.Random(i), range(9)).hints() for i in range(4000))]
+    refused = 0
+    for hints in forged:
+        obj = GenerateReqInput(input_ids=[1], sampling_params={}, kv_hints=hints)
+        try:
+            check_public(obj)
+        except PicRequestError as error:
+            assert error.field == "kv_hints"
+            refused += 1
+        else:
+            assert not (obj.kv_hints and isinstance(obj.kv_hints, dict))
+        try:
+            read = decode_kv_hints_envelope(hints)
+        except (ValueError, RecursionError):
+            continue
+        if any(action.action_type.startswith(FAMILY) for action in read.actions):
+            with pytest.raises(PicActionError):
+                read_internal(read)
+        else:
+            assert read_internal(read) == NOTHING
+    assert refused > 2000
 
 
 # -- a server -------------------------------------------------------------------------
