@@ -30,8 +30,7 @@ KV = 16  # bytes a token, as the driver says
 
 
 def _tokens(seed: int, n: int) -> list[int]:
-    draw = random.Random(seed)
-    return [draw.randrange(1, 1000) for _ in range(n)]
+    return random.Random(seed).choices(range(1, 1000), k=n)
 
 
 def _config(**settings: Any) -> PicConfig:
