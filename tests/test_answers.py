@@ -46,6 +46,7 @@ CHAT_SERVING = types.SimpleNamespace(
 )
 RESPONSES_SERVING: Any = object.__new__(OpenAIServingResponses)
 RESPONSES_SERVING.tool_call_parser = None
+RESPONSES_SERVING.supports_inline_system = False
 STATE = types.SimpleNamespace(
     anthropic_serving=AnthropicServing(CHAT_SERVING),
     openai_serving_responses=RESPONSES_SERVING,
@@ -235,7 +236,8 @@ CONVERSATIONS = {
         "system": [{**OPENAI_PART, "text": "system", **MARKED}, {"type": "text", "text": "no 1"}],
         "messages": [
             {"role": "user", "content": "message", **MARKED},
-            {"role": "assistant", "content": [{"type": "tool_use", "input": {"x": "no 2"}}]},
+            {"role": "assistant", "content": [
+                {"type": "tool_use", "id": "1", "name": "f", "input": {"x": "no 2"}}]},
             {"role": "user", "content": [
                 IMAGE,
                 {"type": "tool_result", "content": "result", **MARKED},

@@ -338,7 +338,7 @@ def test_a_report_may_be_asked_for(smollm: Server, client: openai.OpenAI) -> Non
     chat = {"model": "default", "max_tokens": 3, "messages": chat_messages(DOCUMENTS[:2])}
     first, *_, last = client.chat.completions.create(stream=True, extra_body=body, **chat)
     assert us.report(first.id) == last.pic
-    named = {**body, "rid": f"a/{salt} b?"}
+    named = {**body, "rid": f"mine of {salt}?"}
     client.chat.completions.create(extra_body=named, **chat)
     assert len(us.report(named["rid"])["segments"]) == 2
     answer = smollm.generate(**body, pic=marked(DOCUMENTS[:1]), sampling_params=greedy(1))

@@ -21,7 +21,7 @@ class Reported(Answer):
     pic: dict[str, Any] = Field(description="the report, as in the answer")
 
 
-@router.get("/report/{id:path}", response_model=Reported)
+@router.get("/report/{id}", response_model=Reported)
 async def report(id: Annotated[str, Path()], asked: Annotated[Tenant, Query()]) -> Any:
     """The report of one of the last answers to this tenant, by the answer's id."""
     set_salt(asked)
