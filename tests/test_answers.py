@@ -26,6 +26,7 @@ from sglang_pic.server.reading import CHATS, COMPLETIONS, GENERATE, take
 from sglang_pic.server.reports import Reports
 from sglang_pic.server.sending import AnswerSender
 from sglang_pic.server.shapes import MESSAGES, RESPONSES
+from sglang_pic.server.waited import Waited
 
 CHAT = CHATS[0]
 DEFAULTS = LinkOptions()
@@ -716,18 +717,18 @@ def test_each_answer_has_the_report_of_its_own(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(answers, "last_reports", kept := Reports())
     exchange = Exchange([{}, {}], salt=["s", "t"])
     counted: set[int] = set()
+    waits = [Waited(seconds=1.0), Waited(seconds=2.0)]
 
     def chunk(index: int) -> dict[str, Any]:
         meta = {"id": f"r{index}", "pic": [{**ordinary, "seam": index}]}
         out = {"index": index, "meta_info": meta}
-        return answers.tidy(out, exchange, counted, [10, 20], 2)["meta_info"]
+        return answers.tidy(out, exchange, counted, waits, 2)["meta_info"]
 
     ordinary = {"exactness": "exact", "reason": None, "tokens_reused": 0, "tokens_computed": 1,
                 "prefix_tokens": 0, "turn_tokens": 0, "segments": []}  # fmt: skip
     for index in (3, 0, 1, 2):
-        assert chunk(index)["pic"] == {
-            **ordinary, "seam": index, "tokens_compiled": 10 if index < 2 else 20
-        }  # fmt: skip
+        waited = waits[index // 2].to_json()
+        assert chunk(index)["pic"] == {**ordinary, "seam": index, **waited}
         assert "pic" not in chunk(index)
     assert [one["seam"] for one in exchange.report(4)] == [0, 1, 2, 3]
     assert kept.find("s", "r1")["seam"] == 1 and kept.find("t", "r3")["seam"] == 3
@@ -771,3 +772,42 @@ def test_a_giant_report_evicts_nobody() -> None:
     reports.keep(None, "a", "x")
     reports.keep("", "b", "x" * 200)
     assert (reports.find("", "a"), reports.find(None, "b")) == ("x", None)
+
+
+def test_a_batch_is_streamed_as_it_comes() -> None:
+    """Each output with the index of its answer; who is late holds nobody up."""
+    closed = []
+
+    async def prompt(number: int, wait: asyncio.Event) -> Any:
+        try:
+            for sample in (1, 0):
+                yield {"index": sample, "text": f"{number}{sample}"}
+                await wait.wait()
+        finally:
+            closed.append(number)
+
+    async def run() -> list[tuple[int, str]]:
+        first, second = asyncio.Event(), asyncio.Event()
+        second.set()
+        got = []
+        outputs = answers.interleaved([prompt(0, first), prompt(1, second)], 2)
+        async for out in outputs:
+            got.append((out["index"], out["text"]))
+            if len(got) == 3:
+                first.set()
+        leaving = answers.interleaved([prompt(2, asyncio.Event())], 2)
+        await anext(leaving)
+        await leaving.aclose()
+        return got
+
+    got = asyncio.run(run())
+    assert sorted(got[:2]) == [(1, "01"), (3, "11")]
+    assert got[2:] == [(2, "10"), (0, "00")]
+    assert closed == [1, 0, 2]
+
+
+@pytest.mark.parametrize("params", [{"n": 3}, [{"n": 3}, {"n": 3}]])
+def test_samples_are_counted_however_they_are_asked_for(params: Any) -> None:
+    """SGLang makes a list of the parameters once it has several samples."""
+    assert answers.samples_of(types.SimpleNamespace(sampling_params=params)) == 3
+    assert answers.samples_of(types.SimpleNamespace(sampling_params=None)) == 1

@@ -6,6 +6,7 @@ answers, and complete answers are offered to calibration and audit.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -89,6 +90,31 @@ async def _all_of(first: Any, outputs: AsyncGenerator[Any, None]) -> AsyncGenera
             yield out
 
 
+async def interleaved(
+    streams: Sequence[AsyncGenerator[Any, None]], samples: int
+) -> AsyncGenerator[Any, None]:
+    """Outputs of a batch's prompts as they come, each with the index of its answer
+    among all. Each prompt has ``samples`` answers."""
+    tasks = {asyncio.create_task(stream.__anext__()): i for i, stream in enumerate(streams)}
+    try:
+        while tasks:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                i = tasks.pop(task)
+                try:
+                    out = task.result()
+                except StopAsyncIteration:
+                    continue
+                out["index"] = i * samples + out.get("index", 0)
+                yield out
+                tasks[asyncio.create_task(streams[i].__anext__())] = i
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(stream.aclose() for stream in streams), return_exceptions=True)
+
+
 def tidy(
     out: Any,
     exchange: Exchange | None,
@@ -120,6 +146,8 @@ def tidy(
 def samples_of(obj: GenerateReqInput) -> int:
     """How many answers each prompt of a request gets."""
     params = obj.sampling_params
+    if isinstance(params, list):  # of a batch, or as SGLang has left them; all of one n
+        params = params[0] if params else {}
     return params.get("n", 1) if isinstance(params, dict) else getattr(params, "n", 1)
 
 

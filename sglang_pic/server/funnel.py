@@ -26,6 +26,7 @@ from sglang_pic.request.base import LinkRequest
 from sglang_pic.server.answers import (
     Answered,
     handed_back,
+    interleaved,
     noted,
     samples_of,
     tidy,
@@ -160,6 +161,7 @@ class Funnel:
         usual = self.config.link_defaults
         answered = Answered(calibration, self.audit, usual, obj, asked, prompts)
         waited = [NOTHING] * len(prompts)
+        samples = samples_of(obj)
         if is_batch(obj):
             outputs = self._batch(original, obj, request, prompts, waited)
         else:
@@ -167,7 +169,7 @@ class Funnel:
         counted: set[int] = set()
         async with contextlib.aclosing(outputs):
             async for out in outputs:
-                out = tidy(out, exchange, counted, waited, samples_of(obj))
+                out = tidy(out, exchange, counted, waited, samples)
                 answered.see(out)
                 yield out
 
@@ -179,11 +181,16 @@ class Funnel:
         prompts: Sequence[tuple[list[int], LinkRequest]],
         waited: list[Waited],
     ) -> AsyncGenerator[Any, None]:
-        """A batch: each of its prompts by itself, and all answers in one list."""
+        """A batch: each of its prompts by itself; all answers in one list, or as they come."""
         lives = [
             self._prompt(original, one, request, prompts, waited, i)
             for i, one in enumerate(split(obj))
         ]
+        if obj.stream:
+            async with contextlib.aclosing(interleaved(lives, samples_of(obj))) as outputs:
+                async for out in outputs:
+                    yield out
+            return
         answers = await self._manager._collect_batch_responses(lives)
         yield [one for out in answers for one in (out if isinstance(out, list) else [out])]
 
