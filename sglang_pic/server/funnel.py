@@ -212,8 +212,14 @@ class Funnel:
                 work = self._compile(obj, ids, link, missing)
                 try:
                     waited[index] = await self.waiting.until(stay, obj, request, work)
-                except EndedError as error:
-                    outputs = ended(error, samples_of(obj), stream=obj.stream)
+                except Exception as error:
+                    samples = samples_of(obj)
+                    if samples > 1:
+                        # Its endpoint looks for what SGLang would have made of it.
+                        obj.normalize_batch_and_arguments()
+                    if not isinstance(error, EndedError):
+                        raise
+                    outputs = ended(error, samples, stream=obj.stream)
                 else:
                     set_link(obj, ids, link, strict=False)
                     outputs = original(self._manager, obj, request)
