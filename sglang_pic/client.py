@@ -244,11 +244,26 @@ class PicClient:
         text: str | None = None,
         *,
         input_ids: Sequence[int] | None = None,
+        messages: Sequence[dict[str, Any]] | None = None,
         pic: dict[str, Any] | None = None,
         extra_key: str | None = None,
+        **fields: Any,
     ) -> Explanation:
-        """Foretell the report of a request, changing nothing."""
-        body = {"text": text, "input_ids": input_ids, "pic": pic or {}, "extra_key": extra_key}
+        """Foretell the report of a request, changing nothing.
+
+        Args:
+            text, input_ids, messages: its prompt, if ``pic.parts`` does not give it.
+            pic, extra_key: as in the request.
+            fields: more of it that decides the prompt, such as ``tools``.
+        """
+        body = {
+            "text": text,
+            "input_ids": input_ids,
+            "messages": messages,
+            "pic": pic,
+            "extra_key": extra_key,
+            **fields,
+        }
         answer = self._post("explain", body)
         segments = [_made(ExplainedSegment, one) for one in answer["segments"]]
         return _made(Explanation, {**answer, "segments": segments})

@@ -25,6 +25,7 @@ from sglang_pic.client import PicClient
 from sglang_pic.config import PicConfig
 from sglang_pic.errors import PicRefused
 from sglang_pic.eval.serving import Server, free_port
+from sglang_pic.request.tokenize import Rule
 from sglang_pic.server import commands
 from sglang_pic.server.compiler import COMPILED, FAILED, QUEUE_FULL, Made
 from sglang_pic.server.pins import Pins
@@ -309,6 +310,8 @@ class FakeFunnel:
 class FakeResolver:
     """Stands for the funnel's reading of prompts."""
 
+    usual = Rule("pieces", "so it is")
+
     def __init__(self, defaults: Any):
         self._defaults = defaults
 
@@ -504,7 +507,11 @@ BAD = [
     ("POST", "/pic/explain", {"input_ids": [3] * 90}, "input_ids"),
     ("POST", "/pic/explain", {"input_ids": [3], "pic": [{}]}, "pic"),
     ("POST", "/pic/explain", {"input_ids": [3], "pic": {"seam": -1}}, "pic.seam"),
-    ("POST", "/pic/explain", {"input_ids": [3], "sampling_params": {}}, "sampling_params"),
+    ("POST", "/pic/explain", {"prompt": [3, -1]}, "prompt[1]"),
+    ("POST", "/pic/explain", {"prompt": "x", "input_ids": [1]}, "text"),
+    ("POST", "/pic/explain", {"prompt": "x" * 8, "pic": {"parts": ["x"]}}, "text"),
+    ("POST", "/pic/explain", {"messages": "x"}, "messages"),
+    ("POST", "/pic/explain", {"messages": [{"role": "x"}]}, "messages[0].role"),
     ("POST", SEGMENT + "/pin", {"ttl_s": 0}, "ttl_s"),
     ("POST", SEGMENT + "/pin", {"ttl_s": "9"}, "ttl_s"),
     ("POST", SEGMENT + "/pin", {"ttl_s": True}, "ttl_s"),
@@ -572,7 +579,8 @@ def test_the_schema_says_what_is_taken_and_answered(front: Front) -> None:
             if "requestBody" in operation:
                 schema = operation["requestBody"]["content"]["application/json"]["schema"]
                 model = models[schema["$ref"].rpartition("/")[2]]
-                assert model["additionalProperties"] is False
+                # A request may be explained as it is.
+                assert model["additionalProperties"] is (path == "/pic/explain")
     taken = models["CompileBody"]["properties"]["input_ids"]
     assert "array" in json.dumps(taken) and "string" not in json.dumps(taken)
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import itertools
 import pathlib
 import string
+import types
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace as MetaspaceDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sglang_pic.errors import PicRequestError
 from sglang_pic.eval.models.smollm2 import ensure_model
@@ -17,9 +22,9 @@ from sglang_pic.link.policy import LinkOptions
 from sglang_pic.request.base import TokenSpan
 from sglang_pic.request.fields import MAX_SEGMENTS, check_inside, parse_fields
 from sglang_pic.request.hints import find_action, pic_hints
-from sglang_pic.request.tokenize import encode_marked
-from sglang_pic.server.exchange import Exchange, carry, of_messages
-from sglang_pic.server.marks import ChatMarks, mark_messages
+from sglang_pic.request.tokenize import encode_marked, usual_rule
+from sglang_pic.server.marks import mark_messages
+from sglang_pic.server.resolve import Resolver
 
 DEFAULTS = LinkOptions()
 # What this model's vocabulary spells: it has no token for most control characters.
@@ -47,7 +52,6 @@ BAD = [
     (segments((0, 3.5)), "pic.segments[0].end"),
     (segments((True, 3)), "pic.segments[0].start"),
     (segments((-1, 3)), "pic.segments[0].start"),
-    (segments((3, 3)), "pic.segments[0].end"),
     (segments((5, 3)), "pic.segments[0].end"),
     (segments((0, 3), (2, 5)), "pic.segments[1].start"),
     (segments((4, 5), (0, 3)), "pic.segments[1].start"),
@@ -66,7 +70,6 @@ BAD = [
     ({"parts": "text"}, "pic.parts"),
     ({"parts": [3]}, "pic.parts[0]"),
     ({"parts": [{"text": "x"}]}, "pic.parts[0]"),
-    ({"parts": [{"segment": ""}]}, "pic.parts[0].segment"),
     ({"parts": [{"segment": 3}]}, "pic.parts[0]"),
     ({"parts": ["x"], "segments": []}, "pic.parts"),
 ]
@@ -156,15 +159,14 @@ def test_the_rules_differ_where_a_token_straddles_an_edge(tokenizer) -> None:
     assert tokenizer.decode(whole[span.start : span.end]) == " tower"
 
 
-def test_whole_refuses_a_segment_without_a_token(tokenizer) -> None:
-    with pytest.raises(PicRequestError, match=r"pic.segments\[0\]"):
-        encode_marked(tokenizer, "international", (TokenSpan(2, 4),), rule="whole")
+def test_a_segment_without_a_token_of_its_own_is_empty(tokenizer) -> None:
+    tokens, (span,) = encode_marked(tokenizer, "international", (TokenSpan(2, 4),), rule="whole")
+    assert tokens == tokenizer("international")["input_ids"]
+    assert span.start == span.end
 
 
 @settings(deadline=None)
-@given(
-    parts=st.lists(st.tuples(st.booleans(), st.text(ALPHABET, min_size=1, max_size=12)), max_size=6)
-)
+@given(parts=st.lists(st.tuples(st.booleans(), st.text(ALPHABET, max_size=12)), max_size=6))
 @pytest.mark.parametrize("rule", ["pieces", "whole"])
 def test_tokens_always_spell_the_text(tokenizer, rule: str, parts) -> None:
     text, chars = "", []
@@ -172,22 +174,98 @@ def test_tokens_always_spell_the_text(tokenizer, rule: str, parts) -> None:
         if marked:
             chars.append(TokenSpan(len(text), len(text) + len(part)))
         text += part
-    try:
-        tokens, spans = encode_marked(tokenizer, text, tuple(chars), rule=rule)
-    except PicRequestError:
-        assert rule == "whole"
-        return
+    tokens, spans = encode_marked(tokenizer, text, tuple(chars), rule=rule)
     assert tokenizer.decode(tokens).encode(errors="ignore") == text.encode(errors="ignore")
     assert len(spans) == len(chars)
     assert all(a.end <= b.start for a, b in itertools.pairwise(spans))
 
 
+def spaced(prepend: str):
+    """A tokenizer of characters that writes spaces as SentencePiece does."""
+    letters = "\u2581" + string.ascii_letters + string.digits + string.punctuation + "\n"
+    made = Tokenizer(BPE({letter: i for i, letter in enumerate(letters)}, []))
+    made.pre_tokenizer = Metaspace(prepend_scheme=prepend, split=False)
+    made.decoder = MetaspaceDecoder(prepend_scheme=prepend)
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+def resolver_of(tokenizer) -> Resolver:
+    model = types.SimpleNamespace(context_len=1000)
+    return Resolver(types.SimpleNamespace(tokenizer=tokenizer, model_config=model), DEFAULTS)
+
+
+@pytest.mark.parametrize("prepend", ["always", "first", "never"])
+def test_a_tokenizer_that_adds_spaces_reads_prompts_whole(prepend: str) -> None:
+    tokenizer = spaced(prepend)
+    resolver = resolver_of(tokenizer)
+    rule = "pieces" if prepend == "never" else "whole"
+    assert resolver.usual.rule == rule
+    document = "the tower stands"
+    for before, behind in (("Read:\n", "\nWhy?"), ("\n", ""), ("See:\n\n", "x")):
+        text = before + document + behind
+        chars = segments((len(before), len(before) + len(document)))
+        ids, link = resolver.one(text, None, chars)
+        (span,) = link.spans
+        assert tokenizer.decode(ids) == text
+        assert ids[span.start : span.end] == resolver.segment(document)
+        assert ids == tokenizer(text)["input_ids"]
+        named = {**chars, "tokenize": "pieces"}
+        if rule == "pieces":
+            assert resolver.one(text, None, named)[0] == ids
+        else:
+            with pytest.raises(PicRequestError, match=r"pic\.tokenize: .* use 'whole'"):
+                resolver.one(text, None, named)
+
+
+def test_usual_rules(tokenizer) -> None:
+    assert usual_rule(tokenizer).rule == usual_rule(None).rule == "pieces"
+    assert "no tokenizer" in usual_rule(None).why
+
+
+def test_exact_prompts_are_stocks(tokenizer) -> None:
+    text = "x the tower stands"
+    chars = segments((2, 11))
+    stock = tokenizer(text)["input_ids"]
+    resolver = resolver_of(tokenizer)
+    assert resolver.one(text, None, chars)[0] != stock
+    ids, link = resolver.one(text, None, {**chars, "require_exact": True})
+    assert ids == stock and len(link.spans) == 1
+    assert (
+        resolver.one(text, None, {**chars, "require_exact": True, "tokenize": "pieces"})[0]
+        == resolver.one(text, None, chars)[0]
+    )
+    # A slow tokenizer cannot say where its tokens lie; nothing is linked anyway.
+    slow = resolver_of(_Framing())
+    ids, link = slow.one("abcd", None, {**segments((0, 2)), "require_exact": True})
+    assert (ids, link.spans) == ([1, 97, 98, 99, 100, 2], ())
+    with pytest.raises(PicRequestError, match="fast tokenizer"):
+        slow.one("abcd", None, {**segments((0, 2)), "tokenize": "whole"})
+
+
+def test_empty_ranges_cut_no_text(tokenizer) -> None:
+    text = "the tower stands"
+    ids, spans = encode_marked(tokenizer, text, (TokenSpan(3, 3), TokenSpan(6, 6)), rule="pieces")
+    assert ids == tokenizer(text)["input_ids"] and spans == (TokenSpan(0, 0),) * 2
+    ranges = (TokenSpan(0, 0), TokenSpan(4, 9), TokenSpan(12, 12))
+    some, spans = encode_marked(tokenizer, text, ranges, rule="pieces")
+    assert some == encode_marked(tokenizer, text, ranges[1:2], rule="pieces")[0]
+    assert spans[0] == TokenSpan(spans[1].start, spans[1].start)
+    assert spans[2] == TokenSpan(spans[1].end, spans[1].end)
+    fields = parse_fields({"parts": ["a", {"segment": ""}, {"segment": "b"}]}, DEFAULTS)
+    assert fields.ranges == (TokenSpan(1, 1), TokenSpan(1, 2))
+
+
 class _Framing:
-    """A tokenizer that frames every text with BOS and EOS."""
+    """A slow tokenizer that frames every text with BOS and EOS."""
+
+    is_fast = False
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict:
         ids = [ord(c) for c in text]
         return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
 
 
 def test_special_tokens_stay_outside_segments() -> None:
@@ -196,52 +274,27 @@ def test_special_tokens_stay_outside_segments() -> None:
     assert spans == (TokenSpan(1, 3),)
 
 
-def test_marks_are_cut_out_whole() -> None:
-    marks = ChatMarks.fresh()
-    text, ranges = marks.cut(f"a{marks.wrap(' b ')}c{marks.wrap('d')}")
-    assert text == "a b cd"
-    assert ranges == (TokenSpan(2, 3), TokenSpan(5, 6))
-    assert marks.strip({"x": [marks.wrap("y")]}) == {"x": ["y"]}
-
-
-def test_rendered_messages_find_their_request() -> None:
-    """A user's text that looks like a mark finds nothing, and nothing outlives its request."""
-    exchange = Exchange({}, ChatMarks.fresh())
-    assert exchange.marks is not None
-    messages = [{"role": "user", "content": [{"text": exchange.marks.wrap("x")}]}]
-    with carry(exchange):
-        assert of_messages(messages) is exchange
-        assert of_messages([{"content": "PICOPEN" + "0" * 32}]) is None
-    assert of_messages(messages) is None
-
-
-@pytest.mark.parametrize("broken", ["{close}x{open}", "{open}x", "{open}{open}x{close}{close}"])
-def test_a_template_that_breaks_marks_is_refused(broken: str) -> None:
-    marks = ChatMarks.fresh()
-    with pytest.raises(PicRequestError):
-        marks.cut(broken.format(open=marks.open, close=marks.close))
-
-
-def test_messages_are_marked_in_place() -> None:
+def test_marks_are_places() -> None:
     messages = [
         {"role": "system", "content": "S", "pic_segment": True},
         {
             "role": "user",
+            "pic_segment": None,
             "content": [
                 {"type": "text", "text": "D", "pic_segment": True},
-                {"type": "text", "text": "E"},
+                {"type": "text", "text": "E", "pic_segment": False},
                 {"type": "text", "text": "F"},
             ],
         },
     ]
     marks = mark_messages(messages, [{"message": 1, "part": 2}])
     assert marks is not None
-    assert messages[0] == {"role": "system", "content": marks.wrap("S")}
-    assert [part["text"] for part in messages[1]["content"]] == [
-        marks.wrap("D"),
-        "E",
-        marks.wrap("F"),
+    assert [(mark.field, mark.text) for mark in marks.all] == [
+        ("messages[0].content", "S"),
+        ("messages[1].content[0].text", "D"),
+        ("messages[1].content[2].text", "F"),
     ]
+    assert "pic_segment" not in str(messages)
     assert mark_messages([{"role": "user", "content": "x"}], []) is None
 
 
@@ -249,7 +302,13 @@ def test_messages_are_marked_in_place() -> None:
     ("messages", "named", "field"),
     [
         ([{"content": "x", "pic_segment": 1}], [], "messages[0].pic_segment"),
-        ([{"content": " ", "pic_segment": True}], [], "messages[0].content"),
+        ([{"content": None, "pic_segment": True}], [], "messages[0].content"),
+        ([{"content": [{"text": "x"}], "pic_segment": True}], [], "messages[0].content"),
+        (
+            [{"content": "x", "pic_segment": True} for _ in range(MAX_SEGMENTS + 1)],
+            [],
+            "messages[1024].content",
+        ),
         ([{"content": [{"text": 3, "pic_segment": True}]}], [], "messages[0].content[0].text"),
         ([{"content": "x"}], [{"message": 4}], "pic.segments"),
         ([{"content": "x"}], [{"start": 0, "end": 1}], "pic.segments[0]"),

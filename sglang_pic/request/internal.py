@@ -173,7 +173,7 @@ def _check_link(link: LinkRequest, tokens: int | None, field: str) -> None:
         raise PicActionError(HTTPStatus.BAD_REQUEST, f"{field}.spans", "too many")
     at = 0
     for i, span in enumerate(link.spans):
-        if not at <= span.start < span.end:
+        if not at <= span.start <= span.end:
             raise PicActionError(
                 HTTPStatus.BAD_REQUEST, f"{field}.spans[{i}]", "spans must be sorted and disjoint"
             )

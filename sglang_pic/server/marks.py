@@ -64,8 +64,8 @@ class Marks:
                 marks[MAX_SEGMENTS].field, f"at most {MAX_SEGMENTS} segments a request"
             )
         self.all = tuple(marks)
-        self._nonce = secrets.token_hex(16)
-        self._sign = re.compile(f"PIC(OPEN|CLOSE){self._nonce}([0-9a-f]{{4}})")
+        self.nonce = secrets.token_hex(16)
+        self._sign = re.compile(f"PIC(OPEN|CLOSE){self.nonce}([0-9a-f]{{4}})")
 
     def written(self, body: Any, count: int | None = None) -> Any:
         """A copy of the body with signs around the first ``count`` marked texts that
@@ -88,7 +88,7 @@ class Marks:
                 raise PicRequestError(first.field, "was changed before the chat template saw it")
             at = value.index(first.core)
             end = at + len(first.core)
-            opening, closing = (f"PIC{kind}{self._nonce}{i:04x}" for kind in ("OPEN", "CLOSE"))
+            opening, closing = (f"PIC{kind}{self.nonce}{i:04x}" for kind in ("OPEN", "CLOSE"))
             return f"{value[:at]}{opening}{value[at:end]}{closing}{value[end:]}"
         inside: dict[str | int, list[tuple[int, Mark]]] = {}
         for i, mark in marks:

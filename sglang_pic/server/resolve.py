@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from sglang_pic.errors import PicRequestError
 from sglang_pic.link.policy import LinkOptions
 from sglang_pic.request.base import LinkRequest, TokenSpan
 from sglang_pic.request.fields import PicFields, check_inside, check_length, parse_fields
-from sglang_pic.request.tokenize import PIECES, WHOLE, encode_marked, is_fast, usual_rule
+from sglang_pic.request.tokenize import PIECES, WHOLE, Rule, encode_marked, is_fast, usual_rule
 from sglang_pic.server.exchange import Exchange
 from sglang_pic.server.texts import CANNOT, Piece
 
@@ -33,7 +34,11 @@ class Resolver:
     def __init__(self, manager: Any, defaults: LinkOptions):
         self._manager = manager
         self._defaults = defaults
-        self.usual = usual_rule(manager.tokenizer)
+
+    @functools.cached_property
+    def usual(self) -> Rule:
+        """How requests that name no rule are tokenised."""
+        return usual_rule(self._manager.tokenizer)
 
     def resolve(
         self, obj: GenerateReqInput, pic: Any, exchange: Exchange | None

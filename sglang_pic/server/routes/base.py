@@ -75,7 +75,7 @@ def _refuse(status: int, message: str, field: str) -> Response:
     return orjson_response({"error": content}, status)
 
 
-def _field_of(location: tuple[int | str, ...]) -> str:
+def field_of(location: tuple[int | str, ...]) -> str:
     """``("body", "input_ids", 0)`` as ``input_ids[0]``; the whole of it as ``body``."""
     place, *path = location
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
@@ -86,7 +86,7 @@ def _named(error: RequestValidationError) -> PicRequestError:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return PicRequestError("body", f"not JSON: {first['ctx']['error']}")
-    return PicRequestError(_field_of(first["loc"]), first["msg"])
+    return PicRequestError(field_of(first["loc"]), first["msg"])
 
 
 class PicRoute(ORJSONRoute):

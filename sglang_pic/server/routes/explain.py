@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 from typing import Any
 
-from pydantic import Field
+from fastapi import Request
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.utils.auth import AuthLevel, auth_level
 from sglang.srt.utils.json_response import orjson_response
 
 from sglang_pic.errors import PicRequestError
 from sglang_pic.link.report import LinkReport
 from sglang_pic.request.base import LinkRequest
+from sglang_pic.server.exchange import carry
 from sglang_pic.server.funnel import Funnel, funnel_of
-from sglang_pic.server.reading import GENERATE, read_request
-from sglang_pic.server.routes.base import Tenant, manager, pic_router, tell
+from sglang_pic.server.reading import CHATS, GENERATE, read_request
+from sglang_pic.server.routes.base import Tenant, field_of, manager, pic_router, tell
 from sglang_pic.server.routes.prompts import TokenIds, check_prompt
 
 router = pic_router()
+_ids = TypeAdapter(TokenIds)
 
 
 class ExplainBody(Tenant):
-    """The fields of a ``/generate`` request with one prompt that decide its link."""
+    """A request to ``/generate``, ``/v1/completions`` or ``/v1/chat/completions`` with one
+    prompt. What does not decide its link is ignored."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
 
     text: str | None = None
     input_ids: TokenIds | None = None
-    pic: dict[str, Any] = Field(default_factory=dict, description="as in /generate")
+    prompt: Any = Field(None, description="as in /v1/completions")
+    messages: list[dict[str, Any]] | None = Field(
+        None, description="as in /v1/chat/completions, with what its template takes"
+    )
+    pic: dict[str, Any] | None = Field(None, description="as in the request")
     extra_key: str | None = None
     lora_path: str | None = Field(None, description="the request's adapter")
 
@@ -40,35 +54,105 @@ class Explanation(LinkReport):
 
 @router.post("/explain", response_model=Explanation)
 @auth_level(AuthLevel.ADMIN_OPTIONAL)
-async def explain(body: ExplainBody) -> Any:
+async def explain(body: ExplainBody, request: Request) -> Any:
     """Foretell what a request would reuse: nothing is compiled or counted as use.
 
     With several data-parallel ranks: on the one that would reuse least.
     """
-    ids, link = _read(body, funnel_of(manager()))
+    funnel = funnel_of(manager())
+    if body.messages is None:
+        obj, (ids, link), field = _read_plain(body, funnel)
+    else:
+        obj, (ids, link) = await _read_chat(body, funnel, request.app)
+        field = "messages"
+    limit, vocabulary = manager().max_req_input_len, manager().model_config.vocab_size
+    check_prompt(ids, field, limit=limit, vocabulary=vocabulary)
+    ids, link = funnel.settled(ids, link)
     ranks = await tell(
         "explain",
         ids=ids,
         link=link,
-        cache_salt=body.cache_salt,
-        extra_key=body.extra_key,
-        lora_path=body.lora_path,
+        cache_salt=obj.cache_salt,
+        extra_key=obj.extra_key,
+        lora_path=obj.lora_path,
     )
     return orjson_response(min(ranks, key=lambda rank: rank["tokens_reused"]))
 
 
-def _read(body: ExplainBody, funnel: Funnel) -> tuple[list[int], LinkRequest]:
-    """The prompt and the link, as if the body had come to ``/generate``."""
-    prompt: dict[str, Any] = {"text": body.text, "input_ids": body.input_ids, "pic": body.pic}
-    exchange = read_request(GENERATE, prompt, funnel.config.link_defaults)
-    text, input_ids = prompt["text"], prompt["input_ids"]
-    if (text is None) == (input_ids is None):
-        raise PicRequestError("text", "give one of 'text', 'input_ids' and 'pic.parts'")
-    ids, link = funnel.settled(*funnel.resolver.one(text, input_ids, exchange.pic))
-    check_prompt(
-        ids,
-        "text" if input_ids is None else "input_ids",
-        limit=manager().max_req_input_len,
-        vocabulary=manager().model_config.vocab_size,
+Read = tuple[list[int], LinkRequest]
+
+
+def _read_plain(body: ExplainBody, funnel: Funnel) -> tuple[Any, Read, str]:
+    """The request, its prompt and link, and the field that the prompt came in, as if the
+    body had come to ``/generate`` or ``/v1/completions``."""
+    fields = {"text": body.text, "input_ids": body.input_ids, "prompt": _one_prompt(body.prompt)}
+    given = {name: value for name, value in fields.items() if value is not None}
+    pic = body.pic or {}
+    if len(given) + ("parts" in pic) != 1 and not _empty_beside_parts(given, pic):
+        raise PicRequestError("text", "give one of 'text', 'input_ids', 'prompt', 'pic.parts'")
+    field = next(iter(given), "text")
+    prompt = given.get(field)
+    read = {"text": None, "input_ids": None, "pic": pic}
+    read["text" if isinstance(prompt, str) else "input_ids"] = prompt
+    exchange = read_request(GENERATE, read, funnel.config.link_defaults)
+    obj = GenerateReqInput(
+        cache_salt=body.cache_salt, extra_key=body.extra_key, lora_path=body.lora_path
     )
-    return ids, link
+    return obj, funnel.resolver.one(read["text"], read["input_ids"], exchange.pic), field
+
+
+def _one_prompt(prompt: Any) -> str | list[int] | None:
+    if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
+        prompt = prompt[0]
+    if prompt is None or isinstance(prompt, str):
+        return prompt
+    try:
+        return _ids.validate_python(prompt, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise PicRequestError(field_of(("body", "prompt", *first["loc"])), first["msg"]) from error
+
+
+def _empty_beside_parts(given: dict[str, Any], pic: dict[str, Any]) -> bool:
+    return "parts" in pic and not any(given.values())
+
+
+async def _read_chat(body: ExplainBody, funnel: Funnel, app: Any) -> tuple[Any, Read]:
+    """The same through SGLang's own chat serving, as its endpoint does it.
+
+    Raises:
+        PicRequestError: SGLang would refuse the request, or it carries no text alone.
+    """
+    chat = {name: getattr(body, name) for name in body.model_fields_set}
+    exchange = read_request(CHATS[0], chat, funnel.config.link_defaults)
+    try:
+        asked = ChatCompletionRequest.model_validate(chat)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise PicRequestError(_place(first["loc"], chat), first["msg"]) from error
+    serving = app.state.openai_serving_chat
+    problem = serving._validate_request(asked)
+    if problem is not None:
+        raise PicRequestError("messages", problem)
+    with carry(exchange):
+        try:
+            # In a thread, as SGLang does: a long prompt takes its time.
+            obj, _ = await asyncio.to_thread(serving._convert_to_internal_request, asked)
+        except PicRequestError:
+            raise
+        except ValueError as error:
+            raise PicRequestError("messages", str(error)) from error
+    if obj.image_data or obj.video_data or obj.audio_data:
+        raise PicRequestError("messages", "only what holds no images, audio or video is foretold")
+    (read,) = funnel.resolver.resolve(obj, exchange.pic or {}, exchange)
+    return obj, read
+
+
+def _place(location: tuple[int | str, ...], value: Any) -> str:
+    """Where in a body pydantic found a fault, without the names of the types it tried."""
+    path: list[int | str] = []
+    for step in location:
+        with contextlib.suppress(LookupError, TypeError):
+            value = value[step]
+            path.append(step)
+    return field_of(("body", *path))

@@ -56,6 +56,7 @@ async def info(request: Request) -> dict[str, Any]:
     return {
         "version": __version__,
         "config": settings,
+        "tokenize": dataclasses.asdict(funnel.resolver.usual),
         "linking": funnel.gate.to_json(),
         "canary": funnel.canary.verdict.to_json(),
         "state_calibration": state,
