@@ -369,9 +369,7 @@ def test_a_continued_answer_may_be_marked(tokenizer, other: bool) -> None:
     texts = [chat.tokenizer.decode(exchange.ids[s.start : s.end]) for s in exchange.spans]
     assert texts == ["The ferry of Orrin."] * other + ["It leaves at seven"]
     assert chat.tokenizer.decode(exchange.ids) == chat.tokenizer.decode(stock)
-    assert (
-        exchange.ids[exchange.spans[-1].start :] == stock[-len(["It", "leaves", "at", "seven"]) :]
-    )
+    assert exchange.ids[exchange.spans[-1].start :] == tokenizer.encode("It leaves at seven")
 
 
 def test_asking_for_exactness_gives_stocks_prompt(tokenizer) -> None:

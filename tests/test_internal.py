@@ -159,7 +159,7 @@ def test_a_sealed_body_is_read_or_refused_by_name(kind: str, body: str) -> None:
         (LINK, {"spans": []}, "options"),
         (LINK, {"spans": "abc", "options": {}}, "spans"),
         (LINK, {"spans": [{"start": 0, "end": 5}], "options": {}}, "spans"),
-        (LINK, {"spans": [{"start": 2, "end": 2}], "options": {}}, "spans[0]"),
+        (LINK, {"spans": [{"start": 3, "end": 2}], "options": {}}, "spans[0]"),
         (LINK, {"spans": [], "options": {"policy": "some"}}, "options.policy"),
         (LINK, {"spans": [], "options": {"seam": -1}}, "options.seam"),
         (LINK, {"spans": [], "options": {"seam": "4"}}, "options.seam"),

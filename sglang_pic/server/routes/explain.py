@@ -92,7 +92,7 @@ def _read_plain(body: ExplainBody, funnel: Funnel) -> tuple[Any, Read, str]:
         raise PicRequestError("text", "give one of 'text', 'input_ids', 'prompt', 'pic.parts'")
     field = next(iter(given), "text")
     prompt = given.get(field)
-    read = {"text": None, "input_ids": None, "pic": pic}
+    read: dict[str, Any] = {"text": None, "input_ids": None, "pic": pic}
     read["text" if isinstance(prompt, str) else "input_ids"] = prompt
     exchange = read_request(GENERATE, read, funnel.config.link_defaults)
     obj = GenerateReqInput(
