@@ -210,9 +210,13 @@ def test_a_clients_own_names_are_its_own() -> None:
 
 
 def test_a_key_may_be_written_in_any_way() -> None:
-    raw = b'{"messages": [], "\\u0070\\u0069c_segment": true}'
-    with pytest.raises(PicRequestError, match="pic_segment"):
-        take(CHAT, raw, DEFAULTS)
+    for key in (b"\\u0070\\u0069c_segment", b"pic\\u005Fseg\\u006Dent", b"pi\\u0063"):
+        raw = b'{"messages": [{"%s": true}]}' % key
+        with pytest.raises(PicRequestError, match="pic"):
+            take("/v1/score", raw, DEFAULTS)
+    # No other is looked at.
+    raw = b'{"picture": 1,  "pics": 2, "epic": 3, "text": "a pic of \\"pic\\" "}'
+    assert take("/v1/score", raw, DEFAULTS)[0] is raw
     # The last of equal keys counts, with us as with SGLang.
     raw = b'{"text": "abc", "pic": {"seam": -1}, "pic": {"seam": 1}}'
     assert take(GENERATE, raw, DEFAULTS)[1].pic == {"seam": 1}

@@ -26,8 +26,13 @@ COMPLETIONS = "/v1/completions"
 CHATS = ("/v1/chat/completions", "/invocations")
 _PROMPT_FIELD = {GENERATE: "text", COMPLETIONS: "prompt"}
 
-# JSON may write any letter of a key as its code.
-_OURS = re.compile(rb'"(?:p|\\u0070)(?:i|\\u0069)(?:c|\\u0063)')
+
+def _written(name: bytes) -> bytes:
+    """A pattern of a key as JSON may write it: each letter as it is, or as its code."""
+    return b'"' + b"".join(rb"(?:%c|\\u00(?i:%02x))" % (letter, letter) for letter in name) + b'"'
+
+
+_OURS = re.compile(b"|".join(map(_written, (b"pic", b"pic_segment"))))
 
 
 def take(path: str, raw: bytes, defaults: LinkOptions, app: Any = None) -> tuple[bytes, Exchange]:
