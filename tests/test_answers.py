@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
 from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
+from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sglang_pic.errors import PicRequestError
 from sglang_pic.link.policy import LinkOptions
@@ -815,3 +816,22 @@ def test_samples_are_counted_however_they_are_asked_for(params: Any) -> None:
     """SGLang makes a list of the parameters once it has several samples."""
     assert answers.samples_of(types.SimpleNamespace(sampling_params=params)) == 3
     assert answers.samples_of(types.SimpleNamespace(sampling_params=None)) == 1
+
+
+@pytest.mark.parametrize(
+    ("params", "samples"),
+    [
+        (None, 1),
+        ({}, 1),
+        ({"n": 3}, 3),
+        ([{"n": 3}, {"n": 3}], 3),
+        ({"n": 3, "beam_width": 4}, 1),
+        ({"n": 3, "beam_width": None}, 3),
+    ],
+)
+def test_samples_are_counted_as_sglang_counts_them(params: Any, samples: int) -> None:
+    """Before and after it has spread a batch's parameters over its prompts."""
+    obj = GenerateReqInput(input_ids=[[1], [2]], sampling_params=params)
+    assert answers.samples_of(obj) == samples
+    obj.normalize_batch_and_arguments()
+    assert answers.samples_of(obj) == obj.parallel_sample_num == samples

@@ -144,11 +144,15 @@ def tidy(
 
 
 def samples_of(obj: GenerateReqInput) -> int:
-    """How many answers each prompt of a request gets."""
+    """How many answers each prompt of a request gets, as SGLang counts them: a list of
+    prompts may have one set of parameters each, and of beams it makes one answer."""
     params = obj.sampling_params
-    if isinstance(params, list):  # of a batch, or as SGLang has left them; all of one n
-        params = params[0] if params else {}
-    return params.get("n", 1) if isinstance(params, dict) else getattr(params, "n", 1)
+    if isinstance(params, list):
+        params = params[0] if params else None
+    if not isinstance(params, dict):
+        return getattr(params, "n", 1)
+    is_beam = (params.get("beam_width") or 1) > 1
+    return 1 if is_beam else params.get("n", 1)
 
 
 class Answered:
