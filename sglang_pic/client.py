@@ -203,9 +203,15 @@ class PicClient:
         *,
         input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
         extra_key: str | None = None,
+        lora_path: str | None = None,
     ) -> list[Compiled]:
         """Compile one segment, or a list of them, ahead of their first use."""
-        body = {"text": text, "input_ids": input_ids, "extra_key": extra_key}
+        body = {
+            "text": text,
+            "input_ids": input_ids,
+            "extra_key": extra_key,
+            "lora_path": lora_path,
+        }
         answer = self._post("compile", body)
         return [_made(Compiled, segment) for segment in answer["segments"]]
 
@@ -247,13 +253,14 @@ class PicClient:
         messages: Sequence[dict[str, Any]] | None = None,
         pic: dict[str, Any] | None = None,
         extra_key: str | None = None,
+        lora_path: str | None = None,
         **fields: Any,
     ) -> Explanation:
         """Foretell the report of a request, changing nothing.
 
         Args:
             text, input_ids, messages: its prompt, if ``pic.parts`` does not give it.
-            pic, extra_key: as in the request.
+            pic, extra_key, lora_path: as in the request.
             fields: more of it that decides the prompt, such as ``tools``.
         """
         body = {
@@ -262,6 +269,7 @@ class PicClient:
             "messages": messages,
             "pic": pic,
             "extra_key": extra_key,
+            "lora_path": lora_path,
             **fields,
         }
         answer = self._post("explain", body)

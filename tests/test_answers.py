@@ -811,13 +811,6 @@ def test_a_batch_is_streamed_as_it_comes() -> None:
     assert closed == [1, 0, 2]
 
 
-@pytest.mark.parametrize("params", [{"n": 3}, [{"n": 3}, {"n": 3}]])
-def test_samples_are_counted_however_they_are_asked_for(params: Any) -> None:
-    """SGLang makes a list of the parameters once it has several samples."""
-    assert answers.samples_of(types.SimpleNamespace(sampling_params=params)) == 3
-    assert answers.samples_of(types.SimpleNamespace(sampling_params=None)) == 1
-
-
 @pytest.mark.parametrize(
     ("params", "samples"),
     [
