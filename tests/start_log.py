@@ -16,6 +16,7 @@ EXPECTED = {
     r".*Fail to set RLIMIT_NOFILE: .*": "a container's limit",
     r".*No HuggingFace chat template found": "the tiny models have no tokenizer",
     r".*Failed to get yes/no token IDs dynamically: .*": "the tiny models have no tokenizer",
+    r".*Using fallback token IDs for yes/no .*": "the same",
 }
 _texts: dict[pathlib.Path, str] = {}
 
