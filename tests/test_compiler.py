@@ -363,6 +363,22 @@ def test_an_urgent_link_does_not_wait_behind_what_it_may_overtake() -> None:
 # -- the queue by itself --------------------------------------------------------------
 
 
+def test_a_long_list_is_not_starved_by_those_that_come_later() -> None:
+    """Of the same tenant, as urgent, and as many as can be served."""
+    queue: FairQueue[int] = FairQueue(1, 1, 1000)
+    queue.add(range(10), "a", 0)
+    served = []
+    for later in range(1000, 1100):
+        queue.add([later], "a", 0)
+        taken = queue.take()
+        assert taken is not None
+        queue.done("a")
+        served.append(taken)
+    assert [one for one in served if one < 10] == list(range(10))
+    # And it is not served alone.
+    assert served.index(1000) < 5
+
+
 @given(st.randoms(use_true_random=False), st.integers(1, 5), st.integers(1, 3), st.integers(1, 8))
 def test_the_queue_keeps_its_bounds_and_loses_nothing(
     rng: random.Random, most: int, of_tenant: int, length: int

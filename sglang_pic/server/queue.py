@@ -21,8 +21,9 @@ class _Tenant(Generic[Item]):
         heap: (urgency, turn, number, item), with entries that have been moved or
             removed among them.
         places: of what waits, the entry that counts.
-        clock: turn of what was last taken: a request that comes begins there, so that
-            it stands behind nobody's whole list.
+        clock: turn of what was last taken: a request that comes begins with the next,
+            so that it stands behind nobody's whole list, and nobody's end behind all
+            that come later.
     """
 
     heap: list[tuple[int, int, int, Item]] = dataclasses.field(default_factory=list)
@@ -60,7 +61,7 @@ class FairQueue(Generic[Item]):
         queue = self._tenants.setdefault(tenant, _Tenant())
         room = max(0, self._length - len(queue.places))
         added = list(itertools.islice(items, room))
-        for turn, item in enumerate(added, queue.clock):
+        for turn, item in enumerate(added, queue.clock + 1):
             self._place(queue, item, (urgency, turn, next(self._numbers)))
         self._forget(tenant)
         return added
