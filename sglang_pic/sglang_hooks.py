@@ -398,17 +398,18 @@ def install() -> None:
 
 
 def _install_cpu_kernels() -> None:
-    """Torch forms of the kernels that linear layers need, on the plain CPU only."""
+    """Torch forms of kernels that linear layers and seeds need, on the plain CPU only."""
     from sglang.srt.platforms import current_platform
 
     from sglang_pic.platforms.cpu import PlainCpuPlatform
 
     if not isinstance(current_platform, PlainCpuPlatform):
         return
-    from sglang_pic.platforms import linear_kernels, mamba2_kernels
+    from sglang_pic.platforms import linear_kernels, mamba2_kernels, sampling_kernels
 
     mamba2_kernels.bind()
-    for target, function in {**linear_kernels.KERNELS, **mamba2_kernels.KERNELS}.items():
+    kernels = linear_kernels.KERNELS | mamba2_kernels.KERNELS | sampling_kernels.KERNELS
+    for target, function in kernels.items():
         names = list(inspect.signature(function).parameters.values())
         named = tuple(p.name for p in names if p.kind is not inspect.Parameter.VAR_KEYWORD)
         check_shape(target, named)

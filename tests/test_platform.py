@@ -4,6 +4,7 @@ the place of torch's and SGLang's parts passes for them."""
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 from unittest import mock
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from sglang_pic.platforms import cpu, unpinned
+from sglang_pic.platforms.sampling_kernels import murmur_hash32
 
 
 def test_it_serves_a_machine_without_an_accelerator() -> None:
@@ -49,7 +51,7 @@ def run(program: str, **env: str) -> str:
         capture_output=True,
         text=True,
         timeout=600,
-        env={**os.environ, **env},
+        env=os.environ | env,
     )
     assert made.returncode == 0, made.stderr[-6000:]
     return made.stdout
@@ -104,14 +106,14 @@ load_plugins()
 
 import functools, inspect, pkgutil
 from sglang_pic import sglang_hooks
-from sglang_pic.platforms import linear_kernels, mamba2_kernels
+from sglang_pic.platforms import linear_kernels, mamba2_kernels, sampling_kernels
 pairs = [(f"torch.{n}", old, getattr(torch, n)) for n, old in stock.items()]
 pairs += [(f"Tensor.{n}", old, getattr(torch.Tensor, n)) for n, old in methods.items()]
 pairs = [pair for pair in pairs if callable(pair[1]) and pair[1] is not pair[2]]
 replaced = {name for name, *_ in pairs}
 assert {"torch.get_device_module", "torch.tensor", "Tensor.pin_memory"} <= replaced, replaced
 hooks = [hook.target for hook in (*sglang_hooks.ENGINE_HOOKS, *sglang_hooks.FRONT_HOOKS)]
-kernels = {**linear_kernels.KERNELS, **mamba2_kernels.KERNELS}
+kernels = linear_kernels.KERNELS | mamba2_kernels.KERNELS | sampling_kernels.KERNELS
 for target in (*hooks, *kernels):
     found = pkgutil.resolve_name(target)
     pairs.append((target, found.__wrapped__, found))
@@ -128,22 +130,28 @@ def signature(thing):
     except ValueError:  # a builtin's is not known
         return None
 
+problems = []
 for name, old, new in pairs:
-    assert public(old) <= public(new), (name, public(old) - public(new))
-    assert new.__name__ == old.__name__ and (new.__doc__ == old.__doc__ or name in kernels
-        or name == "torch.get_device_module"), name
+    problems += [f"{name} lacks {n}" for n in public(old) if not hasattr(new, n)]
+    own_words = name in kernels or name == "torch.get_device_module"
+    if new.__name__ != old.__name__ or (new.__doc__ != old.__doc__ and not own_words):
+        problems.append(f"{name} calls itself {new.__name__}: {new.__doc__}")
     if isinstance(old, functools._lru_cache_wrapper):
-        assert isinstance(new, functools._lru_cache_wrapper), name
-        inside = [list(signature(cached.__wrapped__).parameters) for cached in (new, old)]
-        assert inside[0] == inside[1], name
+        if isinstance(new, functools._lru_cache_wrapper):
+            inside = [list(signature(cached.__wrapped__).parameters) for cached in (new, old)]
+            problems += [f"{name} takes {inside}"] * (inside[0] != inside[1])
+        else:
+            problems.append(f"{name} is not cached")
 for target, ours in kernels.items():
     theirs = inspect.signature(pkgutil.resolve_name(target).__wrapped__)
     mine = signature(ours)
     anything = any(p.kind is p.VAR_KEYWORD for p in mine.parameters.values())
     for name, parameter in theirs.parameters.items():
-        assert name in mine.parameters or anything, (target, name)
-        if name in mine.parameters and parameter.default is not parameter.empty:
-            assert mine.parameters[name].default == parameter.default, (target, name)
+        if name not in mine.parameters:
+            problems += [f"{target} takes no {name}"] * (not anything)
+        elif parameter.default not in (parameter.empty, mine.parameters[name].default):
+            problems.append(f"{target} has another default for {name}")
+assert not problems, problems
 use_torch("eager")
 use_torch("inductor")
 
@@ -173,4 +181,36 @@ def test_torch_compiles_over_the_stand_ins_from_the_first(backend: str) -> None:
 
 def test_penalties_and_seeds_need_no_compiler() -> None:
     """A machine that serves on its CPU need not have a C++ compiler."""
-    run(ALL_PARTS.replace('use_torch("inductor")', ""), CXX="/nowhere/g++", PATH="/nowhere")
+    with mock.patch.dict(os.environ):
+        args = mock.Mock(enable_torch_compile=False)
+        cpu.PlainCpuPlatform().apply_server_args_defaults(args)
+        env = dict(os.environ)
+    program = ALL_PARTS.replace('use_torch("eager")\nuse_torch("inductor")\n', "")
+    assert program != ALL_PARTS
+    run(program, **env, CXX="/nowhere/g++", PATH="/nowhere")
+
+
+def test_seeds_hash_as_on_a_gpu() -> None:
+    """Against MurmurHash3 as it is written down, over bytes."""
+    seeds, positions, columns = [0, 7, -1, 2**63 - 1, -(2**63)], [0, 1, 4095, 7, 3], [0, 5, 151935]
+    found = murmur_hash32(torch.tensor(seeds), torch.tensor(positions), torch.tensor(columns))
+    assert found.dtype == torch.uint32
+    for i, (seed, position) in enumerate(zip(seeds, positions, strict=True)):
+        for j, column in enumerate(columns):
+            data = struct.pack("<qII", seed, position, column)
+            assert int(found[i, j]) == murmur3(data)
+
+
+def murmur3(data: bytes) -> int:
+    """Of whole blocks of four bytes, from seed 0."""
+    low, h = 0xFFFFFFFF, 0
+    for (k,) in struct.iter_unpack("<I", data):
+        k = k * 0xCC9E2D51 & low
+        k = (k << 15 | k >> 17) & low
+        h ^= k * 0x1B873593 & low
+        h = (h << 13 | h >> 19) & low
+        h = h * 5 + 0xE6546B64 & low
+    h ^= len(data)
+    h = (h ^ h >> 16) * 0x85EBCA6B & low
+    h = (h ^ h >> 13) * 0xC2B2AE35 & low
+    return h ^ h >> 16

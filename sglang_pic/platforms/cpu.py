@@ -74,18 +74,16 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
         # OpenMP's threads spin while they wait for each other. Where another
         # process wants the same cores, a matrix product takes 20 times as long.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        if not server_args.enable_torch_compile:
+            # SGLang compiles small helpers of its own when the first request needs
+            # one. All others wait for it, and without a C++ compiler it ends the server.
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         # Histories of the convolution before a linear layer, bfloat16 otherwise.
         os.environ.setdefault("SGLANG_MAMBA_CONV_DTYPE", "float32")
 
     def support_mamba_cache_extra_buffer(self) -> bool:
         """States of hybrids may be kept on a grid of tokens, as page sizes above 1 need."""
         return True
-
-    def get_compile_backend(self, mode: str | None = None) -> str:
-        """How SGLang's small helpers are compiled: not at all. With the usual backend
-        the first request that needs one waits for a C++ compiler, and without one
-        it ends the scheduler."""
-        return "eager"
 
     def init_backend(self) -> None:
         """Let code that was made for GPUs run: see ``unpinned``."""

@@ -27,15 +27,17 @@ def causal_conv1d_fn(
     conv_states: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens_cpu: list[int],
-    cache_indices: torch.Tensor,
-    has_initial_state: torch.Tensor,
+    cache_indices: torch.Tensor | None = None,
+    has_initial_state: torch.Tensor | None = None,
     activation: str | None = "silu",
     **_: Any,
 ) -> torch.Tensor:
-    """x [channels, tokens] packed; reads and writes ``conv_states[cache_indices]``."""
-    slots = cache_indices.long()
-    history = conv_states[slots] * has_initial_state[:, None, None]
+    """x [channels, tokens] packed; reads and writes ``conv_states[cache_indices]``, by
+    default its first ones, which without ``has_initial_state`` hold no history."""
     lengths = query_start_loc.diff().tolist()
+    slots = torch.arange(len(lengths)) if cache_indices is None else cache_indices.long()
+    held = torch.zeros(len(lengths)) if has_initial_state is None else has_initial_state
+    history = conv_states[slots] * held[:, None, None]
     y, after = convolve(x.T, weight, bias, history, lengths, silu=activation in _SILU)
     conv_states[slots] = after.to(conv_states.dtype)
     return y.T

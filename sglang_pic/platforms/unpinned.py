@@ -42,6 +42,10 @@ def get_device_module(device: torch.device | str | None = None) -> ModuleType:
     return _device_module("cpu" if device is None else device)
 
 
+# By it torch.compile knows the function that it evaluates while it traces.
+get_device_module.__wrapped__ = _device_module.__wrapped__
+
+
 def pin_memory(self: torch.Tensor, device: torch.device | str | None = None) -> torch.Tensor:
     """``torch.Tensor.pin_memory`` where there is nothing to transfer to."""
     return self
