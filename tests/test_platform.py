@@ -187,7 +187,7 @@ def test_penalties_and_seeds_need_no_compiler() -> None:
         env = dict(os.environ)
     program = ALL_PARTS.replace('use_torch("eager")\nuse_torch("inductor")\n', "")
     assert program != ALL_PARTS
-    run(program, **env, CXX="/nowhere/g++", PATH="/nowhere")
+    run(program, **(env | {"CXX": "/nowhere/g++", "PATH": "/nowhere"}))
 
 
 def test_seeds_hash_as_on_a_gpu() -> None:
