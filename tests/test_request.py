@@ -194,6 +194,20 @@ def resolver_of(tokenizer) -> Resolver:
     return Resolver(types.SimpleNamespace(tokenizer=tokenizer, model_config=model), DEFAULTS)
 
 
+def test_parts_of_a_program_are_its_prompt(tokenizer) -> None:
+    """``pic_hints(parts=...)`` of ``sgl.Engine``, whose own prompt is left empty."""
+    resolver = resolver_of(tokenizer)
+    parts = {"parts": ["See: ", {"segment": "a document\n"}, "And?"]}
+    ids, link = resolver.one("", None, parts)
+    assert tokenizer.decode(ids) == "See: a document\nAnd?"
+    (span,) = link.spans
+    assert tokenizer.decode(ids[span.start : span.end]) == "a document\n"
+    assert resolver.one(None, [], parts) == (ids, link)
+    for prompt in (("text", None), (None, [1, 2])):
+        with pytest.raises(PicRequestError, match=r"pic\.parts"):
+            resolver.one(*prompt, parts)
+
+
 @pytest.mark.parametrize("prepend", ["always", "first", "never"])
 def test_a_tokenizer_that_adds_spaces_reads_prompts_whole(prepend: str) -> None:
     tokenizer = spaced(prepend)

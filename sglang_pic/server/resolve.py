@@ -74,6 +74,11 @@ class Resolver:
             PicRequestError: it is malformed.
         """
         fields = parse_fields(pic or {}, self._defaults)
+        if fields.text is not None:
+            # Of a program's ``pic_hints``; those of a body are taken out of it.
+            if text or ids:
+                raise PicRequestError("pic.parts", "replaces the prompt; leave that out or empty")
+            text, ids = fields.text, None
         if ids is not None:
             check_inside(fields.ranges, len(ids), "tokens")
             return list(ids), LinkRequest(fields.ranges, fields.options)
