@@ -80,7 +80,7 @@ def generate_request(
     if exchange is not None and exchange.pic is not None:
         pic = exchange.pic
     if pic is None:
-        return unmarked(original(manager, obj, request))
+        return noted(unmarked(original(manager, obj, request)), exchange)
     if exchange is not None:
         exchange.salt = obj.cache_salt
     if isinstance(pic, dict) and is_list_of_one(obj):
