@@ -64,12 +64,13 @@ def _reasons(answer: dict[str, Any]) -> list[str]:
 
 
 def _exact(server: Server, segment: list[int], salt: str) -> None:
-    """Alone, such a segment is computed: the answer is that of full recompute."""
+    """Alone, such a segment is computed: the answer is that of full recompute. What is
+    compiled is the text that opens the prompt."""
     prompt = assemble([("text", ids_of(1, 9)), ("segment", segment), ("text", ids_of(2, 5))])
     answer = server.generate(**body(*prompt, 3, salt, seam=4))
     report = answer["meta_info"]["pic"]
     assert _reasons(answer) == ["not_compiled"]
-    assert (report["exactness"], report["tokens_compiled"]) == ("exact", 0)
+    assert (report["exactness"], report["tokens_compiled"]) == ("exact", 9)
     full = server.generate(**body(*prompt, 3, fresh_salt(), require_exact=True))
     assert answer["output_ids"] == full["output_ids"]
     assert (distributions(answer) - distributions(full)).abs().max() < TOLERANCE

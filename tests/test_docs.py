@@ -159,11 +159,14 @@ def test_every_reason_is_explained() -> None:
     }
     whole = {
         node.value.value
-        for node in ast.walk(ast.parse(inspect.getsource(forest_state.unlinkable)))
+        for function in (forest_state.unlinkable, forest_state.asked_of_prompt)
+        for node in ast.walk(ast.parse(inspect.getsource(function)))
         if isinstance(node, ast.Return)
         and isinstance(node.value, ast.Constant)
         and node.value.value
     } | set(_literals_given_as_reason())
+    whole |= {name.removeprefix("return_") for name in forest_state.ordered_flags()}
+    whole |= set(forest_state.PLACES)
     whole |= {gate.CANARY_FAILED, gate.AUDIT_FAILED, gate.SWITCHED_OFF}
     whole |= {forest_state.NO_ROOM, forest_state.FAULT}
     assert {"require_exact", "link_off", "input_logprobs"} <= whole
