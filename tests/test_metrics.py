@@ -85,9 +85,9 @@ def test_each_answer_is_counted_once(counts: Counts) -> None:
     # Several samples, streamed; then a batch at once.
     counted = set()
     for out in (chunk(index=0), chunk(index=1), chunk(index=0), chunk(index=1)):
-        answers.tidy(out, None, counted)
+        answers.tidy(out, None, counted, samples=2)
     assert counts.answers == {"composed": 3}
-    answers.tidy([chunk(), chunk()], None, set())
+    answers.tidy([chunk(), chunk()], None, set(), samples=2)
     assert counts.answers == {"composed": 5}
 
 
