@@ -205,7 +205,8 @@ def test_an_ambiguous_name_is_refused(page1: Server, value: str, field: str) -> 
     ):
         answer = page1.post(path, body, timeout=60)
         assert answer.status_code == 400, (path, answer.text)
-        assert field in answer.text
+        # Half a character is no JSON: such a body is refused before it is read.
+        assert field in answer.text or "\ud800" <= value[0] <= "\udfff"
 
 
 def test_names_in_any_script_are_names(page1: Server) -> None:

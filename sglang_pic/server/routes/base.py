@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 from sglang.srt.entrypoints.http_server import ORJSONRoute, get_global_state
 from sglang.srt.utils.json_response import orjson_response
@@ -32,18 +32,24 @@ class Answer(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-def _allowed(salt: str | None) -> str | None:
+def _allowed(value: str | None, info: ValidationInfo) -> str | None:
+    field = str(info.field_name)
     try:
-        check_salt(salt, "cache_salt")
+        check_salt(value, field)
     except PicRequestError as error:
         raise PydanticCustomError("salt", "{problem}", {"problem": error.problem}) from error
-    return salt
+    return value
 
 
 Salt = Annotated[
     str | None,
     AfterValidator(_allowed),
     Field(description="the tenant, as in the requests that link its segments"),
+]
+ExtraKey = Annotated[
+    str | None,
+    AfterValidator(_allowed),
+    Field(description="as in the requests that link the segments"),
 ]
 
 

@@ -14,7 +14,7 @@ from sglang_pic.request.fields import MAX_SEGMENTS
 from sglang_pic.request.tokenize import check_tokenizer
 from sglang_pic.server.compiler import QUEUE_FULL, Caller
 from sglang_pic.server.funnel import Funnel, funnel_of
-from sglang_pic.server.routes.base import Answer, Tenant, manager, pic_router, tell
+from sglang_pic.server.routes.base import Answer, ExtraKey, Tenant, manager, pic_router, tell
 from sglang_pic.server.routes.prompts import TokenIds, check_prompt
 
 router = pic_router()
@@ -46,7 +46,7 @@ class CompileBody(Tenant):
 
     text: Texts | None = None
     input_ids: TokenLists | None = None
-    extra_key: str | None = Field(None, description="as in the requests that will link them")
+    extra_key: ExtraKey = None
     lora_path: str | None = Field(None, description="the adapter of those requests")
 
 

@@ -20,7 +20,7 @@ from sglang_pic.request.base import LinkRequest
 from sglang_pic.server.exchange import carry
 from sglang_pic.server.funnel import Funnel, funnel_of
 from sglang_pic.server.reading import CHATS, GENERATE, read_request
-from sglang_pic.server.routes.base import Tenant, field_of, manager, pic_router, tell
+from sglang_pic.server.routes.base import ExtraKey, Tenant, field_of, manager, pic_router, tell
 from sglang_pic.server.routes.prompts import TokenIds, check_prompt
 
 router = pic_router()
@@ -40,7 +40,7 @@ class ExplainBody(Tenant):
         None, description="as in /v1/chat/completions, with what its template takes"
     )
     pic: dict[str, Any] | None = Field(None, description="as in the request")
-    extra_key: str | None = None
+    extra_key: ExtraKey = None
     lora_path: str | None = Field(None, description="the request's adapter")
 
 
