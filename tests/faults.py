@@ -7,7 +7,6 @@ of it.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,14 @@ def environment(folder: Path, fault: str) -> dict[str, str]:
 
 
 def register() -> None:
-    """Called by SGLang in each of its processes; what breaks is the scheduler's."""
-    if "sglang.srt.managers.scheduler" in sys.modules:
-        FAULTS[os.environ[FAULT]]()
+    """Called by SGLang in each of its processes; what breaks is the scheduler's, or the
+    front's."""
+    from sglang_pic.sglang_hooks import roles
+
+    front, engine = roles()
+    name = os.environ[FAULT]
+    if front if name in OF_FRONT else engine:
+        FAULTS[name]()
 
 
 def _unrotated(x: Any, cos: Any, sin: Any, *, neox: bool) -> Any:
@@ -125,6 +129,7 @@ def _some_compiles_fail_or_are_late() -> None:
     Compiler.__init__ = break_it  # type: ignore[method-assign]
 
 
+OF_FRONT = ("compiles_fail_or_are_late",)
 FAULTS: dict[str, Callable[[], None]] = {
     "unrotated": _rotate_as(_unrotated),
     "turned_back": _rotate_as(_turned_back),
