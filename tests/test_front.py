@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sglang_pic.config import ENV_NAME, PicConfig
-from sglang_pic.errors import PicConfigError
+from sglang_pic.errors import PicConfigError, PicRequestError
 from sglang_pic.forest.keys import is_reserved, namespace, segment_id
 from sglang_pic.launch_server import pic_parser, read_config
 from sglang_pic.server import funnel as funnel_module
@@ -138,3 +138,16 @@ def test_an_ordinary_answer_beside_a_link_is_stocks(monkeypatch: pytest.MonkeyPa
         assert closed
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("wrong", [{"cache_salt": "a\0"}, {"kv_hints": {"actions": 3}}])
+def test_what_is_refused_is_left_as_its_endpoint_expects_it(
+    monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]
+) -> None:
+    """SGLang aborts, when a stream has ended, whatever it knows by the request's name."""
+    monkeypatch.setattr(funnel_module, "is_enabled", lambda: True)
+    obj = GenerateReqInput(input_ids=[1], stream=True, **wrong)
+    with pytest.raises(PicRequestError):
+        funnel_module.generate_request(None, None, obj)
+    (rids,) = ([obj.rid] if obj.is_single else obj.rid,)
+    assert not any(rid in {} for rid in rids)

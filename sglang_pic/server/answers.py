@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
 from sglang.srt.managers.io_struct import GenerateReqInput
@@ -40,13 +40,25 @@ async def unmarked(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, No
 
 
 async def noted(
-    outputs: AsyncGenerator[Any, None], exchange: Exchange | None
+    outputs: AsyncGenerator[Any, None], exchange: Exchange | None, obj: GenerateReqInput
 ) -> AsyncGenerator[Any, None]:
-    """Outputs of a request with a link; its exchange learns what refuses it."""
+    """Outputs of a request; its exchange learns what refuses it."""
     async with contextlib.aclosing(outputs):
-        with noting(exchange):
+        with noting(exchange), leaving(obj):
             async for out in outputs:
                 yield out
+
+
+@contextlib.contextmanager
+def leaving(obj: GenerateReqInput) -> Iterator[None]:
+    """Leave a request that is refused before SGLang made anything of it as its endpoint
+    expects it, which wants to abort what it knows by that name: nothing."""
+    try:
+        yield
+    except Exception:
+        if not hasattr(obj, "is_single"):
+            obj.is_single, obj.rid = True, None
+        raise
 
 
 def parse_missing(message: str) -> list[int] | None:

@@ -27,6 +27,7 @@ from sglang_pic.server.answers import (
     Answered,
     handed_back,
     interleaved,
+    leaving,
     noted,
     samples_of,
     tidy,
@@ -73,19 +74,19 @@ def generate_request(
         bind(obj)
         return original(manager, obj, request)
     exchange = current.get()
-    with noting(exchange):
+    with noting(exchange), leaving(obj):
         check_samples(obj)
         bind(obj)
         pic = check_public(obj)
     if exchange is not None and exchange.pic is not None:
         pic = exchange.pic
     if pic is None:
-        return noted(unmarked(original(manager, obj, request)), exchange)
+        return noted(unmarked(original(manager, obj, request)), exchange, obj)
     if exchange is not None:
         exchange.salt = obj.cache_salt
     if isinstance(pic, dict) and is_list_of_one(obj):
         pic = [pic]
-    return noted(funnel_of(manager).run(original, obj, request, pic, exchange), exchange)
+    return noted(funnel_of(manager).run(original, obj, request, pic, exchange), exchange, obj)
 
 
 def abort_request(manager: Any, rid: str = "", abort_all: bool = False) -> None:
