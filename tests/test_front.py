@@ -149,5 +149,4 @@ def test_what_is_refused_is_left_as_its_endpoint_expects_it(
     obj = GenerateReqInput(input_ids=[1], stream=True, **wrong)
     with pytest.raises(PicRequestError):
         funnel_module.generate_request(None, None, obj)
-    (rids,) = ([obj.rid] if obj.is_single else obj.rid,)
-    assert not any(rid in {} for rid in rids)
+    assert obj.is_single and obj.rid is None
