@@ -98,7 +98,7 @@ def test_tenants_without_the_admins_key_are_refused_before_the_model_is_loaded(
     monkeypatch.setattr("sglang.srt.utils.kill_process_tree", lambda *_, **__: None)
     monkeypatch.setenv(ENV_NAME, "")
     file = tmp_path / "tenants"
-    file.write_text('{"key": "salt"}')
+    file.write_text('{"a-key-of-twenty-letters": "salt"}')
     flags = ["--model-path", "m", "--pic-tenants", str(file)]
     with pytest.raises(SystemExit) as ended:
         launch_server.main(flags)
