@@ -188,7 +188,7 @@ BAD_BODIES = [
     ({"pic": {"segments": [{"start": 5, "end": 2}]}}, "pic.segments[0].end"),
     ({"pic": {"segments": [{"start": 0, "end": 9}, {"start": 5, "end": 12}]}}, "pic.segments[1]"),
     ({"pic": {"segments": [{"start": 0.5, "end": 9}]}}, "pic.segments[0].start"),
-    ({"pic": {"segments": [{"start": 4, "end": 4}]}}, "pic.segments[0].end"),
+    ({"pic": {"segments": [{"start": 5, "end": 4}]}}, "pic.segments[0].end"),
     ({"pic": {"segments": [{"start": i, "end": i + 1} for i in range(10_000)]}}, "pic.segments"),
     ({"pic": {"segments": [], "seam": "wide"}}, "pic.seam"),
     ({"pic": {"unknown": 1}}, "pic.unknown"),
