@@ -15,8 +15,8 @@ from sglang_pic.errors import PicRequestError
 from sglang_pic.server.tenants import current
 
 _SESSION = "a session belongs to whoever knows its id, not to a tenant"
-_IMAGE = "would name what is cached of another tenant's image"
-_ROUTER = "is what SGLang's servers and router tell one another"
+_IMAGE = "it would name what is cached of another tenant's image"
+_ROUTER = "it is what SGLang's servers and router tell one another"
 
 REFUSED = {
     "session_id": _SESSION,
@@ -34,7 +34,7 @@ REFUSED = {
     "num_items_assigned": _ROUTER,
     "http_worker_ipc": _ROUTER,
     "external_trace_header": _ROUTER,
-    "lora_id": "is made of 'lora_path' by the server",
+    "lora_id": "it is made of 'lora_path' by the server",
 }
 """Fields that a tenant may not send, and why."""
 
@@ -55,7 +55,7 @@ def bind(obj: Any) -> None:
         raise PicRequestError("input", "embeddings are cached without salt, for all tenants alike")
     for name, reason in REFUSED.items():
         if getattr(obj, name) is not None:
-            raise PicRequestError(name, f"not from a tenant: it {reason}")
+            raise PicRequestError(name, f"not from a tenant: {reason}")
     for rid in obj.rid if isinstance(obj.rid, list) else [obj.rid]:
         if rid is not None and not (isinstance(rid, str) and _RID.fullmatch(rid)):
             raise PicRequestError("rid", "not from a tenant, unless it is 32 hexadecimal digits")
