@@ -96,7 +96,7 @@ TABLE: dict[Row, Who] = {
         GET HEAD  /docs/oauth2-redirect
         GET HEAD  /redoc
         GET       /pic/info
-        GET       /pic/report/{id:path}
+        GET       /pic/report/{id}
         """,
     ),
     **_rows(
