@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+import re
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,6 +45,27 @@ OUTSIDE: list[tuple[str, dict[str, Any]]] = [
     ("sampling_params.logit_bias", sampling(logit_bias={"1": 1e300}, temperature=1)),
     ("sampling_params.repetition_penalty", sampling(repetition_penalty=1e-40, temperature=1)),
 ]
+NOTHING_NEW = sampling(max_new_tokens=0)
+OUTSIDE += [
+    (name, {name: [place], **NOTHING_NEW})
+    for name in ("multi_item_delimiter_indices", "token_indices_to_pool")
+    for place in (3, -1)
+]
+DEEP = "(" * 100_000 + "a" + ")" * 100_000
+OUTSIDE += [
+    (f"sampling_params.{name}", sampling(**{name: grammar}))
+    for name, grammar in {
+        "json_schema": json.dumps({"type": "string", "pattern": DEEP}),
+        "regex": DEEP,
+        "ebnf": f"root ::= {DEEP}",
+        "structural_tag": json.dumps({"type": "structural_tag", "format": {"pattern": DEEP}}),
+    }.items()
+]
+# Only where there is a tokenizer.
+OF_TEXT: list[tuple[str, dict[str, Any]]] = [
+    ("sampling_params.stop_regex", sampling(stop_regex=pattern))
+    for pattern in ("(.+)+Q", ["x", "(?:(a*)b?)*Q"], "(.*?(?=b))+", "((a|b+)c){2,}")
+]
 # What the scheduler's decoder does not take for what the field is.
 UNREADABLE: list[tuple[str, dict[str, Any]]] = [
     (f"sampling_params.{name}", sampling(**{name: value}))
@@ -67,6 +94,10 @@ INSIDE: list[dict[str, Any]] = [
     {},
     {"input_ids": [0, VOCAB - 1]},
     {**LOGPROBS, "logprob_start_len": 0, "top_logprobs_num": VOCAB},
+    {"token_indices_to_pool": [0, 2], **NOTHING_NEW},
+    sampling(stop_regex=["a+b*", "(ab+){3}", "(foo|ba{2})+", r"\d+\.\d*"]),
+    sampling(json_schema='{"pattern": "^(a|(b)(c))(\\\\(){3}$"}'),
+    sampling(regex="(a)" * 5000),
     sampling(
         stop_token_ids=[0, VOCAB - 1, None],
         logit_bias={"0": -100, str(VOCAB - 1): 1e30},
@@ -84,7 +115,8 @@ def front() -> Any:
     manager = object.__new__(TokenizerManager)
     stats = SimpleNamespace(set_tokenize_finish_time=lambda: None)
     manager.rid_to_state = {"r": SimpleNamespace(time_stats=stats)}
-    manager.preferred_sampling_params, manager.tokenizer = None, None
+    manager.preferred_sampling_params = None
+    manager.tokenizer = SimpleNamespace(encode=lambda *_, **__: [])
     manager.sampling_params_class = SamplingParams
     manager.tokenized_generate_req_type = io_struct.TokenizedGenerateReqInput
     manager.model_config = SimpleNamespace(vocab_size=VOCAB)
@@ -102,7 +134,10 @@ def ids(cases: list[tuple[str, Any]]) -> list[str]:
     return [f"{i}-{field}" for i, (field, _) in enumerate(cases)]
 
 
-@pytest.mark.parametrize(("field", "request_"), OUTSIDE + UNREADABLE, ids=ids(OUTSIDE + UNREADABLE))
+ALL = OUTSIDE + OF_TEXT + UNREADABLE
+
+
+@pytest.mark.parametrize(("field", "request_"), ALL, ids=ids(ALL))
 def test_stock_lets_it_through_and_we_do_not(field: str, request_: dict[str, Any]) -> None:
     """The first half fails when SGLang mends it; then the entry goes."""
     sent = stock(request_)
@@ -126,9 +161,25 @@ def test_what_the_scheduler_would_compute() -> None:
     with pytest.raises(RuntimeError):
         torch.zeros(VOCAB).topk(VOCAB + 1)
     assert math.isinf(torch.tensor([1e300]).item())
+    with pytest.raises(IndexError):
+        torch.zeros(3, 2)[torch.tensor([3])]
+    began = time.perf_counter()
+    assert re.search("(.+)+Q", "a" * 12) is None
+    short = time.perf_counter() - began
+    assert re.search("(.+)+Q", "a" * 20) is None
+    assert time.perf_counter() - began > 30 * short
     logits = torch.tensor([[30.0, 20.0]]) / torch.tensor(1e-40)
     with pytest.raises(RuntimeError):
         torch.multinomial(logits.softmax(-1), 1)
+
+
+def test_a_deep_pattern_ends_the_process_that_parses_it() -> None:
+    program = "import sys, xgrammar; xgrammar.Grammar.from_json_schema(sys.stdin.read())"
+    schema = json.dumps({"type": "string", "pattern": DEEP})
+    made = subprocess.run(
+        [sys.executable, "-c", program], input=schema, capture_output=True, text=True, timeout=600
+    )
+    assert made.returncode == -signal.SIGSEGV, made.stderr[-2000:]
 
 
 @pytest.mark.parametrize("request_", INSIDE)
@@ -150,7 +201,7 @@ def test_what_is_refused_before_anything_is_made_of_it(field: str, request_: Any
 
 
 def test_every_bound_has_a_case() -> None:
-    assert {field for field, _ in OUTSIDE} == {bound.field for bound in bounds.BOUNDS}
+    assert {field for field, _ in OUTSIDE + OF_TEXT} == {bound.field for bound in bounds.BOUNDS}
     assert all(bound.reason for bound in bounds.BOUNDS)
 
 
@@ -167,6 +218,8 @@ def test_a_server_refuses_it_and_goes_on(
     one = {"input_ids": [1, 2, 3], **sampling(), **request_}
     marked = {**one, "pic": {"segments": [{"start": 0, "end": 1}]}, "cache_salt": fresh_salt()}
     batch = {**one, "input_ids": [[4, 5], one["input_ids"]]}
+    if isinstance(one.get(field), list) and field != "input_ids":
+        batch[field] = [[0], one[field]]  # one list a prompt
     for sent in (one, marked, batch):
         response = page1.post("/generate", sent)
         assert response.status_code == 400, (sent, response.text)
@@ -186,6 +239,7 @@ def test_prompts_of_token_ids_on_the_openai_routes(smollm: Server) -> None:
     for field, sent in (
         ("top_logprobs_num", {"logprobs": True, "top_logprobs": 10**6}),
         ("sampling_params.logit_bias", {"logit_bias": {"1": 1e300}}),
+        ("sampling_params.stop_regex", {"stop_regex": "(.+)+Q"}),
         ("sampling_params.custom_params", {"custom_params": {"a": {"b": {}}}}),
     ):
         response = smollm.post("/v1/chat/completions", {**chat, **sent})

@@ -11,13 +11,13 @@ import dataclasses
 import re
 from array import array
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.io_struct import GenerateReqInput, TokenizedGenerateReqInput
-from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.sampling.sampling_params import SamplingParams, sre_parse
 
 from sglang_pic.errors import PicRequestError
 
@@ -28,8 +28,13 @@ LEAST_REPETITION_PENALTY = 1e-20
 # Of SGLang's sampling parameters, those that it computes itself. A client that sets
 # them switches off the normalisation that the scheduler relies on.
 COMPUTED = ("is_normalized", "stop_str_max_len", "stop_regex_max_len")
+# Of parentheses in a grammar's text. A few ten thousand overflow the parser's stack.
+MOST_NESTED = 1000
+GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
 MOST_BIAS = float(np.finfo(np.float32).max)
 _NO_IDS = array("q")
+
+Problem: TypeAlias = Callable[[TokenizedGenerateReqInput, int], "str | None"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Bound:
     """
 
     field: str
-    problem: Callable[[TokenizedGenerateReqInput, int], str | None]
+    problem: Problem
     reason: str
 
 
@@ -92,6 +97,50 @@ def _repetition(sent: TokenizedGenerateReqInput, vocabulary: int) -> str | None:
     return f"must be at least {LEAST_REPETITION_PENALTY}, got {penalty}"
 
 
+def _places(name: str) -> Problem:
+    def problem(sent: TokenizedGenerateReqInput, vocabulary: int) -> str | None:
+        length = len(sent.input_ids or ())
+        for place in getattr(sent, name) or ():
+            if not 0 <= place < length:
+                return f"place {place} is outside the prompt of {length} tokens"
+        return None
+
+    return problem
+
+
+def _nested(name: str) -> Problem:
+    def problem(sent: TokenizedGenerateReqInput, vocabulary: int) -> str | None:
+        depth = 0
+        for sign in re.findall(r"\\.|[()]", getattr(sent.sampling_params, name) or ""):
+            depth = max(0, depth + {"(": 1, ")": -1}.get(sign, 0))
+            if depth > MOST_NESTED:
+                return f"parentheses must not be nested deeper than {MOST_NESTED}"
+        return None
+
+    return problem
+
+
+def _stop_regex(sent: TokenizedGenerateReqInput, vocabulary: int) -> str | None:
+    for pattern in sent.sampling_params.stop_regex_strs or ():
+        if _repeats_repeats(sre_parse.parse(pattern), inside=False):
+            return f"{pattern!r} repeats without bound what repeats without bound"
+    return None
+
+
+def _repeats_repeats(part: Any, *, inside: bool) -> bool:
+    """Whether an unbounded repeat stands in another, in a parsed pattern or a part of one."""
+    if isinstance(part, (list, tuple, sre_parse.SubPattern)):
+        repeats = (sre_parse.MAX_REPEAT, sre_parse.MIN_REPEAT)
+        if len(part) == 2 and part[0] in repeats:
+            _, most, body = part[1]
+            unbounded = most is sre_parse.MAXREPEAT
+            if unbounded and inside:
+                return True
+            return _repeats_repeats(body, inside=inside or unbounded)
+        return any(_repeats_repeats(one, inside=inside) for one in part)
+    return False
+
+
 BOUNDS = (
     Bound("input_ids", _token_ids, "an index outside the embedding"),
     Bound("logprob_start_len", _logprob_start, "a slice of a negative length"),
@@ -103,6 +152,19 @@ BOUNDS = (
     ),
     Bound("sampling_params.logit_bias", _logit_bias, "probabilities that are no numbers"),
     Bound("sampling_params.repetition_penalty", _repetition, "probabilities that are no numbers"),
+    Bound(
+        "sampling_params.stop_regex",
+        _stop_regex,
+        "a search of exponential time on the scheduler's thread, until its watchdog ends it",
+    ),
+    *(
+        Bound(name, _places(name), "an index outside the hidden states, where nothing is generated")
+        for name in ("multi_item_delimiter_indices", "token_indices_to_pool")
+    ),
+    *(
+        Bound(f"sampling_params.{name}", _nested(name), "a stack that overflows in XGrammar")
+        for name in GRAMMARS
+    ),
 )
 
 
