@@ -115,15 +115,10 @@ def answer_at_once(
 
 
 def guard_graphs(original: Callable[..., Any], runner: Any, forward_batch: Any) -> Any:
-    """Around ``can_run_graph``; a batch that cannot be judged runs without a graph."""
+    """Around ``can_run_graph``."""
     from sglang_pic.attention import graphs
-    from sglang_pic.faults import faults
 
-    try:
-        return graphs.can_run_graph(original, runner, forward_batch)
-    except Exception:
-        faults.note("graphs", forward_batch.rids or ())
-        return False
+    return graphs.can_run_graph(original, runner, forward_batch)
 
 
 def graph_variants(original: Callable[..., Any], hf_config: Any) -> Any:

@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 from linking import ids_of
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.kv_hints import KvHintAction, KvHintsEnvelope
+from sglang.srt.runtime_context import get_parallel
 
 from sglang_pic import sglang_hooks
 from sglang_pic.config import PicConfig
 from sglang_pic.errors import PicActionError, PicRequestError
 from sglang_pic.faults import faults
+from sglang_pic.forest.containment import MOST_FAULTS
 from sglang_pic.forest.keys import check_salt, namespace
 from sglang_pic.link.policy import LinkOptions
 from sglang_pic.request import commands
@@ -292,6 +294,56 @@ def test_at_arrival_a_request_runs_or_ends_alone(
     scheduler.arrive(again)
     assert scheduler.ended[-1][1]["status_code"] == 500
     assert faults.counts == {"arrival": 1}
+
+
+def test_what_sglang_has_ended_is_its_own_to_answer(driver: Driver) -> None:
+    """It has put another prompt in the place of one that it refuses; who forges is told
+    so all the same, and once: nothing of it is read again."""
+    scheduler = FakeScheduler(driver)
+    ids = ids_of(3, 64)
+    linked = driver.link(ids, [(0, 40)], "us")
+    compiled = driver.request(ids, SPACE, compile_hints([4]))
+    forged = driver.request(ids, hints=envelope(LINK, {"spans": []}))
+    for req in (linked, compiled, forged):
+        with get_parallel().override(tp_rank=0):
+            req.set_finish_with_abort("too long")
+        scheduler.arrive(req)
+        assert driver.cache.asked.of(req) == NOTHING
+    assert scheduler.queued == [linked, compiled]
+    assert [reason["status_code"] for _, reason in scheduler.ended] == [403]
+    assert driver.start(linked)
+    driver.finish(linked, abort=True)
+    driver.check()
+
+
+@pytest.mark.parametrize("also", ["_drop_plan", "_unlinked"])
+def test_no_second_fault_leaves_either(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, also: str
+) -> None:
+    ids = ids_of(3, 64)
+    assert driver.compile(ids[10:50])
+    for name in ("_arrange", also):
+        monkeypatch.setattr(driver.cache, name, broken)
+    req = driver.link(ids, [(10, 50)])
+    assert driver.start(req)
+    assert driver.tokens_seen(req) == ids
+    driver.finish(req)
+    monkeypatch.undo()
+    driver.check()
+
+
+def test_a_forest_of_many_faults_is_trusted_no_more(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is followed by a look at all that is held, so there is an end to them."""
+    looked: list[int] = []
+    check = driver.cache.forest.check
+    monkeypatch.setattr(driver.cache.forest, "check", lambda: (looked.append(1), check()))
+    monkeypatch.setattr(driver.cache, "_keep", broken)
+    for i in range(3 * MOST_FAULTS):
+        driver.compile(ids_of(40 + i, 30))
+        assert (driver.cache.refusal is not None) == (i + 1 >= MOST_FAULTS)
+    assert len(looked) < MOST_FAULTS
 
 
 def test_a_fault_while_planning_answers_exactly(

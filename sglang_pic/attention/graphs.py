@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from sglang_pic.faults import faults
+
 ORDINARY, LINKED = "ordinary", "linked"
 
 
@@ -30,21 +32,33 @@ class LinkedVariants:
 
 
 def can_run_graph(original: Callable[..., Any], runner: Any, forward_batch: Any) -> Any:
-    """Around SGLang's: no graph runs a linked row but one that knows of spans.
+    """Around SGLang's: no graph runs a linked row but one that knows of spans. A batch
+    that cannot be judged runs without a graph.
 
     Args:
         original: SGLang's ``can_run_graph``.
         runner: its graph runner, of decode or prefill.
         forward_batch: the batch that runs next.
     """
-    backend = runner.model_runner.attn_backend
-    linked = hasattr(backend, "links") and backend.links(forward_batch)
-    variants = getattr(runner, "attention_graph_variants", None)
-    if linked and not (isinstance(variants, LinkedVariants) and _fits(runner, forward_batch)):
+    try:
+        may_run = _choose(runner, forward_batch)
+    except Exception:
+        faults.note("graphs", forward_batch.rids or ())
         return False
-    if isinstance(variants, LinkedVariants):
-        variants.choose(linked=linked)
-    return original(runner, forward_batch)
+    return original(runner, forward_batch) if may_run else False
+
+
+def _choose(runner: Any, batch: Any) -> bool:
+    """Whether a graph may run the batch; of those with variants, which one."""
+    backend = runner.model_runner.attn_backend
+    linked = hasattr(backend, "links") and backend.links(batch)
+    variants = getattr(runner, "attention_graph_variants", None)
+    if not isinstance(variants, LinkedVariants):
+        return not linked
+    if linked and not _fits(runner, batch):
+        return False
+    variants.choose(linked=linked)
+    return True
 
 
 def _fits(runner: Any, batch: Any) -> bool:

@@ -107,8 +107,9 @@ class PicCache(PlanningTree):
             reason = NO_ROOM
         req = params.req
         link = self._links[req]
-        self._drop_plan(req, link)
-        self._unlinked(req, link, self._root_match(req.extra_key), reason)
+        with self.contained("drop plan", req):
+            self._drop_plan(req, link)
+            self._unlinked(req, link, self._root_match(req.extra_key), reason)
         return 0, self.root_node_handle(req.extra_key)
 
     def _relocated(self, req: Req, handle: LinkHandle) -> tuple[int, LinkHandle] | None:

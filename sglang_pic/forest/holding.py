@@ -25,6 +25,7 @@ from sglang_pic.config import PicConfig
 from sglang_pic.errors import PicIntegrityError
 from sglang_pic.forest.asked import Asked
 from sglang_pic.forest.budget import KV_SHARE, Budgets, Need
+from sglang_pic.forest.containment import Containment
 from sglang_pic.forest.cost import PrefillCost
 from sglang_pic.forest.files import SavedSegment
 from sglang_pic.forest.forest import FRESH_SHARE, SegmentForest, SegmentRecord
@@ -58,6 +59,7 @@ class HoldingTree(OrderedTree):
         """
         self.config = config
         self.refusal = refusal
+        self.contained = Containment(self.check, self._distrust)
         self.cost = cost
         pool = self.token_to_kv_pool_allocator.size * cost.kv_bytes
         kv = int(pool * KV_SHARE) if config.kv_mib is None else min(pool, config.kv_mib << 20)
@@ -266,14 +268,11 @@ class HoldingTree(OrderedTree):
             self.pins.forget()
         super().reset()
 
-    def mistrust(self) -> None:
-        if self.refusal is not None:
-            return
-        try:
-            self.check()
-        except Exception as error:
-            self.refusal = f"a fault has left the forest corrupt: {error}"
-            logger.critical("sglang_pic links no more: %s", self.refusal)
+    def _distrust(self, why: str) -> None:
+        """Link nothing from now on; what runs goes on, and every answer is exact."""
+        if self.refusal is None:
+            self.refusal = why
+            logger.critical("sglang_pic links no more: %s", why)
 
     def state(self) -> dict[str, Any]:
         """The forest and what its pages cost, for the management API.

@@ -8,10 +8,9 @@ where it runs out, SGLang's own eviction follows.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +24,7 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from sglang_pic.faults import faults
+from sglang_pic.forest.containment import Containment
 from sglang_pic.forest.cost import PrefillCost
 from sglang_pic.forest.keys import is_reserved
 from sglang_pic.forest.nodes import LINKED, PREFIX, SEGMENT, NodeIndex
@@ -42,9 +41,11 @@ class OrderedTree(UnifiedRadixCache):
             their own over the same pages.
         nodes: the order; ``None`` until ``order_nodes``, and on a server that must
             not link, whose eviction is SGLang's.
+        contained: around what of ours could fail.
     """
 
     nodes: NodeIndex | None = None
+    contained: Containment
     segment_tree: UnifiedRadixCache
 
     def order_nodes(
@@ -54,20 +55,6 @@ class OrderedTree(UnifiedRadixCache):
         trees = (self,) if self.segment_tree is self else (self, self.segment_tree)
         self.nodes = NodeIndex(trees, cost, on_evict)
         return self.nodes
-
-    @contextlib.contextmanager
-    def contained(self, place: str, req: Req | None = None) -> Iterator[None]:
-        """Bookkeeping of ours inside a method that SGLang calls: a fault in it ends
-        there. Where it has left the forest corrupt nothing is linked any more, and
-        every request is answered exactly."""
-        try:
-            yield
-        except Exception:
-            faults.note(place, [req.rid] if req is not None else ())
-            self.mistrust()
-
-    def mistrust(self) -> None:
-        """Something went wrong: see whether what is kept is still sound."""
 
     def release_held_back(self) -> None:
         """Memory is needed: offer to eviction what was held back from it."""

@@ -72,13 +72,17 @@ class PlanningTree(ConversingTree):
         """Behind a fault: answer exactly, and link this request no more."""
         req = params.req
         link = self._links.get(req) if req is not None else None
-        if link is not None:
+        if link is None:
+            return super().match_prefix(params)
+        link.request = dataclasses.replace(link.request, off=FAULT)
+        with self.contained("drop plan", req):
             self._drop_plan(req, link)
-            link.request = dataclasses.replace(link.request, off=FAULT)
-            if req.positional_embed_overrides is None:
-                params.key.token_ids = req.origin_input_ids + req.output_ids
+        if req.positional_embed_overrides is None:
+            params.key.token_ids = req.origin_input_ids + req.output_ids
         result = super().match_prefix(params)
-        return result if link is None else self._unlinked(req, link, result, link.request.off)
+        with self.contained("report", req):
+            self._unlinked(req, link, result, FAULT)
+        return result
 
     def _match(self, params: MatchPrefixParams) -> MatchResult:
         req = params.req

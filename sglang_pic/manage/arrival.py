@@ -33,7 +33,7 @@ def answer(scheduler: Any, req: Any, is_retracted: bool) -> Answer | None:
         What ends the request, or ``None`` for one that is to run.
     """
     cache = scheduler.tree_cache
-    if not isinstance(cache, PicCache) or is_retracted or req.output_ids or req.finished():
+    if not isinstance(cache, PicCache) or is_retracted or req.output_ids:
         return None
     try:
         asked = cache.asked.of(req)
