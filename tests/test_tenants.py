@@ -457,7 +457,12 @@ def tenanted(
 ) -> Iterator[Server]:
     path = file_of(tmp_path_factory.mktemp("tenants"), KEYS)
     flags = (f"--pic-tenants={path}", f"--admin-api-key={ROOT}", "--enable-metrics")
-    env = {"SGLANG_PIC_SECRET": SECRET * 4, "SGLANG_EXPOSE_OWN_ENV_VARS": "1"}
+    env = {
+        "SGLANG_PIC_SECRET": SECRET * 4,
+        "SGLANG_EXPOSE_OWN_ENV_VARS": "1",
+        # Off by default: a header may name what a body may not.
+        "SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES": "1",
+    }
     with serve(tiny_path, logs / "tenants.log", *TINY, *flags, env=env) as server:
         assert start_log.unexpected(server.log) == []
         yield server
