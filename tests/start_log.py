@@ -16,6 +16,8 @@ EXPECTED = {
     r".*Fail to set RLIMIT_NOFILE: .*": "a container's limit",
     r".*No HuggingFace chat template found": "the tiny models have no tokenizer",
     r".*Failed to get yes/no token IDs dynamically: .*": "the tiny models have no tokenizer",
+    r".*using attn output gate!": "Qwen3-Next's layers say what they are",
+    r"\[transformers\] `torch_dtype` is deprecated! Use `dtype` instead!": "SGLang's own call",
     r".*Using fallback token IDs for yes/no .*": "the same",
 }
 _texts: dict[pathlib.Path, str] = {}

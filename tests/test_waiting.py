@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import anyio
 import pytest
 from fastapi import HTTPException
 from sglang.srt.disaggregation.utils import DisaggregationMode
@@ -211,5 +212,20 @@ def test_who_is_cancelled_leaves_no_trace(limits: Any) -> None:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         assert stopped.is_set()
+
+    run(test)
+
+
+def test_a_stream_that_is_left_frees_its_rid(limits: Any) -> None:
+    """An answer that is streamed ends in a scope of anyio's, which cancels again at
+    every ``await``."""
+
+    async def test(front: Front) -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(lambda: front.ask("a"))
+            while "a" not in front.manager.rid_to_state:
+                await asyncio.sleep(0)
+            group.cancel_scope.cancel()
+        assert not front.manager.rid_to_state
 
     run(test)

@@ -13,6 +13,7 @@ import json
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
+import anyio
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sglang_pic.link.policy import AUTO, LinkOptions
@@ -123,8 +124,10 @@ async def interleaved(
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(stream.aclose() for stream in streams), return_exceptions=True)
+        # Whose client left a stream is cancelled at each ``await`` anew.
+        with anyio.CancelScope(shield=True):
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*(stream.aclose() for stream in streams), return_exceptions=True)
 
 
 def tidy(

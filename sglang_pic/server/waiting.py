@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from http import HTTPStatus
 from typing import Any, TypeVar
 
+import anyio
 from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput
 from sglang.srt.runtime_context import get_schedule, get_serving
@@ -145,8 +146,10 @@ class Waiting:
                 timer.cancel()
             for task in (answer, working):
                 task.cancel()
-            await asyncio.gather(answer, working, return_exceptions=True)
-            await outputs.aclose()
+            # Whose client left a stream is cancelled at each ``await`` anew.
+            with anyio.CancelScope(shield=True):
+                await asyncio.gather(answer, working, return_exceptions=True)
+                await outputs.aclose()
             stay.waits = False
             if self._manager.rid_to_state.get(stay.rid) is state:
                 del self._manager.rid_to_state[stay.rid]
