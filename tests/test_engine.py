@@ -39,11 +39,12 @@ if __name__ == "__main__":
             input_ids=ids + [7], sampling_params={"max_new_tokens": 2}, kv_hints=hints
         )
         reports.append(answer["meta_info"]["pic"])
-    # One of a batch is linked, the other is an ordinary prompt.
+    # One of a batch is linked, on the seams of the turn before it too; the other is an
+    # ordinary prompt.
     both = engine.generate(
         input_ids=[b + a + [9], a], sampling_params={"max_new_tokens": 2}, kv_hints=[hints, None]
     )
-    assert both[0]["meta_info"]["pic"]["tokens_reused"] == 150, both
+    assert both[0]["meta_info"]["pic"]["tokens_reused"] == 160, both
     assert not any(one["hit"] for one in both[1]["meta_info"]["pic"]["segments"]), both
     usual = said(engine, None)
     for name, hints in ATTACKS.items():
