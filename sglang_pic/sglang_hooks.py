@@ -231,6 +231,13 @@ def wrap_hybrid(original: Callable[..., Any], runner: Any, full_attn_backend: An
     return wire(runner, backend)
 
 
+def sample(original: Callable[..., Any], probs: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around SGLang's torch samplers."""
+    from sglang_pic import sampling
+
+    return sampling.sample(original, probs, *args, **kwargs)
+
+
 # -- the list ---------------------------------------------------------------------
 
 
@@ -288,6 +295,19 @@ ENGINE_HOOKS = (
         for module in (
             "decode_cuda_graph_runner.DecodeCudaGraphRunner",
             "prefill_cuda_graph_runner.PrefillCudaGraphRunner",
+        )
+    ),
+    *(
+        Hook(
+            _SRT + f"layers.sampler.{name}",
+            HookType.AROUND,
+            sample,
+            ("probs", *parameters),
+            "a row that its grammar leaves no token ends the scheduler here",
+        )
+        for name, parameters in (
+            ("sampling_from_probs_torch", ("sampling_seed", "positions")),
+            ("top_k_top_p_min_p_sampling_from_probs_torch", ("top_ks", "top_ps", "min_ps")),
         )
     ),
     Hook(

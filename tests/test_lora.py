@@ -149,6 +149,7 @@ def test_adapters_over_the_openai_routes(server: Server) -> None:
         completed = server.post(
             "/v1/completions", {**asked, "prompt": "", "pic": {"parts": parts, "seam": 4}}
         ).json()
+        assert "usage" in completed, completed
         assert completed["usage"]["pic"]["segments"][0]["reason"] == "hit", completed
         generated = server.generate(
             pic={"parts": parts, "seam": 4},

@@ -66,6 +66,17 @@ TOGETHER = [
     {**VALUES, **ELSE},
     {"beam_width": 3, "n": 2, "max_new_tokens": 4, "stop_token_ids": [3], "ignore_eos": True},
 ]
+# Grammars that come to an end where no token may.
+DEAD_ENDS = [
+    {"min_new_tokens": 12, "max_new_tokens": 16, "temperature": temperature, **more, **grammar}
+    for temperature in (0, 1)
+    for more in ({}, {"top_k": 7, "top_p": 0.9})
+    for grammar in (
+        {"regex": "[ab]"},
+        {"ebnf": 'root ::= "a" | "b"'},
+        {"json_schema": json.dumps({"const": 1})},
+    )
+]
 
 
 def test_none_is_forgotten() -> None:
@@ -96,6 +107,15 @@ def test_the_server_outlives_every_parameter(smollm: Server, marked: bool, strea
         check_alive(smollm)
     # What is not for this server, and what excludes each other.
     assert refused == [{"watermark": ELSE["watermark"]}, *TOGETHER[5:7]]
+
+
+def test_a_grammar_that_leaves_no_token_ends_its_request_alone(smollm: Server) -> None:
+    for params in DEAD_ENDS:
+        document = "The ferry leaves at seven. " * 4
+        answer = smollm.post("/generate", {"text": document, "sampling_params": params})
+        assert answer.status_code in (200, 400, 500), answer.text
+        assert "accept_token failed" in answer.text, (params, answer.text)
+        check_alive(smollm)
 
 
 def beam(ids: list[int], width: int) -> dict[str, Any]:
