@@ -98,7 +98,6 @@ class Timer:
         """
         self.stop()
         self.totals = {}
-        self._running = threading.local()
         try:
             for stage in self._stages:
                 self._wrap(stage)
@@ -109,9 +108,10 @@ class Timer:
             raise
 
     def stop(self) -> None:
-        """Put every function back; the totals stay."""
+        """Put every function back; the totals stay, without what is running now."""
         while self._undo:
             self._undo.pop()()
+        self._running = threading.local()
 
     def to_json(self) -> dict[str, Any]:
         """``{"on": bool, "stages": {name: {"calls": int, "seconds": float}}}``."""
@@ -130,7 +130,7 @@ class Timer:
     def _leave(self, name: str) -> None:
         stack = self._running.__dict__.get("stack")
         if not stack:
-            return  # began before the timer was started anew
+            return  # began before the timer was stopped
         began, inside = stack.pop()
         spent = time.perf_counter() - began
         total = self.totals.setdefault(name, [0, 0.0])
