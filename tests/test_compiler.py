@@ -9,7 +9,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sglang_pic.metrics.front import Counts
@@ -430,3 +430,37 @@ def test_the_queue_keeps_its_bounds_and_loses_nothing(
     for one, (whose, _) in waiting.items():
         queue.remove(one, whose)
     assert not queue._tenants  # of salts there is no end
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["ask", "leave", "tick", "go"]), st.integers(0, 3)),
+        max_size=30,
+    )
+)
+@example([("ask", 0), ("tick", 0), ("ask", 1), ("tick", 0), ("go", 0), ("leave", 1)])
+def test_every_place_comes_back_whenever_clients_leave(steps: list[tuple[str, int]]) -> None:
+    """Between any two steps of the loop, that in which a compile is sent and has not
+    begun included."""
+
+    async def run() -> None:
+        engine = FakeEngine()
+        compiler = made_by(engine, most=1)
+        asked = []
+        for what, n in steps:
+            if what == "ask":
+                asked.append(start(compiler.compile([item(n)])))
+            elif what == "leave" and asked:
+                asked[n % len(asked)].cancel()
+            elif what == "go":
+                engine.go.set()
+            else:
+                await asyncio.sleep(0)
+        engine.go.set()
+        await asyncio.gather(*asked, return_exceptions=True)
+        await soon()
+        assert not compiler._jobs and not compiler._tasks and engine.running == 0
+        made = await asyncio.wait_for(compiler.compile([item(8), item(9), item(10)]), 5)
+        assert made == [C3, C3, C3]
+
+    asyncio.run(run())

@@ -272,17 +272,18 @@ class Compiler:
         while (job := self._queue.take()) is not None:
             job.sent = True
             # A task of its own: a client that leaves must not take what others wait
-            # for with it.
-            task = asyncio.get_running_loop().create_task(self._run(job))
+            # for with it. It may begin when all have left.
+            callers = tuple(job.callers)
+            task = asyncio.get_running_loop().create_task(self._run(job, callers))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _run(self, job: Job) -> None:
+    async def _run(self, job: Job, callers: Sequence[Caller]) -> None:
         item = job.item
-        first = min(job.callers, key=lambda caller: self._urgency(caller.priority))
-        no_logs = any(caller.no_logs for caller in job.callers)
         start = time.perf_counter()
         try:
+            first = min(callers, key=lambda caller: self._urgency(caller.priority))
+            no_logs = any(caller.no_logs for caller in callers)
             sent = compile_request(item, dataclasses.replace(first, no_logs=no_logs))
             output = await anext(self._generate(sent))
             meta = output["meta_info"]
