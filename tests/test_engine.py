@@ -17,10 +17,12 @@ from sglang.srt.managers.kv_hints import decode_kv_hints_envelope
 from sglang_pic.eval.hostile import ATTACKS, Forger
 from sglang_pic.request.hints import pic_hints
 
+GREEDY = {"max_new_tokens": 2, "temperature": 0}
+
 def said(engine, hints, **asked):
     try:
         return engine.generate(
-            input_ids=[1, 2, 3], sampling_params={"max_new_tokens": 2}, kv_hints=hints, **asked
+            input_ids=[1, 2, 3], sampling_params=GREEDY, kv_hints=hints, **asked
         )["output_ids"]
     except ValueError as error:
         return str(error)
@@ -36,13 +38,13 @@ if __name__ == "__main__":
     for ids in (a + b, b + a):
         hints = pic_hints(segments=[{"start": 0, "end": 80}, {"start": 80, "end": 160}], seam=8)
         answer = engine.generate(
-            input_ids=ids + [7], sampling_params={"max_new_tokens": 2}, kv_hints=hints
+            input_ids=ids + [7], sampling_params=GREEDY, kv_hints=hints
         )
         reports.append(answer["meta_info"]["pic"])
     # One of a batch is linked, on the seams of the turn before it too; the other is an
     # ordinary prompt.
     both = engine.generate(
-        input_ids=[b + a + [9], a], sampling_params={"max_new_tokens": 2}, kv_hints=[hints, None]
+        input_ids=[b + a + [9], a], sampling_params=GREEDY, kv_hints=[hints, None]
     )
     assert both[0]["meta_info"]["pic"]["tokens_reused"] == 160, both
     assert not any(one["hit"] for one in both[1]["meta_info"]["pic"]["segments"]), both
