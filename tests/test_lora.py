@@ -137,7 +137,7 @@ def test_adapters_decode_together(server: Server) -> None:
 def test_adapters_over_the_openai_routes(server: Server) -> None:
     """The same text by completion, chat and ``/generate``; each adapter has its own."""
     greedy = {"temperature": 0, "max_tokens": 12}
-    parts = ["Read.\n", {"text": DOCUMENT, "segment": True}, "\nWhen?"]
+    parts = ["Read.\n", {"segment": DOCUMENT}, "\nWhen?"]
     messages = [
         {"role": "user", "content": [{"type": "text", "text": DOCUMENT, "pic_segment": True}]},
         {"role": "user", "content": "When?"},

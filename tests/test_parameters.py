@@ -95,15 +95,17 @@ def test_the_server_outlives_every_parameter(smollm: Server, marked: bool, strea
         request: dict[str, Any] = {"sampling_params": {"max_new_tokens": 4, **params}}
         document = "The ferry across Lake Orrin leaves from the stone pier at seven. " * 4
         if marked:
-            parts = ["Read this.\n", {"text": document, "segment": True}, "\nWhen does it leave?"]
+            parts = ["Read this.\n", {"segment": document}, "\nWhen does it leave?"]
             request |= {"pic": {"parts": parts}, "cache_salt": fresh_salt()}
         else:
             request["text"] = document
         response = smollm.post("/generate", {**request, "stream": stream})
-        if response.status_code == 400 or (stream and '"error"' in response.text):
+        if response.status_code == 400 or (stream and '"code":400' in response.text):
             refused.append(params)
         else:
-            assert response.status_code == 200, (params, response.text)
+            # What is drawn may bring a grammar to its end before `min_new_tokens`.
+            ended = "accept_token failed" in response.text
+            assert response.status_code == 200 or ended, (params, response.text)
         check_alive(smollm)
     # What is not for this server, and what excludes each other.
     assert refused == [{"watermark": ELSE["watermark"]}, *TOGETHER[5:7]]
