@@ -36,27 +36,27 @@ _CHAT = _SRT + "entrypoints.openai.serving_chat.OpenAIServingChat."
 def set_positions(batch: Any, cls: Any, schedule_batch: Any, model_runner: Any, **_: Any) -> None:
     """After ``ForwardBatch.init_new``: true positions for permuted rows, and the
     batch's plans for the attention backend."""
-    from sglang_pic.forest.cache import PicCache
+    from sglang_pic.forest.adapter import PicCache
 
     cache = schedule_batch.tree_cache
     # A cache that has never linked makes no plans, and its backend may take none.
-    if not isinstance(cache, PicCache) or not cache.has_linked:
+    if not isinstance(cache, PicCache) or not cache.forest.may_link:
         return
     try:
-        write_positions(cache, batch, schedule_batch, model_runner)
+        write_positions(cache.forest.links, batch, schedule_batch, model_runner)
     except Exception:
-        _end_linked(cache, batch, schedule_batch.reqs, model_runner)
+        _end_linked(cache.forest.links, batch, schedule_batch.reqs, model_runner)
 
 
-def write_positions(cache: Any, batch: Any, schedule_batch: Any, model_runner: Any) -> None:
+def write_positions(links: Any, batch: Any, schedule_batch: Any, model_runner: Any) -> None:
     """Ours of ``set_positions``, by itself so that the timer can find it."""
     from sglang_pic.attention.rows import by_row, can_tell
     from sglang_pic.attention.ship import to_device
 
-    plans = cache.plans_of(schedule_batch.reqs)
+    plans = links.plans_of(schedule_batch.reqs)
     if any(plan is not None for plan in plans) and not can_tell(batch):
         raise PicIntegrityError("which rows of the batch are linked cannot be told")
-    cache.hand_over(model_runner.attn_backend, batch.rids, schedule_batch.reqs)
+    links.hand_over(model_runner.attn_backend, batch.rids, schedule_batch.reqs)
     if not batch.forward_mode.is_extend():
         return
     at = 0
@@ -74,7 +74,7 @@ def write_positions(cache: Any, batch: Any, schedule_batch: Any, model_runner: A
         at += int(extend)
 
 
-def _end_linked(cache: Any, batch: Any, reqs: Any, model_runner: Any) -> None:
+def _end_linked(links: Any, batch: Any, reqs: Any, model_runner: Any) -> None:
     """The rows of a batch could not be told apart: it runs as if none were linked, and
     those that are, whose result is wrong so, end with an error. Nothing that they
     computed is kept."""
@@ -82,7 +82,7 @@ def _end_linked(cache: Any, batch: Any, reqs: Any, model_runner: Any) -> None:
 
     from sglang_pic.faults import faults
 
-    linked = cache.give_up(reqs)
+    linked = links.give_up(reqs)
     faults.note("positions", [req.rid for req in linked])
     for req in linked:
         req.to_finish = FINISH_ABORT(
@@ -91,7 +91,7 @@ def _end_linked(cache: Any, batch: Any, reqs: Any, model_runner: Any) -> None:
             "InternalServerError",
         )
     try:
-        cache.hand_over(model_runner.attn_backend, batch.rids, reqs)
+        links.hand_over(model_runner.attn_backend, batch.rids, reqs)
     except Exception:
         # The backend takes no row for linked that was not handed over for this batch.
         faults.note("hand over", batch.rids)

@@ -25,7 +25,8 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
 from sglang_pic.config import PicConfig
-from sglang_pic.forest.cache import PicCache
+from sglang_pic.forest.adapter import PicCache
+from sglang_pic.forest.build import plant
 from sglang_pic.forest.cost import PrefillCost
 from sglang_pic.forest.keys import is_reserved, namespace
 from sglang_pic.forest.nodes import SEGMENT
@@ -71,7 +72,7 @@ class Driver:
                 False, self.rows, self.allocator, page, tree_components=(ComponentType.FULL,)
             )
         )
-        self.cache.configure(config, None, PrefillCost(1e6, 10.0, 16))
+        self.forest = plant(self.cache, config, PrefillCost(1e6, 10.0, 16))
         self.running: list[Req] = []
 
     # -- requests -----------------------------------------------------------------------
@@ -89,7 +90,7 @@ class Driver:
 
     def compile(self, ids: Sequence[int], salt: str | None = None, *, named: bool = False) -> bool:
         """Run a compile from start to end; whether it could run at all."""
-        context = self.cache.forest.context
+        context = self.forest.segments.context
         req = self.request(
             [*context, *ids], namespace(context, salt), compile_hints([16], named=named)
         )
@@ -177,7 +178,7 @@ class Driver:
 
     def _positions(self, req: Req, end: int) -> torch.Tensor:
         """Of the first ``end`` entries of its row."""
-        plan = self.cache.plans_of([req])[0]
+        plan = self.forest.links.plans_of([req])[0]
         return torch.arange(end) if plan is None else plan.positions(end)
 
     def decode(self, req: Req, token: int) -> bool:
@@ -211,7 +212,7 @@ class Driver:
     def tokens_seen(self, req: Req) -> list[int]:
         """The tokens its row holds, in position order; each key stands, moved by its
         span's offset, where the plan says."""
-        plan = self.cache.plans_of([req])[0]
+        plan = self.forest.links.plans_of([req])[0]
         end = req.kv.kv_committed_len
         row = self.rows.req_to_token[req.kv.req_pool_idx, :end].long()
         held, computed_at = self.pool.k_buffer[0][row, 0].long().unbind(-1)
@@ -225,11 +226,11 @@ class Driver:
     def check(self) -> None:
         """Integrity, no leak, no budget exceeded, every row as it should be."""
         self.cache.sanity_check()
-        self.cache.check()
+        self.forest.check()
         for req in self.running:
             ids = [*req.origin_input_ids, *req.output_ids]
             assert self.tokens_seen(req) == ids[: req.kv.kv_committed_len]
-        for node in self.cache.order._nodes.values():
+        for node in self.forest.nodes._nodes.values():
             assert (node.kind == SEGMENT) == is_reserved(node.salt)
         own = 0
         for req in self.running:

@@ -86,11 +86,11 @@ def _corrupt_what_is_looked_at() -> None:
     get = commands.COMMANDS[Get]
 
     def corrupt(scheduler: Any, req: Any, command: Get) -> Any:
-        cache = scheduler.tree_cache
-        record = cache.forest.record(command.id, commands.tenant_of(req))
-        _, slots = cache.find_path(record.path, record.extra_key, record.salt)
+        forest = scheduler.tree_cache.forest
+        record = forest.segments.record(command.id, commands.tenant_of(req))
+        slots = forest.holder.slots(record)
         pool = scheduler.tp_worker.model_runner.token_to_kv_pool
-        states = getattr(cache, "states", None)
+        states = getattr(forest.carried, "store", None)
         if states is None:
             for layer in scheduler.tp_worker.model_runner.attn_backend.ropes:
                 pool.get_value_buffer(layer)[slots] *= -10

@@ -28,7 +28,7 @@ from sglang_pic import sglang_hooks
 from sglang_pic.config import PicConfig
 from sglang_pic.eval.models.smollm2 import ensure_model
 from sglang_pic.eval.serving import Server
-from sglang_pic.forest import build, cache, planning
+from sglang_pic.forest import build, links, relocation
 from sglang_pic.forest import state as forest_state
 from sglang_pic.kernels.operators.pair import Pair
 from sglang_pic.launch_server import pic_parser, read_config
@@ -182,7 +182,7 @@ def test_every_reason_is_explained() -> None:
 
 def _literals_given_as_reason() -> Iterator[str]:
     """Literal reasons for a whole request, where links are planned and rows begin."""
-    trees = [ast.parse(inspect.getsource(module)) for module in (cache, planning)]
+    trees = [ast.parse(inspect.getsource(module)) for module in (links, relocation)]
     for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "_unlinked":
             values: list[Any] = [node.args[-1]]

@@ -19,6 +19,7 @@ from hypothesis.stateful import (
 )
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from sglang_pic.config import PicConfig
 from sglang_pic.errors import PicRefused
@@ -38,7 +39,7 @@ def _config(**settings: Any) -> PicConfig:
 
 
 def _name(driver: Driver, ids: list[int], salt: str | None = None) -> str:
-    return segment_id(namespace(driver.cache.forest.context, salt), None, ids)
+    return segment_id(namespace(driver.forest.segments.context, salt), None, ids)
 
 
 class Machine(RuleBasedStateMachine):
@@ -113,7 +114,7 @@ class Machine(RuleBasedStateMachine):
             req.init_next_round_input(cache)
 
         if evict:
-            self.driver.cache.send_back(req)
+            self.driver.forest.links.send_back(req)
             self.evict(60)
         if self.driver.start(req, between=wait if evict else None):
             self.links[req.rid] = (spans, salt, policy)
@@ -169,7 +170,7 @@ class Machine(RuleBasedStateMachine):
             return
         name = _name(self.driver, ids, whose)
         try:
-            card = segments.pin(self.driver.cache, name, salt)
+            card = segments.pin(self.driver.forest, name, salt)
         except PicRefused as refused:
             assert refused.status == (404 if salt != whose else refused.status)
         else:
@@ -181,7 +182,7 @@ class Machine(RuleBasedStateMachine):
         mine = sorted((p for p in self.pinned if p[0] == salt), key=str)
         if mine:
             whose, name = mine[seed % len(mine)]
-            segments.unpin(self.driver.cache, name, whose)
+            segments.unpin(self.driver.forest, name, whose)
             self.pinned.discard((whose, name))
 
     @rule(seed=seeds, salt=salts)
@@ -191,19 +192,19 @@ class Machine(RuleBasedStateMachine):
             return
         name = _name(self.driver, ids, salt)
         try:
-            segments.delete(self.driver.cache, name, salt)
+            segments.delete(self.driver.forest, name, salt)
         except PicRefused as refused:
             assert refused.status in (404, 409)
         else:
             assert (salt, name) not in self.pinned
-            assert segments.held(self.driver.cache, [name], salt) == [False]
+            assert segments.held(self.driver.forest, [name], salt) == [False]
 
     @rule(salt=salts)
     def flush(self, salt: str | None) -> None:
         others = {None: "a", "a": None}[salt]
-        before = segments.list_all(self.driver.cache, others)
-        segments.flush(self.driver.cache, salt)
-        assert segments.list_all(self.driver.cache, others) == before
+        before = segments.list_all(self.driver.forest, others)
+        segments.flush(self.driver.forest, salt)
+        assert segments.list_all(self.driver.forest, others) == before
 
     @invariant()
     def holds(self) -> None:
@@ -211,7 +212,7 @@ class Machine(RuleBasedStateMachine):
             return
         self.driver.check()
         for salt, name in self.pinned:
-            assert segments.held(self.driver.cache, [name], salt) == [True]
+            assert segments.held(self.driver.forest, [name], salt) == [True]
 
 
 Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
@@ -345,28 +346,28 @@ def test_segments_that_begin_alike_share_pages_and_growing_ones_extend() -> None
     driver = Driver(4, 512, _config())
     begin = _tokens(0, 41)
     assert driver.compile(begin)
-    held = driver.cache.total_tokens()
+    held = driver.forest.total_tokens
     assert held == 40
     grown = [*begin, *_tokens(1, 23)]
     assert driver.compile(grown)
-    assert driver.cache.total_tokens() == 64
+    assert driver.forest.total_tokens == 64
     branch = [*begin[:20], *_tokens(2, 20)]
     assert driver.compile(branch)
-    assert driver.cache.total_tokens() == 64 + 20
+    assert driver.forest.total_tokens == 64 + 20
     # One that differs in its last, partial page alone has the very same ones.
     twin = [*begin[:40], 999]
     assert driver.compile(twin)
-    assert driver.cache.total_tokens() == 64 + 20
+    assert driver.forest.total_tokens == 64 + 20
     # Each is whole; deleting one leaves the others.
     names = [_name(driver, ids) for ids in (begin, grown, branch)]
-    assert segments.held(driver.cache, names, None) == [True] * 3
-    assert segments.delete(driver.cache, names[1], None)["freed_tokens"] == 24
-    assert segments.held(driver.cache, names, None) == [True, False, True]
+    assert segments.held(driver.forest, names, None) == [True] * 3
+    assert segments.delete(driver.forest, names[1], None)["freed_tokens"] == 24
+    assert segments.held(driver.forest, names, None) == [True, False, True]
     driver.check()
-    assert segments.delete(driver.cache, _name(driver, twin), None)["freed_tokens"] == 0
-    assert segments.held(driver.cache, names[:1], None) == [True]
-    assert segments.delete(driver.cache, names[0], None)["freed_tokens"] == 20
-    assert segments.held(driver.cache, names, None) == [False, False, True]
+    assert segments.delete(driver.forest, _name(driver, twin), None)["freed_tokens"] == 0
+    assert segments.held(driver.forest, names[:1], None) == [True]
+    assert segments.delete(driver.forest, names[0], None)["freed_tokens"] == 20
+    assert segments.held(driver.forest, names, None) == [False, False, True]
     driver.check()
 
 
@@ -378,7 +379,7 @@ def _linked_hits(driver: Driver, chosen: list[list[int]]) -> int:
         spans.append((len(ids), len(ids) + len(segment)))
         ids = ids + segment
     req = driver.link([*ids, 1, 2, 3], spans)
-    missing = [i for i in driver.cache.send_back(req) if i >= 0]
+    missing = [i for i in driver.forest.links.send_back(req) if i >= 0]
     for i in missing:
         assert driver.compile(chosen[i])
     assert driver.start(req)
@@ -404,47 +405,47 @@ def test_reuse_stays_flat_when_the_corpus_is_larger_than_the_cache() -> None:
     driver.check()
     early, late = sum(curve[5:25]) / 20, sum(curve[30:]) / 20
     assert late > 0.7 and late > early - 0.05, curve
-    assert driver.cache.order.fallbacks == 0
+    assert driver.forest.nodes.fallbacks == 0
 
 
 @pytest.mark.parametrize("page", [1, 4])
 def test_budgets_are_kept_and_refusals_say_why(page: int) -> None:
     driver = Driver(page, 1 << 17, _config(kv_mib=1, pin_share=0.3))  # 65536 tokens
-    limit = driver.cache.budgets.limit.kv
+    limit = driver.forest.budgets.limit.kv
     assert limit == 1 << 20
     documents = [_tokens(i, 4096) for i in range(20)]
     for document in documents:
         assert driver.compile(document, named=True)
-        assert segments.budgets(driver.cache)["kv"]["segment"] <= limit
+        assert segments.budgets(driver.forest)["kv"]["segment"] <= limit
     driver.check()
-    held = [d for d in documents if segments.held(driver.cache, [_name(driver, d)], None)[0]]
+    held = [d for d in documents if segments.held(driver.forest, [_name(driver, d)], None)[0]]
     assert len(held) == 16
     with pytest.raises(PicRefused, match="bytes of kv") as refused:
-        segments.reserve(driver.cache, [4096] * 17)
+        segments.reserve(driver.forest, [4096] * 17)
     assert refused.value.status == 507
-    assert segments.reserve(driver.cache, [4096] * 16) == {}
+    assert segments.reserve(driver.forest, [4096] * 16) == {}
     # A third for one tenant: four of sixteen; half for all: eight.
     for document in held[:4]:
-        segments.pin(driver.cache, _name(driver, document), None)
+        segments.pin(driver.forest, _name(driver, document), None)
     with pytest.raises(PicRefused, match="this tenant may pin") as refused:
-        segments.pin(driver.cache, _name(driver, held[4]), None)
+        segments.pin(driver.forest, _name(driver, held[4]), None)
     assert refused.value.status == 507
     for tenant in ("a", "b"):
         for document in documents[:4]:
             assert driver.compile(document, tenant, named=True)
     for document in documents[:4]:
-        segments.pin(driver.cache, _name(driver, document, "a"), "a")
+        segments.pin(driver.forest, _name(driver, document, "a"), "a")
     with pytest.raises(PicRefused, match="all tenants together"):
-        segments.pin(driver.cache, _name(driver, documents[0], "b"), "b")
+        segments.pin(driver.forest, _name(driver, documents[0], "b"), "b")
     # What is pinned stays, whatever comes.
     for i in range(40):
         driver.compile(_tokens(100 + i, 4096))
-    assert all(segments.held(driver.cache, [_name(driver, d) for d in held[:4]], None))
+    assert all(segments.held(driver.forest, [_name(driver, d) for d in held[:4]], None))
     driver.check()
     with pytest.raises(PicRefused, match="pinned") as refused:
-        segments.delete(driver.cache, _name(driver, held[0]), None)
+        segments.delete(driver.forest, _name(driver, held[0]), None)
     assert refused.value.status == 409
-    stats = segments.stats(driver.cache)
+    stats = segments.stats(driver.forest)
     assert stats["refused"]["quota"] == 2 and stats["refused"]["budget"] == 1
     assert stats["pins"] == 8
 
@@ -459,19 +460,19 @@ def test_no_tenant_sees_or_touches_what_is_anothers() -> None:
         for act in (segments.get, segments.pin, segments.unpin, segments.delete):
             for name in (mine, "0" * 32):
                 with pytest.raises(PicRefused) as refused:
-                    act(driver.cache, name, other)
+                    act(driver.forest, name, other)
                 assert refused.value.to_json() == {
                     "status": 404, "message": "no such segment", "field": "id",
                 }  # fmt: skip
-        assert segments.list_all(driver.cache, other) == []
-        assert segments.flush(driver.cache, other) == {"segments": 0, "freed_tokens": 0}
+        assert segments.list_all(driver.forest, other) == []
+        assert segments.flush(driver.forest, other) == {"segments": 0, "freed_tokens": 0}
         req = driver.link([*document, 1], [(0, 50)], other)
-        explained = driver.cache.explain(req)
+        explained = driver.forest.links.explain(req)
         assert not explained["segments"][0]["hit"] and explained["tokens_to_compile"] == 50
         assert explained["segments"][0]["reason"] == "not_compiled"
-    assert segments.held(driver.cache, [mine], "a") == [True]
+    assert segments.held(driver.forest, [mine], "a") == [True]
     req = driver.link([*document, 1], [(0, 50)], "a")
-    assert driver.cache.explain(req)["segments"][0]["hit"]
+    assert driver.forest.links.explain(req)["segments"][0]["hit"]
 
 
 def test_what_is_held_as_a_prefix_needs_no_compile() -> None:
@@ -481,13 +482,15 @@ def test_what_is_held_as_a_prefix_needs_no_compile() -> None:
         prompt = _tokens(0, 100)
         assert driver.start(driver.request(prompt))
         driver.finish(driver.running[0])
-        assert driver.cache.missing(driver.link(prompt, [(10, 90)])) == []
-        assert driver.cache.send_back(driver.link(prompt, [(10, 90)])) == []
+        assert driver.forest.links.missing(driver.link(prompt, [(10, 90)])) == []
+        assert driver.forest.links.send_back(driver.link(prompt, [(10, 90)])) == []
         longer = [*prompt, *_tokens(1, 20)]
-        assert driver.cache.missing(driver.link(longer, [(10, 90)])) == [0]
+        assert driver.forest.links.missing(driver.link(longer, [(10, 90)])) == [0]
         other = [*prompt[:97], *_tokens(2, 3)]
-        assert driver.cache.missing(driver.link(other, [(10, 90)])) == ([0] if page == 1 else [])
-        assert 0 in driver.cache.missing(driver.link(prompt, [(10, 90)], "other tenant"))
+        assert driver.forest.links.missing(driver.link(other, [(10, 90)])) == (
+            [0] if page == 1 else []
+        )
+        assert 0 in driver.forest.links.missing(driver.link(prompt, [(10, 90)], "other tenant"))
 
 
 def test_what_is_held_counts_as_compiled_by_name() -> None:
@@ -496,9 +499,9 @@ def test_what_is_held_counts_as_compiled_by_name() -> None:
     assert driver.compile(document, "a")
     mine = _name(driver, document, "a")
     names = [mine, "0" * 32]
-    assert segments.name(driver.cache, names, "a", 4) == [True, False]
-    assert segments.name(driver.cache, names, "b", 4) == [False, False]
-    record = driver.cache.forest.record(mine, "a")
+    assert segments.name(driver.forest, names, "a", 4) == [True, False]
+    assert segments.name(driver.forest, names, "b", 4) == [False, False]
+    record = driver.forest.segments.record(mine, "a")
     assert record is not None and record.named and record.hits == 0
     driver.check()
 
@@ -509,7 +512,7 @@ def test_a_repeated_compile_changes_no_count() -> None:
         assert driver.compile(_tokens(0, 100), named=True)
         assert driver.request(_tokens(0, 30)) and driver.start(driver.request(_tokens(1, 30)))
         driver.finish(driver.running[0])
-        kv = segments.budgets(driver.cache)["kv"]
+        kv = segments.budgets(driver.forest)["kv"]
         assert (kv["segment"], kv["prefix"]) == (100 * KV, 30 * KV)
         driver.check()
 
@@ -525,11 +528,11 @@ def test_a_fresh_segment_waits_for_its_link_through_failed_admissions() -> None:
         req.init_next_round_input(driver.cache)
         driver.cache.unlock(driver.cache.lock(req.last_node))
     driver.cache.evict(EvictParams(num_tokens=40))
-    assert segments.held(driver.cache, [_name(driver, segment)], None) == [True]
+    assert segments.held(driver.forest, [_name(driver, segment)], None) == [True]
     assert driver.start(req)
     driver.finish(req)
     driver.cache.evict(EvictParams(num_tokens=200))
-    assert segments.held(driver.cache, [_name(driver, segment)], None) == [False]
+    assert segments.held(driver.forest, [_name(driver, segment)], None) == [False]
 
 
 def test_what_is_there_waits_with_a_link_for_what_is_compiled() -> None:
@@ -537,7 +540,7 @@ def test_what_is_there_waits_with_a_link_for_what_is_compiled() -> None:
     here, absent = _tokens(0, 40), _tokens(1, 40)
     assert driver.compile(here, named=True)
     req = driver.link([*here, *absent, 1, 2], [(0, 40), (40, 80)])
-    assert driver.cache.send_back(req) == [1]
+    assert driver.forest.links.send_back(req) == [1]
     assert driver.compile(absent)
     # Worth more than either, and yet not at their cost.
     for _ in range(4):
@@ -549,7 +552,7 @@ def test_what_is_there_waits_with_a_link_for_what_is_compiled() -> None:
     driver.check()
     driver.finish(req)
     driver.cache.evict(EvictParams(num_tokens=200))
-    assert segments.list_all(driver.cache, None) == []
+    assert segments.list_all(driver.forest, None) == []
     driver.check()
 
 
@@ -559,7 +562,7 @@ def test_a_flush_finds_what_a_lookup_has_split() -> None:
     driver.finish(driver.running[0])
     other = driver.request(_tokens(0, 20), "a")
     other.init_next_round_input(driver.cache)
-    assert segments.flush(driver.cache, "a")["freed_tokens"] == 40
+    assert segments.flush(driver.forest, "a")["freed_tokens"] == 40
     driver.check()
 
 
@@ -569,10 +572,9 @@ def test_what_sglang_evicts_itself_frees_what_stood_in_front() -> None:
     for ids in (begin, [*begin, *_tokens(1, 20)]):
         assert driver.start(driver.request(ids))
         driver.finish(driver.running[0])
-    order = driver.cache.order
+    order = driver.forest.nodes
     assert order._order.park() is not None  # the inner one comes up, and is put aside
-    driver.cache._evict_as_sglang(EvictParams(num_tokens=15), None, None)
-    assert order.fallbacks == 1
+    UnifiedRadixCache._evict(driver.cache, EvictParams(num_tokens=15))
     assert order.evict(lambda freed: freed >= 30)[ComponentType.FULL] == 30
     driver.check()
 
@@ -584,7 +586,7 @@ def test_many_cores_are_named_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> No
     cores = [Core(i, i + 1, "s", b"d") for i in range(1024)]
     turns = Turns()
     turn = Turn(("t",), tuple(cores[:700]))
-    turns.add(turn)
+    turns.add(turn, "s")
     digests.clear()
     assert turns.longest(("t",), cores, None, 0) == turn
     assert len(digests) == 1

@@ -54,10 +54,10 @@ def test_without_hooks_the_cache_refuses_to_plan() -> None:
 
 def test_a_server_that_must_not_link_leaves_any_backend_alone() -> None:
     """Whatever attention backend runs, its forward passes are stock's."""
-    from sglang_pic.forest.cache import PicCache
+    from sglang_pic.forest.adapter import PicCache
 
     cache = object.__new__(PicCache)
-    cache.refusal = "attention backend cannot attend over spans"
+    cache.forest = types.SimpleNamespace(may_link=False)
     schedule_batch = types.SimpleNamespace(tree_cache=cache)
     stock_runner = types.SimpleNamespace(attn_backend=object())
     assert set_positions(None, None, schedule_batch, stock_runner) is None

@@ -289,7 +289,7 @@ def test_at_arrival_a_request_runs_or_ends_alone(
     assert told[3][1].startswith(MISSING) and told[4][1].startswith(DONE)
     assert "segments" not in told[0][1]
 
-    monkeypatch.setattr(driver.cache, "send_back", broken)
+    monkeypatch.setattr(driver.forest.links, "send_back", broken)
     again = driver.link(ids, [(0, 40)], "us")
     scheduler.arrive(again)
     assert scheduler.ended[-1][1]["status_code"] == 500
@@ -308,7 +308,7 @@ def test_what_sglang_has_ended_is_its_own_to_answer(driver: Driver) -> None:
         with get_parallel().override(tp_rank=0):
             req.set_finish_with_abort("too long")
         scheduler.arrive(req)
-        assert driver.cache.asked.of(req) == NOTHING
+        assert driver.forest.asked.of(req) == NOTHING
     assert scheduler.queued == [linked, compiled]
     assert [reason["status_code"] for _, reason in scheduler.ended] == [403]
     assert driver.start(linked)
@@ -323,7 +323,7 @@ def test_no_second_fault_leaves_either(
     ids = ids_of(3, 64)
     assert driver.compile(ids[10:50])
     for name in ("_arrange", also):
-        monkeypatch.setattr(driver.cache, name, broken)
+        monkeypatch.setattr(driver.forest.links, name, broken)
     req = driver.link(ids, [(10, 50)])
     assert driver.start(req)
     assert driver.tokens_seen(req) == ids
@@ -337,12 +337,12 @@ def test_a_forest_of_many_faults_is_trusted_no_more(
 ) -> None:
     """Each is followed by a look at all that is held, so there is an end to them."""
     looked: list[int] = []
-    check = driver.cache.forest.check
-    monkeypatch.setattr(driver.cache.forest, "check", lambda: (looked.append(1), check()))
-    monkeypatch.setattr(driver.cache, "_keep", broken)
+    check = driver.forest.check
+    monkeypatch.setattr(driver.forest, "check", lambda: (looked.append(1), check()))
+    monkeypatch.setattr(driver.forest.holder, "keep", broken)
     for i in range(3 * MOST_FAULTS):
         driver.compile(ids_of(40 + i, 30))
-        assert (driver.cache.refusal is not None) == (i + 1 >= MOST_FAULTS)
+        assert (driver.forest.refusal is not None) == (i + 1 >= MOST_FAULTS)
     assert len(looked) < MOST_FAULTS
 
 
@@ -351,7 +351,7 @@ def test_a_fault_while_planning_answers_exactly(
 ) -> None:
     ids = ids_of(3, 64)
     assert driver.compile(ids[10:50])
-    monkeypatch.setattr(driver.cache, "_arrange", broken)
+    monkeypatch.setattr(driver.forest.links, "_arrange", broken)
     req = driver.link(ids, [(10, 50)])
     assert driver.start(req)
     (report,) = req.customized_info["pic"]
@@ -369,13 +369,13 @@ def test_a_fault_while_planning_answers_exactly(
 
 # Each is called by a method of the cache that SGLang calls.
 BOOKKEEPING: list[tuple[str, Callable[[Driver], Any], str]] = [
-    ("use", lambda d: d.cache.forest, "note_hits"),
-    ("keep", lambda d: d.cache, "_keep"),
-    ("keep turn", lambda d: d.cache, "_keep_turn"),
-    ("unlock", lambda d: d.cache.order, "unlocked"),
-    ("insert", lambda d: d.cache.order, "note"),
-    ("evict", lambda d: d.cache, "_evict_in_order"),
-    ("use", lambda d: d.cache.order, "use"),
+    ("use", lambda d: d.forest.segments, "use"),
+    ("keep", lambda d: d.forest.holder, "keep"),
+    ("keep turn", lambda d: d.forest.conversations, "keep"),
+    ("unlock", lambda d: d.forest.nodes, "unlocked"),
+    ("insert", lambda d: d.forest.nodes, "note"),
+    ("evict", lambda d: d.forest.nodes, "evict"),
+    ("use", lambda d: d.forest.nodes, "use"),
 ]
 
 
@@ -408,13 +408,13 @@ def test_a_fault_in_bookkeeping_ends_no_request(
 def test_a_corrupt_forest_links_no_more(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = ids_of(3, 64)
     assert driver.compile(ids[10:50])
-    (record,) = driver.cache.forest.records(None)
+    (record,) = driver.forest.segments.records(None)
     record.tokens += 1  # taken for held, and is not
-    monkeypatch.setattr(driver.cache, "_keep_turn", broken)
+    monkeypatch.setattr(driver.forest.conversations, "keep", broken)
     first = driver.link(ids, [(10, 50)])
     assert driver.start(first)
     driver.finish(first)
-    assert "corrupt" in str(driver.cache.refusal)
+    assert "corrupt" in str(driver.forest.refusal)
     second = driver.link(ids, [(10, 50)])
     assert driver.start(second)
     assert second.customized_info["pic"][0]["exactness"] == "exact"

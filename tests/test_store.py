@@ -40,7 +40,7 @@ def _runner(driver: Driver, seed: int = 0) -> Any:
 
 
 def _store(driver: Driver, directory: pathlib.Path, seed: int = 0) -> Store:
-    return Store(driver.cache, _runner(driver, seed), directory)
+    return Store(driver.forest, _runner(driver, seed), directory)
 
 
 def _saved(tmp_path: pathlib.Path, page: int = 1) -> list[list[int]]:
@@ -70,11 +70,11 @@ def test_what_comes_back_is_what_was_saved(tmp_path: pathlib.Path, page: int) ->
     assert store.restore() == {"segments": 2, "present": 0, "refused": []}
     driver.check()
     assert store.restore() == {"segments": 0, "present": 2, "refused": []}
-    assert segments.list_all(driver.cache, "a") == []
+    assert segments.list_all(driver.forest, "a") == []
     assert store.restore("a")["segments"] == 1
     for document in documents:
         req = driver.link([*document, 7], [(0, len(document))])
-        assert driver.cache.missing(req) == []
+        assert driver.forest.links.missing(req) == []
         assert driver.start(req)
         assert req.customized_info["pic"][0]["segments"][0]["hit"]
         driver.check()  # reads every slot
@@ -115,7 +115,7 @@ def test_a_foreign_file_is_refused_with_the_reason(tmp_path: pathlib.Path) -> No
 
     def reasons(driver: Driver, seed: int = 0) -> set[str]:
         found = _store(driver, tmp_path, seed).restore(everyone=True)
-        assert found["segments"] == 0 and driver.cache.total_tokens() == 0
+        assert found["segments"] == 0 and driver.forest.total_tokens == 0
         return {refused["reason"].split(",")[0].rpartition(" ")[0] for refused in found["refused"]}
 
     context = {"compile_context": (1, 2, 3, 4)}
@@ -146,7 +146,7 @@ def test_restoring_evicts_nothing(tmp_path: pathlib.Path) -> None:
     assert {refused["reason"] for refused in found["refused"]} == {
         "it does not fit into what is free of the budgets"
     }
-    assert all(segments.held(driver.cache, [_name(driver, d) for d in documents], None))
+    assert all(segments.held(driver.forest, [_name(driver, d) for d in documents], None))
     driver.check()
 
 

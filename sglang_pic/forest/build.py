@@ -4,20 +4,44 @@ from __future__ import annotations
 
 import logging
 import pathlib
+from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
 from sglang.srt.mem_cache.registry import create_unified_radix_cache
+from sglang.srt.runtime_context import mamba_checkpoint_grid
 
 from sglang_pic.attention.relocate import Relocator
 from sglang_pic.config import PicConfig
 from sglang_pic.errors import PicConfigError
-from sglang_pic.forest.cache import PicCache
+from sglang_pic.forest.adapter import PicCache
+from sglang_pic.forest.asked import Asked
+from sglang_pic.forest.budget import KV_SHARE, Budgets, Need
+from sglang_pic.forest.carried import Carried, Nothing
+from sglang_pic.forest.containment import Containment
+from sglang_pic.forest.conversations import Conversations
 from sglang_pic.forest.cost import PrefillCost
-from sglang_pic.forest.hybrid import PicHybridCache
+from sglang_pic.forest.eviction import LINKABLE, AsSglang, InOrder
+from sglang_pic.forest.forest import Forest
+from sglang_pic.forest.holder import Holder
+from sglang_pic.forest.links import Links, Ordinary
+from sglang_pic.forest.lookups import Lookups
+from sglang_pic.forest.nodes import NodeIndex
+from sglang_pic.forest.pages import NoPages, Pages
+from sglang_pic.forest.pins import Pins
+from sglang_pic.forest.relocation import Relocation
+from sglang_pic.forest.segments import Segments
+from sglang_pic.linear.carried import LinearStates
+from sglang_pic.linear.state import LinearShape
+from sglang_pic.link.plan import LinkPlan
+from sglang_pic.link.policy import floor_to
 from sglang_pic.manage.store import Store
 from sglang_pic.request.seal import ENV_NAME, is_made_here
 
 logger = logging.getLogger(__name__)
+
+# Of the KV budget: segments of links still on their way.
+FRESH_SHARE = 0.5
 
 
 def _refusal(ctx: Any, runner: Any, unhooked: str | None) -> str | None:
@@ -61,17 +85,15 @@ def build_cache(ctx: Any, *, unhooked: str | None) -> PicCache:
         ctx: SGLang's ``TreeCacheBuildContext``.
         unhooked: which hook is not in place, or ``None``.
     """
-    cache_class = PicHybridCache if ctx.is_hybrid_ssm else PicCache
-    cache = create_unified_radix_cache(ctx, cache_class=cache_class)
+    cache = create_unified_radix_cache(ctx, cache_class=PicCache)
     assert isinstance(cache, PicCache)
     config = PicConfig.from_env()
     runner = ctx.tp_worker.model_runner
     backend = runner.attn_backend
     refusal = _refusal(ctx, runner, unhooked)
-    vocabulary = ctx.model_config.vocab_size
-    if any(not 0 <= token < vocabulary for token in config.compile_context):
-        raise PicConfigError("the compile context holds a token outside the vocabulary")
     model = ctx.model_config
+    if any(not 0 <= token < model.vocab_size for token in config.compile_context):
+        raise PicConfigError("the compile context holds a token outside the vocabulary")
     cost = PrefillCost.of_model(
         runner.model,
         runner.token_to_kv_pool,
@@ -79,17 +101,130 @@ def build_cache(ctx: Any, *, unhooked: str | None) -> PicCache:
         kv_heads=model.get_total_num_kv_heads(),
         heads=model.num_attention_heads,
     )
-    cache.configure(config, refusal, cost)
-    if refusal is None:
-        cache.relocate = Relocator(runner.token_to_kv_pool, backend.ropes)
-        if isinstance(cache, PicHybridCache):
-            cache.shape = backend.shape
-        logger.info("sglang_pic links: %s", config)
-        if config.store is not None and ctx.server_args.tp_size > 1:
-            raise PicConfigError("--pic-store works on one tensor-parallel rank only")
-        if config.store is not None:
-            cache.store = Store(cache, runner, pathlib.Path(config.store))
-            logger.warning("sglang_pic restored: %s", cache.store.restore(everyone=True))
-    else:
+    if refusal is not None:
+        plant(cache, config, cost, refusal=refusal)
         logger.warning("sglang_pic does not link, every request is exact: %s", refusal)
+        return cache
+    shape = backend.shape if ctx.is_hybrid_ssm else None
+    copy = Relocator(runner.token_to_kv_pool, backend.ropes)
+    plant(cache, config, cost, shape=shape, copy=copy)
+    logger.info("sglang_pic links: %s", config)
+    if config.store is not None:
+        if ctx.server_args.tp_size > 1:
+            raise PicConfigError("--pic-store works on one tensor-parallel rank only")
+        cache.forest.store = Store(cache.forest, runner, pathlib.Path(config.store))
+        restored = cache.forest.store.restore(everyone=True)
+        logger.warning("sglang_pic restored: %s", restored)
     return cache
+
+
+def plant(
+    cache: PicCache,
+    config: PicConfig,
+    cost: PrefillCost,
+    *,
+    refusal: str | None = None,
+    shape: LinearShape | None = None,
+    copy: Callable[[LinkPlan, torch.Tensor], None] | None = None,
+) -> Forest:
+    """Put the parts together and give them to their cache.
+
+    Args:
+        config: the server's settings; its compile context is cut to whole pages.
+        cost: of the model.
+        refusal: why this server must not link at all, or ``None``.
+        shape: of a hybrid's linear layers; ``None`` in models without.
+        copy: copies a plan's pages into slots, K rotated (``attention.relocate``); asked
+            by links of that mode alone.
+    """
+    allocator, rows = cache.token_to_kv_pool_allocator, cache.req_to_token_pool
+    pool = allocator.size * cost.kv_bytes
+    kv = int(pool * KV_SHARE) if config.kv_mib is None else min(pool, config.kv_mib << 20)
+    limit = kv // cost.kv_bytes
+    context = config.compile_context[: floor_to(len(config.compile_context), cache.page_size)]
+
+    def lost(name: str) -> None:
+        """What a segment, or a turn, carries went for want of memory."""
+        holder.remove(name)
+        conversations.remove(name)
+
+    def gone(names: Collection[str]) -> None:
+        """Pages that these ended with went for want of memory."""
+        for name in names:
+            holder.evicted(name)
+            conversations.evicted(name)
+
+    contained = Containment(lambda: forest.check(), refusal)
+    pages = Pages(cache.params) if refusal is None else NoPages(cache.params)
+    trees = (cache, pages.tree) if refusal is None else (cache,)
+    nodes = NodeIndex(trees, cost, gone)
+    segments = Segments(
+        context, cache.page_size, int(limit * FRESH_SHARE), lambda record: holder.release(record)
+    )
+    carried: Carried = Nothing()
+    if shape is not None and refusal is None:
+        carried = LinearStates(
+            config,
+            context=len(context),
+            page=cache.page_size,
+            shape=shape,
+            cost=cost,
+            rows=rows,
+            device=allocator.device,
+            # SGLang runs no step ahead, and pages cut nothing off.
+            is_exact=cache.page_size == 1 and not cache.enable_mamba_extra_buffer,
+            ending=lambda node, until: tuple(nodes.ends_on_path(LINKABLE, node, until)),
+            on_evict=lost,
+            on_shortage=segments.release_all,
+        )
+    in_order = InOrder(cache, pages, nodes, limit, contained, segments.release_all)
+    budgets = Budgets(Need(kv, carried.budget), config.pin_share)
+    table = rows.req_to_token
+    holder = Holder(segments, pages, carried, nodes, in_order, cost, table, allocator)
+    conversations = Conversations(segments, pages, carried, nodes, in_order, table)
+    lookups = Lookups(segments, pages, carried, config.min_segment)
+    asked = Asked()
+    ordinary = Ordinary(
+        match=cache.match_as_sglang,
+        slots=lambda node, count: cache.path_device_indices(node)[:count].to(torch.int64),
+        root=cache.root_node_handle,
+        free=allocator.free,
+        grid=(
+            mamba_checkpoint_grid(cache.page_size)
+            if cache.enable_mamba_extra_buffer
+            else cache.page_size
+        ),
+    )
+    links = Links(
+        asked,
+        ordinary,
+        segments,
+        pages,
+        lookups,
+        carried,
+        conversations,
+        holder,
+        contained,
+        config.min_segment,
+    )
+    forest = Forest(
+        cache=cache,
+        config=config,
+        cost=cost,
+        budgets=budgets,
+        contained=contained,
+        asked=asked,
+        segments=segments,
+        pages=pages,
+        carried=carried,
+        nodes=nodes,
+        eviction=in_order if refusal is None else AsSglang(),
+        pins=Pins(budgets),
+        lookups=lookups,
+        holder=holder,
+        conversations=conversations,
+        links=links,
+        relocation=Relocation(cache, links, contained, copy),
+    )
+    cache.forest = forest
+    return forest

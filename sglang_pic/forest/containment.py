@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ from sglang_pic.faults import faults
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
+
+logger = logging.getLogger(__name__)
 
 # A forest that has seen so many is trusted no more, whatever a check says of it: each
 # check looks at all that is held.
@@ -21,12 +24,15 @@ class Containment:
 
     Args:
         check: raises unless what is kept is sound. O(n), at most ``MOST_FAULTS`` times.
-        distrust: told why nothing may be linked any more.
+        refusal: why this server must not link at all, or ``None``.
+
+    Attributes:
+        refusal: why nothing is linked any more, or ``None``.
     """
 
-    def __init__(self, check: Callable[[], None], distrust: Callable[[str], None]):
+    def __init__(self, check: Callable[[], None], refusal: str | None):
         self._check = check
-        self._distrust = distrust
+        self.refusal = refusal
         self._faults = 0
 
     @contextlib.contextmanager
@@ -48,3 +54,9 @@ class Containment:
             self._check()
         except Exception as error:
             self._distrust(f"a fault has left the forest corrupt: {error}")
+
+    def _distrust(self, why: str) -> None:
+        """Link nothing from now on; what runs goes on, and every answer is exact."""
+        if self.refusal is None:
+            self.refusal = why
+            logger.critical("sglang_pic links no more: %s", why)

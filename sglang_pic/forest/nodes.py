@@ -8,14 +8,15 @@ and locks.
 
 Nodes become known when a path is inserted or used. SGLang splits a node without
 telling: its lower half keeps the id, and here the range of both, until that path
-is seen again. So sums may be too high for a while, never too low; ``recount``
-makes them exact.
+is seen again; and what SGLang evicts by itself is not told either. So what is known
+may be too much for a while, never too little. Every call looks at a few nodes in
+turn and mends what it finds; nothing looks at all of them but what an operator asks.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +31,9 @@ SEGMENT = "segment"
 TURN = "turn"
 PREFIX = "prefix"
 LINKED = (SEGMENT, TURN)
+# Nodes looked at in turn by every call that adds some: more than it can add twice over;
+# and where none is left that may go.
+TENDED, TENDED_AT_LAST = 4, 64
 
 
 class NodeKey(NamedTuple):
@@ -69,11 +73,11 @@ class NodeIndex:
         self._trees = trees
         self._cost = cost
         self._on_evict = on_evict
-        self._nodes: dict[NodeKey, Node] = {}
+        # Those looked at longest ago first.
+        self._nodes: OrderedDict[NodeKey, Node] = OrderedDict()
+        self._of_salt: dict[str | None, set[NodeKey]] = {}
         self._order: EvictionOrder[NodeKey] = EvictionOrder()
         self._held_back: set[NodeKey] = set()
-        self._split_unseen = False
-        self._unseen = 0
         self.tokens: Counter[str] = Counter()
         self.evicted: Counter[str] = Counter()
         self.fallbacks = 0
@@ -96,6 +100,7 @@ class NodeIndex:
         if not offer:
             self._held_back.add(NodeKey(tree, node))
         self._offer(NodeKey(tree, node))
+        self._tend(TENDED)
 
     def hold_back(self, tree: int, node: int) -> None:
         """A known path's end may go from ``release`` on."""
@@ -154,6 +159,7 @@ class NodeIndex:
     def clear(self) -> None:
         """The trees were emptied."""
         self._nodes.clear()
+        self._of_salt.clear()
         self._order.clear()
         self._held_back.clear()
         self.tokens.clear()
@@ -176,13 +182,12 @@ class NodeIndex:
                 self._add(key, split.kind, split.salt, info, split_uses)
             else:
                 self._add(key, kind, salt, info, uses)
-                if info.num_children > (len(keys) > 1):
-                    self._split_unseen = True
         return keys
 
     def _add(self, key: NodeKey, kind: str, salt: str | None, info: Any, uses: int) -> None:
         start, end = info.path_start, info.path_end
         self._nodes[key] = Node(kind, salt, start, end)
+        self._of_salt.setdefault(salt, set()).add(key)
         self.tokens[kind] += end - start
         cost, nbytes = self._worth(start, end)
         self._order.add(key, kind, cost=cost, nbytes=nbytes, uses=uses)
@@ -196,32 +201,32 @@ class NodeIndex:
     def _worth(self, start: int, end: int) -> tuple[float, int]:
         return self._cost.flops(start, end), (end - start) * self._cost.kv_bytes
 
-    def note_unseen(self, tokens: int, states: int) -> None:
-        """SGLang evicted by itself: pages, or a hybrid's states with their leaves."""
-        if tokens:
-            self.fallbacks += 1
-        self._unseen += states
-        if tokens or self._unseen > max(64, len(self._nodes) // 2):
-            self.recount()
+    def _tend(self, count: int) -> None:
+        """Bring what is known of a few nodes up to date."""
+        for _ in range(min(count, len(self._nodes))):
+            key = next(iter(self._nodes))
+            self._nodes.move_to_end(key)
+            self._refresh(key)
+
+    def _refresh(self, key: NodeKey) -> None:
+        node, info = self._nodes[key], self._info(key)
+        if info is None:
+            self._forget(key)
+            return
+        if node.start != info.path_start:
+            self._learn(*key, node.kind, node.salt, 1)
+        if not info.num_children:
+            self._offer(key)
+
+    def note_fallback(self) -> None:
+        """SGLang evicted by itself."""
+        self.fallbacks += 1
 
     def recount(self) -> None:
-        """Make the sums exact, and forget nodes that SGLang evicted itself. O(n)."""
+        """Bring what is known of all nodes up to date. O(n)."""
         for key in list(self._nodes):
-            info = self._info(key)
-            if info is None:
-                self._forget(key)
-                continue
-            node = self._nodes[key]
-            self._learn(key.tree, key.id, node.kind, node.salt, 1)
-            if not info.num_children:
-                self._offer(key)
-        self._split_unseen = False
-        self._unseen = 0
-
-    @property
-    def may_be_too_high(self) -> bool:
-        """Whether ``recount`` could lower a sum."""
-        return self._split_unseen or self._unseen > 0
+            if key in self._nodes:
+                self._refresh(key)
 
     # -- eviction -------------------------------------------------------------------
 
@@ -238,10 +243,16 @@ class NodeIndex:
             Freed, by SGLang's component; less than enough where nothing more may go.
         """
         freed: Counter[ComponentType] = Counter()
+        has_looked = False
         while not is_enough(freed[ComponentType.FULL]):
             key = self._order.park(kinds)
             if key is None:
-                break
+                if has_looked:
+                    break
+                # What SGLang evicted may have left its parents leaves.
+                has_looked = True
+                self._tend(TENDED_AT_LAST)
+                continue
             info = self._info(key)
             if info is None:
                 self._forget(key)
@@ -267,13 +278,17 @@ class NodeIndex:
         return freed[ComponentType.FULL]
 
     def remove_all(self, salts: Collection[str | None], kinds: Collection[str]) -> int:
-        """Evict every node of these namespaces and kinds that nothing holds. O(n).
+        """Evict every node of these namespaces and kinds that nothing holds.
 
         Returns:
             Tokens freed.
         """
-        self.recount()
-        chosen = [k for k, node in self._nodes.items() if node.salt in salts and node.kind in kinds]
+        held = {key for salt in salts for key in self._of_salt.get(salt, ())}
+        for key in held:
+            if key in self._nodes:
+                self._refresh(key)
+        held = {key for salt in salts for key in self._of_salt.get(salt, ())}
+        chosen = [key for key in held if self._nodes[key].kind in kinds]
         # The deepest first: a parent may go when its children are gone.
         chosen.sort(key=lambda key: -self._nodes[key].start)
         freed: Counter[ComponentType] = Counter()
@@ -295,8 +310,7 @@ class NodeIndex:
         tracker: dict[ComponentType, int] = dict.fromkeys(self._trees[key.tree].tree_components, 0)
         self._trees[key.tree]._evict_device_leaf(key.id, tracker)
         freed.update(tracker)
-        node = self._nodes.pop(key)
-        self.tokens[node.kind] -= node.end - node.start
+        node = self._pop(key)
         self.evicted[node.kind] += tracker[ComponentType.FULL]
         take(key)
         if info.path_start > 0:
@@ -308,11 +322,19 @@ class NodeIndex:
         self._on_evict(node.ends)
 
     def _forget(self, key: NodeKey) -> None:
-        node = self._nodes.pop(key)
+        node = self._pop(key)
         self._held_back.discard(key)
-        self.tokens[node.kind] -= node.end - node.start
         self._order.remove(key)
         self._on_evict(node.ends)
+
+    def _pop(self, key: NodeKey) -> Node:
+        node = self._nodes.pop(key)
+        of_salt = self._of_salt[node.salt]
+        of_salt.discard(key)
+        if not of_salt:
+            del self._of_salt[node.salt]
+        self.tokens[node.kind] -= node.end - node.start
+        return node
 
     def check(self) -> None:
         """Raise ``PicIntegrityError`` unless sums, order and SGLang's trees agree;

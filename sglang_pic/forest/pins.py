@@ -56,7 +56,7 @@ class Pins:
         if pin is not None:
             pin.release()
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """The trees were emptied, their locks with them."""
         self._pins.clear()
 

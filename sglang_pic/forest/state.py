@@ -1,15 +1,18 @@
-"""What the tree cache keeps of one linked request while it lives."""
+"""What is kept of one linked request while it lives, and what forbids to link one."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import inspect
+from array import array
 from typing import Any
 
 import torch
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.base_prefix_cache import MatchResult
 
+from sglang_pic.forest.lookups import Lookup
 from sglang_pic.forest.turns import Chain, Core
 from sglang_pic.link.plan import LinkPlan
 from sglang_pic.request.base import LinkRequest
@@ -32,14 +35,57 @@ class LinkHandle:
     chain: Chain | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Basis:
+    """What a plan was made of. While it is as it was, the same plan would be made.
+
+    Attributes:
+        request: the link, with its options.
+        tokens: of the prompt and those generated.
+        limit: no token at or behind this index is reused.
+        prefix: SGLang's node that ends the ordinary prefix, and how long that is.
+    """
+
+    request: LinkRequest
+    tokens: int
+    limit: int
+    prefix: tuple[Any, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """A plan that is handed out again until something that it stands on has changed.
+
+    Attributes:
+        basis: what it was made of.
+        lacking: segments that it would reuse if they were held, and when they had been
+            compiled last.
+        nodes: whose pages it reuses.
+        turns: whose turns it could go on from, the segment that those began with, and
+            their version.
+        plan: as it was made.
+        order: the request's tokens in the row's order, ``None`` where they keep theirs.
+        result: for SGLang.
+    """
+
+    basis: Basis
+    lacking: tuple[tuple[str, int], ...]
+    nodes: tuple[int, ...]
+    turns: tuple[tuple[str, ...], str | None, int]
+    plan: LinkPlan | None
+    order: array | None
+    result: MatchResult
+
+
 @dataclasses.dataclass
 class LinkState:
     """A linked request's decoded link, current plan and private copies; the cores
     of the plan and the earlier turns it reuses.
 
-    ``private`` holds the slots of relocated pages between load-back and
-    allocation; from then on the row owns them. ``permutes`` says that the plan
-    changed the order of the request's tokens, and forbade to cache them as a prefix.
+    ``found`` are its segments as they were looked up last. ``private`` holds the slots
+    of relocated pages between load-back and allocation; from then on the row owns them.
+    ``permutes`` says that the plan changed the order of the request's tokens, and
+    forbade to cache them as a prefix.
     """
 
     request: LinkRequest
@@ -48,6 +94,15 @@ class LinkState:
     chain: Chain | None = None
     private: torch.Tensor | None = None
     permutes: bool = False
+    found: list[Lookup | None] | None = None
+    kept: Kept | None = None
+
+
+def text_of(req: Req) -> array:
+    """The request's tokens in their own order, prompt and generated; not to be changed."""
+    if not req.output_ids:
+        return req.origin_input_ids
+    return req.origin_input_ids + req.output_ids
 
 
 # Of SGLang's flags ``return_*``, those whose output does not depend on the order in

@@ -20,9 +20,13 @@ import dataclasses
 import hashlib
 from array import array
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from cachetools import LRUCache
+
+if TYPE_CHECKING:
+    from sglang_pic.linear.state import CoreState
 
 MAX_TURNS = 16384
 _PREFIX = "pic\x1fturn\x1f"
@@ -87,6 +91,7 @@ class Chain:
         slots: int64, slots reused of each turn, whole pages.
         nodes: nodes that end them.
         tokens: reused of the last turn's path.
+        state: of the linear layers behind the last turn; ``None`` in models without.
     """
 
     turn: Turn
@@ -94,6 +99,7 @@ class Chain:
     slots: tuple[torch.Tensor, ...]
     nodes: tuple[int, ...]
     tokens: array
+    state: CoreState | None = None
 
     @property
     def reused(self) -> int:
@@ -108,19 +114,28 @@ class Turns:
         self._turns: LRUCache[str, Turn] = LRUCache(MAX_TURNS)
         # How long the ordinary prefix was, by what follows it.
         self._prefixes: LRUCache[tuple[tuple[str, ...], str], int] = LRUCache(MAX_TURNS)
+        self._versions: LRUCache[tuple[tuple[str, ...], str | None], int] = LRUCache(MAX_TURNS)
+        self._added = 0
 
     def __bool__(self) -> bool:
         return bool(self._turns)
 
-    def add(self, turn: Turn) -> None:
-        """Remember a turn whose path has been kept."""
+    def add(self, turn: Turn, first: str | None) -> None:
+        """Remember a turn whose path has been kept, of a conversation that began with
+        this segment."""
         self._turns[turn.salt] = turn
+        self._added += 1
+        self._versions[turn.whose, first] = self._added
         if turn.before is None:
             cores = [core for core in turn.cores if core.segment is not None]
             prefix = sum(core.end for core in turn.cores if core.segment is None)
             if cores:
                 assert cores[0].segment is not None
                 self._prefixes[turn.whose, cores[0].segment] = prefix
+
+    def version(self, whose: tuple[str, ...], first: str | None) -> int:
+        """Changes whenever a turn is added that began with this segment."""
+        return self._versions.get((whose, first), 0)
 
     def prefix_of(self, whose: tuple[str, ...], segment: str) -> int | None:
         """Tokens of ordinary prefix in front of the first turn that began with this
@@ -143,3 +158,4 @@ class Turns:
         """The tree was emptied."""
         self._turns.clear()
         self._prefixes.clear()
+        self._versions.clear()

@@ -14,6 +14,7 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from sglang_pic.errors import PicIntegrityError
@@ -139,6 +140,12 @@ class LinkPlan:
                 raise PicIntegrityError(f"span at {span.start} is seen by the wrong tokens")
 
 
+def positions_of(spans: Sequence[Span]) -> np.ndarray:
+    """int64, positions of the tokens of these spans, one span after the other."""
+    parts = [np.arange(s.start, s.end) if s.among is None else s.among.numpy() for s in spans]
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+
 def unlinked_plan(n_tokens: int) -> LinkPlan:
     """A row in logical order, on our attention, nothing linked."""
     return LinkPlan(n_tokens, 0, (), torch.arange(n_tokens), natural=True)
@@ -189,16 +196,15 @@ def make_plan(
             covered = end
 
     spans = []
-    live = torch.ones(n_tokens, dtype=torch.bool)
+    live = np.ones(n_tokens, dtype=bool)
     reused = 0
     for start, end, offset, slots, state in pieces:
         live[start:end] = False
         first_seer = start - reused
         spans.append(Span(start, end, offset, reused, slots, first_seer, state))
         reused += end - start
-    computed = torch.nonzero(live).squeeze(1)
-    cores = [span.positions for span in spans]
-    return LinkPlan(n_tokens, reused, tuple(spans), torch.cat([*cores, computed]))
+    order = np.concatenate([positions_of(spans), np.nonzero(live)[0]])
+    return LinkPlan(n_tokens, reused, tuple(spans), torch.from_numpy(order))
 
 
 def reuse_turns(

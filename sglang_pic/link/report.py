@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import torch
+import numpy as np
 
-from sglang_pic.link.plan import LinkPlan
+from sglang_pic.link.plan import LinkPlan, positions_of
 from sglang_pic.link.policy import LinkOptions
 
 EXACT = "exact"
@@ -72,7 +72,8 @@ class LinkReport:
     segments: tuple[SegmentReport, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """All fields by name."""
+        return {**vars(self), "segments": tuple(dict(vars(one)) for one in self.segments)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,28 +132,26 @@ def make_report(
         plan: the link plan, or ``None`` if nothing is linked.
         reason: why linking is off for the whole request, or ``None``.
     """
-    linked_at = (
-        torch.cat([span.positions for span in plan.spans if span.end > prefix_tokens])
-        if plan is not None and plan.reused > prefix_tokens
-        else torch.empty(0, dtype=torch.int64)
-    )
+    linked = [] if plan is None else [span for span in plan.spans if span.end > prefix_tokens]
+    linked_at = np.sort(positions_of(linked))
+    starts = np.searchsorted(linked_at, [found.start for found in segments])
+    ends = np.searchsorted(linked_at, [found.end for found in segments])
     turn_tokens = 0 if plan is None else sum(s.n_tokens for s in plan.spans if s.among is not None)
     made = []
-    for found in segments:
-        linked = int(((linked_at >= found.start) & (linked_at < found.end)).sum())
-        total = linked + max(0, min(found.end, prefix_tokens) - found.start)
+    for found, hits in zip(segments, (ends - starts).tolist(), strict=True):
+        total = hits + max(0, min(found.end, prefix_tokens) - found.start)
         made.append(
             SegmentReport(
                 start=found.start,
                 end=found.end,
                 id=found.id,
                 hit=total > 0,
-                reason=_why(found, options, reason, linked, total),
+                reason=_why(found, options, reason, hits, total),
                 tokens_reused=total,
                 tokens_computed=found.end - found.start - total,
             )
         )
-    reused = prefix_tokens + linked_at.numel()
+    reused = prefix_tokens + linked_at.size
     return LinkReport(
         exactness=EXACT if plan is None or _is_exact(plan, segments, prefix_tokens) else COMPOSED,
         reason=reason,

@@ -8,7 +8,7 @@ from typing import Any
 
 from sglang_pic.errors import PicActionError
 from sglang_pic.faults import faults
-from sglang_pic.forest.cache import PicCache
+from sglang_pic.forest.adapter import PicCache
 from sglang_pic.manage.commands import obey
 from sglang_pic.request.hints import DONE, MISSING
 
@@ -36,11 +36,11 @@ def answer(scheduler: Any, req: Any, is_retracted: bool) -> Answer | None:
     if not isinstance(cache, PicCache) or is_retracted or req.output_ids:
         return None
     try:
-        asked = cache.asked.of(req)
+        asked = cache.forest.asked.of(req)
         if asked.command is not None:
             return Answer(DONE + obey(scheduler, req, asked.command))
         if asked.link is not None and asked.link.strict:
-            missing = cache.send_back(req)
+            missing = cache.forest.links.send_back(req)
             return Answer(f"{MISSING}{missing}") if missing else None
     except PicActionError as error:
         return Answer(str(error), error.status)

@@ -15,7 +15,7 @@ import orjson
 from sglang_pic import timer
 from sglang_pic.errors import PicRefused
 from sglang_pic.faults import faults
-from sglang_pic.forest.cache import PicCache
+from sglang_pic.forest.forest import Forest
 from sglang_pic.manage import segments
 from sglang_pic.manage.selfcheck import selfcheck
 from sglang_pic.manage.store import Store
@@ -55,17 +55,20 @@ def _timer(scheduler: Any, req: Any, command: asked.Timer) -> Any:
     return timer.engine.to_json()
 
 
+def _forest(scheduler: Any) -> Forest:
+    forest: Forest = scheduler.tree_cache.forest
+    return forest
+
+
 Handler = Callable[[Any, Any, Any], Any]
 
 
-def _of_one(function: Callable[[PicCache, str, str | None], Any]) -> Handler:
-    return lambda scheduler, req, command: function(
-        scheduler.tree_cache, command.id, tenant_of(req)
-    )
+def _of_one(function: Callable[[Forest, str, str | None], Any]) -> Handler:
+    return lambda scheduler, req, command: function(_forest(scheduler), command.id, tenant_of(req))
 
 
 def _store(scheduler: Any) -> Store:
-    store = scheduler.tree_cache.store
+    store = _forest(scheduler).store
     if store is None:
         raise PicRefused(409, "the server was started without --pic-store", "store")
     return store
@@ -78,35 +81,35 @@ def tenant_of(req: Any) -> str | None:
 
 COMMANDS: dict[type, Handler] = {
     asked.Timer: _timer,
-    asked.Forest: lambda scheduler, req, command: scheduler.tree_cache.state(),
-    asked.Stats: lambda scheduler, req, command: segments.stats(scheduler.tree_cache),
-    asked.Budgets: lambda scheduler, req, command: segments.budgets(scheduler.tree_cache),
-    asked.Explain: lambda scheduler, req, command: scheduler.tree_cache.explain(req),
-    asked.Missing: lambda scheduler, req, command: {"missing": scheduler.tree_cache.send_back(req)},
+    asked.Forest: lambda scheduler, req, command: _forest(scheduler).state(),
+    asked.Stats: lambda scheduler, req, command: segments.stats(_forest(scheduler)),
+    asked.Budgets: lambda scheduler, req, command: segments.budgets(_forest(scheduler)),
+    asked.Explain: lambda scheduler, req, command: _forest(scheduler).links.explain(req),
+    asked.Missing: lambda scheduler, req, command: {
+        "missing": _forest(scheduler).links.send_back(req)
+    },
     # An adapter's part of it is SGLang's to make.
     asked.Key: lambda scheduler, req, command: {"extra_key": req.extra_key},
     asked.List: lambda scheduler, req, command: {
-        "segments": segments.list_all(scheduler.tree_cache, tenant_of(req))
+        "segments": segments.list_all(_forest(scheduler), tenant_of(req))
     },
     asked.Get: _of_one(segments.get),
     asked.Pin: _of_one(segments.pin),
     asked.Unpin: _of_one(segments.unpin),
     asked.Delete: _of_one(segments.delete),
-    asked.Flush: lambda scheduler, req, command: segments.flush(
-        scheduler.tree_cache, tenant_of(req)
-    ),
+    asked.Flush: lambda scheduler, req, command: segments.flush(_forest(scheduler), tenant_of(req)),
     asked.Reserve: lambda scheduler, req, command: segments.reserve(
-        scheduler.tree_cache, command.tokens
+        _forest(scheduler), command.tokens
     ),
     asked.Save: lambda scheduler, req, command: _store(scheduler).save(
         tenant_of(req), command.segments
     ),
     asked.Restore: lambda scheduler, req, command: _store(scheduler).restore(tenant_of(req)),
     asked.Held: lambda scheduler, req, command: {
-        "held": segments.held(scheduler.tree_cache, command.segments, tenant_of(req))
+        "held": segments.held(_forest(scheduler), command.segments, tenant_of(req))
     },
     asked.Name: lambda scheduler, req, command: {
-        "held": segments.name(scheduler.tree_cache, command.segments, tenant_of(req), command.seam)
+        "held": segments.name(_forest(scheduler), command.segments, tenant_of(req), command.seam)
     },
     asked.Selfcheck: lambda scheduler, req, command: selfcheck(
         scheduler, req, at=command.at, seam=command.seam

@@ -10,9 +10,9 @@ from typing import Any
 
 from sglang_pic.attention.selfcheck import first_layer_checks, rotary_check
 from sglang_pic.errors import PicRefused
-from sglang_pic.forest.cache import PicCache
-from sglang_pic.forest.hybrid import PicHybridCache
-from sglang_pic.forest.keys import namespace, owner_of, segment_id
+from sglang_pic.forest.forest import Forest
+from sglang_pic.forest.keys import owner_of
+from sglang_pic.linear.carried import LinearStates
 from sglang_pic.linear.selfcheck import first_layer_check
 from sglang_pic.link.policy import Seam
 
@@ -31,40 +31,41 @@ def selfcheck(scheduler: Any, req: Any, *, at: int, seam: int) -> dict[str, Any]
     Raises:
         PicRefused: 404 where a segment, or its state, is not held.
     """
-    cache, runner = scheduler.tree_cache, scheduler.tp_worker.model_runner
+    forest, runner = scheduler.tree_cache.forest, scheduler.tp_worker.model_runner
     ropes = runner.attn_backend.ropes
     whole = req.origin_input_ids
-    alone = _slots(cache, req, whole[at:])
-    behind = _slots(cache, req, whole)
+    alone = _slots(forest, req, whole[at:])
+    behind = _slots(forest, req, whole)
     checks = first_layer_checks(runner.token_to_kv_pool, ropes, alone, behind)
     rotary = rotary_check(runner.model, ropes)
     if rotary is not None:
         checks["rotation"] = rotary
-    if isinstance(cache, PicHybridCache):
+    if isinstance(forest.carried, LinearStates):
         length = len(whole) - at
-        first, last = Seam(seam).core(length, page=cache.page_size, opening=False)
-        core = _states(cache, req, whole[at:]).core(first, last, opening=False)
+        first, last = Seam(seam).core(length, page=forest.pages.page_size, opening=False)
+        core = _states(forest, forest.carried, req, whole[at:]).core(first, last, opening=False)
         if core is None:
             raise PicRefused(404, "no state for this seam", "seam")
         checks["first_layer_state"] = first_layer_check(
             core,
-            _states(cache, req, whole[: at + first + 1]).end,
-            _states(cache, req, whole).end,
+            _states(forest, forest.carried, req, whole[: at + first + 1]).end,
+            _states(forest, forest.carried, req, whole).end,
             inputs=runner.dtype,
         )
     return {name: check.to_json() for name, check in checks.items()}
 
 
-def _slots(cache: PicCache, req: Any, ids: Any) -> Any:
-    lookup = cache.forest.find(ids, req.extra_key, req.cache_salt)
+def _slots(forest: Forest, req: Any, ids: Any) -> Any:
+    lookup = forest.lookups.find(ids, req.extra_key, req.cache_salt)
     if lookup.miss is not None:
         raise PicRefused(404, "a segment of the canary is not held", "ids")
-    return lookup.slots
+    return forest.lookups.slots(lookup)
 
 
-def _states(cache: PicHybridCache, req: Any, ids: Any) -> Any:
-    space = namespace(cache.forest.context, req.cache_salt)
-    held = cache.states.find(segment_id(space, req.extra_key, ids), owner_of(space, req.extra_key))
+def _states(forest: Forest, carried: LinearStates, req: Any, ids: Any) -> Any:
+    space = forest.segments.namespace(req.cache_salt)
+    name = forest.segments.name(space, req.extra_key, ids)
+    held = carried.store.find(name, owner_of(space, req.extra_key))
     if held is None:
         raise PicRefused(404, "a state of the canary is not held", "ids")
     return held

@@ -14,8 +14,8 @@ from typing import Any
 from sglang_pic import __version__
 from sglang_pic.errors import PicRefused
 from sglang_pic.forest import files
-from sglang_pic.forest.cache import PicCache
 from sglang_pic.forest.files import BadFile
+from sglang_pic.forest.forest import Forest
 from sglang_pic.forest.keys import segment_id
 from sglang_pic.link.policy import floor_to
 
@@ -34,13 +34,13 @@ class Store:
     """Saved segments of one server, which runs on one tensor-parallel rank.
 
     Args:
-        cache: whose segments.
+        forest: whose segments.
         runner: SGLang's model runner.
         directory: the operator's.
     """
 
-    def __init__(self, cache: PicCache, runner: Any, directory: pathlib.Path):
-        self._cache = cache
+    def __init__(self, forest: Forest, runner: Any, directory: pathlib.Path):
+        self._forest = forest
         self._pool = runner.token_to_kv_pool
         self._runner = runner
         self._layers = sorted(runner.attn_backend.ropes)
@@ -48,7 +48,7 @@ class Store:
 
     def _marks(self) -> dict[str, str]:
         """The fingerprint, of the weights that are loaded now."""
-        cache, first = self._cache, self._pool.get_key_buffer(self._layers[0])
+        forest, first = self._forest, self._pool.get_key_buffer(self._layers[0])
         return files.fingerprint(
             sglang_pic=__version__,
             weights=files.digest_of_weights(self._runner.model),
@@ -56,11 +56,11 @@ class Store:
             kv_dtype=first.dtype,
             kv_heads_and_dimension=tuple(first.shape[1:]),
             attention_layers=self._layers,
-            page_size=cache.page_size,
-            compile_context=list(cache.forest.context),
-            linear_layers=getattr(cache, "shape", None),
-            state_dtype=cache.config.state_dtype,
-            operator_threshold=cache.config.operator_threshold,
+            page_size=forest.pages.page_size,
+            compile_context=list(forest.segments.context),
+            linear_layers=getattr(self._runner.attn_backend, "shape", None),
+            state_dtype=forest.config.state_dtype,
+            operator_threshold=forest.config.operator_threshold,
         )
 
     def save(self, tenant: str | None, chosen: Collection[str] | None) -> dict[str, Any]:
@@ -70,8 +70,8 @@ class Store:
         Raises:
             PicRefused: 404 for an id that is not held; 507 where the disk refuses.
         """
-        cache = self._cache
-        records = cache.forest.records(tenant)
+        forest = self._forest
+        records = forest.segments.records(tenant)
         if chosen is not None:
             held = {record.id: record for record in records}
             if any(name not in held for name in chosen):
@@ -81,14 +81,14 @@ class Store:
         written, marks = 0, self._marks()
         try:
             for record in records:
-                slots = cache.forest.slots(record)
-                tensors = cache.state_tensors(record.id)
+                slots = forest.holder.slots(record)
+                tensors = forest.carried.tensors(record.id)
                 for layer in self._layers:
                     tensors[f"k.{layer}"] = self._pool.get_key_buffer(layer)[slots]
                     tensors[f"v.{layer}"] = self._pool.get_value_buffer(layer)[slots]
                 saved = files.SavedSegment(
                     record.path, record.extra_key, record.salt, record.hits, tensors,
-                    cache.core_end(record),
+                    forest.carried.core_end(record.id, record.owner),
                 )  # fmt: skip
                 file = files.write(self._directory, record.id, saved, marks)
                 written += file.stat().st_size
@@ -103,7 +103,7 @@ class Store:
             ``{"segments": loaded, "present": held already, "refused": [{"file",
             "reason"}]}``; nothing of a refused file is loaded.
         """
-        cache = self._cache
+        forest = self._forest
         loaded = present = 0
         refused = []
         found = files.listed(self._directory)
@@ -111,14 +111,14 @@ class Store:
         for file in found:
             try:
                 saved = files.read(file, marks)
-                if not everyone and saved.salt != cache.forest.namespace(tenant):
+                if not everyone and saved.salt != forest.segments.namespace(tenant):
                     continue
                 name = segment_id(
-                    saved.salt, saved.extra_key, saved.path[len(cache.forest.context) :]
+                    saved.salt, saved.extra_key, saved.path[len(forest.segments.context) :]
                 )
                 if file.stem != name:
                     raise BadFile("its name is not that of the segment it holds")
-                if cache.forest.is_held(name):
+                if forest.segments.is_held(name):
                     present += 1
                     continue
                 self._load(saved)
@@ -129,7 +129,7 @@ class Store:
         return {"segments": loaded, "present": present, "refused": refused}
 
     def _load(self, saved: files.SavedSegment) -> None:
-        held = floor_to(len(saved.path), self._cache.page_size)
+        held = floor_to(len(saved.path), self._forest.pages.page_size)
         for layer in self._layers:
             for name, buffer in (
                 (f"k.{layer}", self._pool.get_key_buffer(layer)),
@@ -140,7 +140,7 @@ class Store:
                     *buffer.shape[1:],
                 ):
                     raise BadFile(f"{name} is not what its tokens need")
-        empty = self._cache.adopt(saved, held)
+        empty = self._forest.holder.adopt(saved, held)
         if empty is None:
             raise BadFile("it does not fit into what is free of the budgets")
         tokens, slots = empty

@@ -14,7 +14,8 @@ from sglang.test.kits.unified_radix_cache.config import CONFIGS, CacheConfig
 from sglang.test.kits.unified_radix_cache.insert_walk import SegmentLockFuzzFixtures
 
 from sglang_pic.config import PicConfig
-from sglang_pic.forest.cache import PicCache
+from sglang_pic.forest.adapter import PicCache
+from sglang_pic.forest.build import plant
 from sglang_pic.forest.cost import PrefillCost
 
 pytestmark = pytest.mark.kits
@@ -23,7 +24,7 @@ FULL = [cfg for cfg in CONFIGS if cfg.components == (ComponentType.FULL,)]
 
 def _ours(params: Any) -> PicCache:
     cache = PicCache(params)
-    cache.configure(PicConfig(), None, PrefillCost(1e6, 10.0, 16))
+    plant(cache, PicConfig(), PrefillCost(1e6, 10.0, 16))
     return cache
 
 

@@ -1,0 +1,262 @@
+"""``Holder``: a compile has ended; does it fit, what makes room, who keeps it.
+
+A segment is held whole: its pages, what it carries beside them, its record and its
+place in the eviction order come and go together, and this is where.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang_pic.forest.carried import Carried, Path
+from sglang_pic.forest.cost import PrefillCost
+from sglang_pic.forest.eviction import LINKABLE, InOrder
+from sglang_pic.forest.files import SavedSegment
+from sglang_pic.forest.keys import owner_of
+from sglang_pic.forest.nodes import SEGMENT, NodeIndex
+from sglang_pic.forest.pages import Pages
+from sglang_pic.forest.segments import SegmentRecord, Segments
+from sglang_pic.link.policy import Seam, floor_to
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+
+class Holder:
+    """Keeps and removes compiled segments.
+
+    Args:
+        rows: SGLang's table of request rows.
+        allocator: SGLang's, of the pool's slots.
+    """
+
+    def __init__(
+        self,
+        segments: Segments,
+        pages: Pages,
+        carried: Carried,
+        nodes: NodeIndex,
+        eviction: InOrder,
+        cost: PrefillCost,
+        rows: torch.Tensor,
+        allocator: object,
+    ):
+        self._segments = segments
+        self._pages = pages
+        self._carried = carried
+        self._nodes = nodes
+        self._eviction = eviction
+        self._cost = cost
+        self._rows = rows
+        self._allocator = allocator
+        self.refused: Counter[str] = Counter()
+
+    # -- compiles -----------------------------------------------------------------------
+
+    def begin(self, req: Req, seams: Collection[int], limit: int) -> Path:
+        """A compile is about to run.
+
+        Args:
+            seams: widths that its links will have.
+            limit: its first tokens that need not be computed are at most so many.
+
+        Returns:
+            Those that are held already, and where.
+        """
+        tokens = req.origin_input_ids[: floor_to(limit, self._pages.page_size)]
+        held, node = self._pages.find(tokens, req.extra_key, req.cache_salt)
+        return self._carried.begin(req, sorted(seams), Path(node, held))
+
+    def keep(self, req: Req, *, named: bool) -> None:
+        """Keep what a complete compile has computed, all of it or nothing."""
+        if not self._keep(req, named=named):
+            self.refused["budget"] += 1
+
+    def _keep(self, req: Req, *, named: bool) -> bool:
+        ids, space, extra_key = req.origin_input_ids, req.cache_salt, req.extra_key
+        context = len(self._segments.context)
+        name = self._segments.name(space, extra_key, ids[context:])
+        uses = self._segments.first_uses(name, named=named)
+        owner = owner_of(space, extra_key)
+        if not self._carried.keep(req, name, owner, uses=uses, offer=named):
+            return False
+        node = self._keep_pages(req, context)
+        if node is None:
+            if not self._segments.is_held(name):
+                self._carried.drop(name)
+            return False
+        self._note(ids, extra_key, space, node if node >= 0 else None, named=named)
+        return True
+
+    def _keep_pages(self, req: Req, context: int) -> int | None:
+        """The node that ends them; -1 without a whole page, ``None`` without room."""
+        tokens = req.origin_input_ids
+        tokens = tokens[: floor_to(len(tokens), self._pages.page_size)]
+        space, extra_key = req.cache_salt, req.extra_key
+        held = self._pages.find(tokens, extra_key, space)[0]
+        while True:
+            if not self._eviction.make_room(len(tokens) - held):
+                return None
+            # What is held of it may have gone to make room.
+            still = self._pages.find(tokens, extra_key, space)[0]
+            if still == held:
+                break
+            held = still
+        if not len(tokens):
+            return -1
+        slots = self._rows[req.kv.req_pool_idx, : len(tokens)].to(torch.int64, copy=True)
+        ours = req.kv.cache_protected_len
+        node = self._pages.keep(tokens, extra_key, space, slots, ours=ours)
+        # Pages it held already have been freed; the rest are the tree's.
+        req.kv.cache_protected_len = len(tokens)
+        return node if len(tokens) > context else -1
+
+    def _note(
+        self,
+        path: array,
+        extra_key: str | None,
+        space: str,
+        node: int | None,
+        *,
+        named: bool,
+        hits: int | None = None,
+    ) -> None:
+        context = len(self._segments.context)
+        name = self._segments.name(space, extra_key, path[context:])
+        uses = self._segments.first_uses(name, named=named, hits=hits)
+        if node is not None:
+            self._nodes.note(LINKABLE, node, SEGMENT, space, uses=uses, offer=named)
+            self._nodes.end_segment(LINKABLE, node, name)
+        self._segments.add(path, extra_key, space, node, named=named, hits=hits)
+
+    # -- a segment's life ---------------------------------------------------------------
+
+    def use(self, names: Collection[str]) -> None:
+        """A link runs that reuses these."""
+        self._carried.use(names)
+        for record in self._segments.use(names):
+            assert record.node is not None
+            self._nodes.use(LINKABLE, record.node, SEGMENT, record.salt)
+
+    def expect(self, names: Collection[str]) -> None:
+        """Hold segments back from eviction until a link that is on its way has come."""
+        for record in self._segments.expect(names):
+            assert record.node is not None
+            self._carried.hold_back(record.id)
+            self._nodes.hold_back(LINKABLE, record.node)
+
+    def release(self, record: SegmentRecord) -> None:
+        """It was held back for its link, and may go now."""
+        if record.node is not None:
+            self._nodes.release(LINKABLE, record.node)
+        self._carried.release(record.id)
+
+    def name(self, record: SegmentRecord) -> None:
+        """A held segment was asked for by name."""
+        self._note(
+            record.path, record.extra_key, record.salt, record.node, named=True, hits=record.hits
+        )
+
+    def is_ready(self, record: SegmentRecord, seam: int) -> bool:
+        """Whether a held segment has all that a link of this seam width needs."""
+        core = Seam(seam).core(record.tokens, page=self._pages.page_size, opening=False)
+        if core[0] >= core[1]:
+            return True
+        return self._carried.of_core(record.id, record.owner, core, opening=False)[1] is None
+
+    def is_in_use(self, record: SegmentRecord) -> bool:
+        """Whether a running request, or a pin, holds the last of its pages."""
+        return record.node is not None and self._nodes.is_held(LINKABLE, record.node)
+
+    def value(self, record: SegmentRecord) -> float:
+        """Where it stands in the eviction order: the lowest goes first."""
+        return 0.0 if record.node is None else self._nodes.value(LINKABLE, record.node)
+
+    def lock(self, record: SegmentRecord) -> Callable[[], None]:
+        """Keep a held segment whatever happens.
+
+        Returns:
+            What lets it go again.
+        """
+        assert record.node is not None
+        node = record.node
+        locked = self._pages.lock([node])
+        self._carried.pin(record.id)
+
+        def release() -> None:
+            self._pages.unlock(locked)
+            self._nodes.unlocked(LINKABLE, node)
+            self._carried.unpin(record.id)
+
+        return release
+
+    # -- its end ------------------------------------------------------------------------
+
+    def evicted(self, name: str) -> None:
+        """The last of its pages went for want of memory."""
+        self._segments.evicted(name)
+        self._carried.drop(name)
+
+    def remove(self, name: str) -> int:
+        """Free the pages of a segment that nothing else needs: no longer segment,
+        no running request, no pin. It is remembered, and no longer held.
+
+        Returns:
+            Tokens freed.
+        """
+        record = self._segments.find_held(name)
+        if record is None:
+            return 0
+        node = record.node
+        assert node is not None
+        self._segments.gone(name)
+        self._nodes.unend_segment(LINKABLE, node, name)
+        self._carried.drop(name)
+        return self._nodes.remove_path(LINKABLE, node)
+
+    def delete(self, name: str) -> int:
+        """``remove``, and it is not remembered either."""
+        freed = self.remove(name)
+        self._segments.forget(name)
+        return freed
+
+    # -- files --------------------------------------------------------------------------
+
+    def slots(self, record: SegmentRecord) -> torch.Tensor:
+        """int64, slots of a segment's path, compile context included."""
+        held, node = self._pages.find(record.path, record.extra_key, record.salt)
+        return self._pages.slots(node, held)
+
+    def adopt(self, saved: SavedSegment, held: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Take a saved segment over: what it carries, and a path of pages; evicts nothing.
+
+        Args:
+            held: tokens of its path, whole pages.
+
+        Returns:
+            int64 [n] each: which of its tokens need K and V, and their slots; the
+            others share pages with what is held. ``None``, and nothing has changed,
+            where it does not fit.
+        """
+        context = len(self._segments.context)
+        name = self._segments.name(saved.salt, saved.extra_key, saved.path[context:])
+        cost = self._cost.flops(context, len(saved.path))
+        if self._pages.tokens + held > self._eviction.limit:
+            return None
+        if not self._carried.adopt(name, saved, cost=cost):
+            return None
+        fresh = self._allocator.alloc(held)  # type: ignore[attr-defined]
+        if fresh is None:
+            self._carried.drop(name)
+            return None
+        fresh = fresh.to(torch.int64)
+        node = self._pages.keep(saved.path[:held], saved.extra_key, saved.salt, fresh)
+        self._note(saved.path, saved.extra_key, saved.salt, node, named=True, hits=saved.hits)
+        slots = self._pages.slots(node, held)
+        empty = torch.nonzero(torch.isin(slots, fresh)).squeeze(1)
+        return empty, slots[empty]

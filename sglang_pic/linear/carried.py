@@ -1,0 +1,264 @@
+"""What a segment carries in a hybrid: the states of its linear layers.
+
+Segments need no state of SGLang's, since theirs are ours (``linear.state``): that is
+what lets segments of any length be shared at any page size, without taking a state
+slot from the requests that run.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sglang_pic.config import PicConfig
+from sglang_pic.forest.carried import Owner, Path
+from sglang_pic.forest.cost import PrefillCost
+from sglang_pic.forest.files import SavedSegment
+from sglang_pic.forest.keys import owner_of
+from sglang_pic.forest.nodes import TURN
+from sglang_pic.forest.turns import Chain, Turn
+from sglang_pic.linear.capture import Capture
+from sglang_pic.linear.state import CoreState, LinearShape, StateStore
+from sglang_pic.link.plan import LinkPlan
+from sglang_pic.link.policy import LinkOptions, Seam
+from sglang_pic.link.report import NO_STATE
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+# Segments that end on the path to a node, up to a position: of each node the names, and
+# the deepest first.
+Ending = Callable[[int, int], Sequence[tuple[int, Collection[str]]]]
+
+
+def _turn_end(turn: Turn, tokens: int) -> str:
+    """Name of the state behind so many tokens of a turn's path."""
+    return f"{turn.salt}:{tokens}"
+
+
+class LinearStates:
+    """States of segments and turns; ``forest.carried.Carried``.
+
+    Args:
+        context: tokens of the compile context.
+        shape: of the linear layers.
+        rows: SGLang's table of request rows, which holds their states.
+        is_exact: whether the state SGLang holds of a request is that of its last token.
+        ending: which shorter segments a path begins with.
+        on_evict: told the name of what went for want of memory.
+        on_shortage: memory is needed: release what was held back.
+    """
+
+    keeps_states = True
+
+    def __init__(
+        self,
+        config: PicConfig,
+        *,
+        context: int,
+        page: int,
+        shape: LinearShape,
+        cost: PrefillCost,
+        rows: Any,
+        device: Any,
+        is_exact: bool,
+        ending: Ending,
+        on_evict: Callable[[str], None],
+        on_shortage: Callable[[], None],
+    ):
+        self._context = context
+        self._page = page
+        self._shape = shape
+        self._cost = cost
+        self._rows = rows
+        self._device = device
+        self._is_exact = is_exact
+        self._ending = ending
+        self._on_evict = on_evict
+        self.store = StateStore(config, self._evicted, on_shortage)
+        # Lengths of each turn's path behind which a state is held.
+        self._turn_ends: dict[str, set[int]] = {}
+        self._captures: weakref.WeakKeyDictionary[Req, Capture] = weakref.WeakKeyDictionary()
+
+    @property
+    def budget(self) -> int:
+        return self.store.budget
+
+    @property
+    def usual_nbytes(self) -> int:
+        return self._shape.state_nbytes(1, self.store.itemsize)
+
+    @property
+    def evicted(self) -> int:
+        return self.store.evicted
+
+    # -- compiles -----------------------------------------------------------------
+
+    def begin(self, req: Req, seams: Sequence[int], held: Path) -> Path:
+        """From the first token, or from where a shorter segment's cores end: the pairs
+        must see all tokens."""
+        length = len(req.origin_input_ids) - self._context
+        cores = [Seam(w).core(length, page=self._page, opening=False) for w in seams]
+        core_end = max(0, (length - 1) // self._page * self._page)
+        heads = sorted({first for first, last in cores if first < last})
+        capture = Capture(self._shape, start=self._context, heads=heads, core_end=core_end)
+        self._captures[req] = capture
+        owner = owner_of(req.cache_salt or "", req.extra_key)
+        for node, names in self._ending(held.node, held.tokens):
+            for name in sorted(names):
+                state = self.store.find(name, owner)
+                if (
+                    state is not None
+                    and state.core_end < core_end
+                    and set(heads) <= set(state.pairs)
+                ):
+                    capture.grown_from = state
+                    return Path(node, self._context + state.core_end)
+        return Path(held.node, 0)
+
+    def keep(self, req: Req, name: str, owner: Owner, *, uses: int, offer: bool) -> bool:
+        capture = self._captures[req]
+        return not capture.complete or self.store.add(
+            name,
+            owner,
+            core_end=capture.core_end,
+            conv_tail=capture.conv_tail,
+            end=capture.end(),
+            pairs=capture.pairs(),
+            cost=self._cost.flops(capture.start, len(req.origin_input_ids)),
+            uses=uses,
+            offer=offer,
+        )
+
+    def end(self, req: Req) -> bool:
+        return self._captures.pop(req, None) is not None
+
+    # -- links --------------------------------------------------------------------
+
+    def of_core(
+        self, name: str, owner: Owner, core: tuple[int, int], *, opening: bool
+    ) -> tuple[CoreState | None, str | None]:
+        held = self.store.find(name, owner)
+        state = held.core(*core, opening=opening) if held is not None else None
+        return state, NO_STATE if state is None else None
+
+    def begin_row(self, req: Req) -> None:
+        if req.kv.mamba_cow_src_index is not None:
+            req.kv.mamba_cow_src_index = None
+            req.kv.mamba_needs_clear = True
+
+    def hand_over(
+        self,
+        backend: Any,
+        rids: Sequence[str],
+        reqs: Sequence[Req],
+        plans: Sequence[LinkPlan | None],
+        options: Sequence[LinkOptions | None],
+    ) -> None:
+        backend.set_rows(rids, plans, options, [self._captures.get(req) for req in reqs])
+
+    # -- a segment's life -----------------------------------------------------------
+
+    def use(self, names: Collection[str]) -> None:
+        for name in names:
+            self.store.use(name)
+
+    def hold_back(self, name: str) -> None:
+        self.store.hold_back(name)
+
+    def release(self, name: str) -> None:
+        self.store.release(name)
+
+    def pin(self, name: str) -> None:
+        self.store.pin(name)
+
+    def unpin(self, name: str) -> None:
+        self.store.unpin(name)
+
+    def drop(self, name: str) -> None:
+        self.store.drop(name)
+        self._forget_turn_end(name)
+
+    def _evicted(self, name: str) -> None:
+        self._forget_turn_end(name)
+        self._on_evict(name)
+
+    # -- earlier turns --------------------------------------------------------------
+
+    def can_keep_turn(self, req: Req) -> bool:
+        return self._is_exact and req.owned_kv_len() == req.kv.kv_committed_len
+
+    def keep_turn(self, req: Req, turn: Turn, tokens: int) -> str | None:
+        cache = self._rows.mamba_pool.mamba_cache
+        index = req.kv.mamba_pool_idx.reshape(1)
+        slot = int(self._rows.translate_mamba_indices(index)[0])
+        name = _turn_end(turn, tokens)
+        kept = self.store.add(
+            name,
+            turn.whose,
+            core_end=tokens,
+            conv_tail=cache.conv[0][:, slot].float(),
+            end=cache.temporal[:, slot].float().transpose(-1, -2),
+            pairs={},
+            cost=self._cost.flops(0, req.kv.kv_committed_len),
+            group=TURN,
+        )
+        if not kept:
+            return None
+        self._turn_ends.setdefault(turn.salt, set()).add(tokens)
+        return name
+
+    def usable(self, turn: Turn, held: int) -> int:
+        return max((n for n in self._turn_ends.get(turn.salt, ()) if n <= held), default=0)
+
+    def of_turn(self, chain: Chain) -> CoreState | None:
+        held = self.store.find(_turn_end(chain.turn, len(chain.tokens)), chain.turn.whose)
+        assert held is not None
+        return CoreState(None, held.end, held.conv_tail)
+
+    def use_turn(self, chain: Chain) -> None:
+        self.store.use(_turn_end(chain.turn, len(chain.tokens)))
+
+    def _forget_turn_end(self, name: str) -> None:
+        salt, _, tokens = name.rpartition(":")
+        ends = self._turn_ends.get(salt)
+        if ends is not None:
+            ends.discard(int(tokens))
+            if not ends:
+                del self._turn_ends[salt]
+
+    # -- files, and for people --------------------------------------------------------
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        return self.store.tensors(name)
+
+    def core_end(self, name: str, owner: Owner) -> int | None:
+        held = self.store.find(name, owner)
+        return held.core_end if held is not None else None
+
+    def adopt(self, name: str, saved: SavedSegment, *, cost: float) -> bool:
+        if saved.core_end is None:
+            return True
+        owner = owner_of(saved.salt, saved.extra_key)
+        return self.store.adopt(
+            name, owner, saved.core_end, saved.tensors, device=self._device, cost=cost
+        )
+
+    def nbytes_of(self, name: str) -> int:
+        return self.store.nbytes_of(name)
+
+    def nbytes_of_kind(self, kind: str) -> int:
+        return self.store.bytes_of_group(kind)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"state_bytes": self.store.nbytes, "state_budget": self.store.budget}
+
+    def check(self) -> None:
+        self.store.check()
+
+    def clear(self) -> None:
+        self.store.clear()
+        self._turn_ends.clear()
