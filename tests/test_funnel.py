@@ -17,10 +17,13 @@ from sglang_pic.link.policy import LinkOptions
 from sglang_pic.request.base import LinkRequest, TokenSpan
 from sglang_pic.request.hints import MISSING
 from sglang_pic.request.internal import read_internal
-from sglang_pic.server import funnel as funnel_module
+from sglang_pic.server import asking as asking_module
 from sglang_pic.server import waiting as waiting_module
 from sglang_pic.server.compiler import Compiler
+from sglang_pic.server.asking import Asking
 from sglang_pic.server.funnel import Funnel
+from sglang_pic.server.guards import Guards
+from sglang_pic.server.life import Lives
 from sglang_pic.server.queue import FairQueue
 from sglang_pic.server.waiting import Waiting
 from sglang_pic.server.wanted import Wanted
@@ -93,15 +96,18 @@ class Front:
         made = self.funnel = object.__new__(Funnel)
         made._manager = self.manager
         made.config = PicConfig(min_segment=1)
-        made._is_hybrid = False
         made.resolver = self  # type: ignore[assignment]
-        made.canary = self  # type: ignore[assignment]
-        made.audit = self  # type: ignore[assignment]
-        made.gate = types.SimpleNamespace(reason=None)  # type: ignore[assignment]
+        guards = made.guards = object.__new__(Guards)
+        guards._config, guards._is_hybrid = made.config, False
+        guards.canary = guards.audit = self  # type: ignore[assignment]
+        guards.gate = types.SimpleNamespace(reason=None)  # type: ignore[assignment]
         made.wanted = Wanted((), made.config)
         made.compiler = Compiler(self.scheduler.compile, FairQueue(8, 8, 8))
         made.waiting = Waiting(self.manager, lambda priority: 0)
-        monkeypatch.setattr(funnel_module, "command", self.scheduler.command)
+        asking = Asking(self.manager, made.wanted)
+        parts = (made.wanted, asking, made.compiler, made.waiting)
+        made.lives = Lives(self.manager, made.config, *parts)
+        monkeypatch.setattr(asking_module, "command", self.scheduler.command)
 
     def resolve(self, obj: Any, pic: Any, exchange: Any) -> list[tuple[list[int], LinkRequest]]:
         prompts = obj.input_ids if isinstance(obj.input_ids[0], list) else [obj.input_ids]

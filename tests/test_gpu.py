@@ -27,7 +27,7 @@ def test_the_script_checks_every_kernel() -> None:
     outcome = run.run(quick=True, seed=0)
     assert outcome.rows and all(row["ok"] for row in outcome.rows)
     held = {row["kernel"].split(",")[0] for row in outcome.rows}
-    assert {"walk_rows", "walk_unrotated", "relocate", "states_before", "compose"} <= held
+    assert {"walk_rows", "relocate", "states_before"} <= held
 
 
 def test_a_failed_check_is_one() -> None:
@@ -45,7 +45,7 @@ def test_every_kernel_compiles_for_a_hopper(tmp_path: pathlib.Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads(found.read_text())["rows"]
     kernels = {row["kernel"] for row in rows}
-    assert len(kernels) >= 9
+    assert len(kernels) >= 8
     for row in rows:
         assert row["shared"] <= SHARED_LIMIT, row
         # The widest tiles spill some registers where a row enters a span, not in the loop.

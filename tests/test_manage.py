@@ -291,6 +291,7 @@ class FakeFunnel:
         self.compiled: list[Any] = []
         self.compiler = self
         self.wanted = self
+        self.guards = self
         self.resolver = FakeResolver(self.config.link_defaults)
 
     async def compile(self, items: list[Any], caller: Any) -> list[Made]:

@@ -15,9 +15,7 @@ from hypothesis import strategies as st
 from sglang_pic.attention.kernels import TORCH, Kernels, triton_kernels
 from sglang_pic.attention.step import StepRow
 from sglang_pic.attention.tables import MIN_CHUNK, Shape, build_tables, parts, walkers
-from sglang_pic.kernels import rows as torch_rows
-from sglang_pic.kernels.rotate import angles, rotate
-from sglang_pic.kernels.triton import walk
+from sglang_pic.kernels.rotate import angles
 
 TRITON = triton_kernels()
 
@@ -35,36 +33,6 @@ def test_walking_is_attention_at_true_positions(batch: Batch, data: Any) -> None
         kernels.walk_rows(
             query, *batch.pool(), made.table, batch.turns(made.offset), out,
             scale=batch.scale, neox=batch.layer.neox,
-        )  # fmt: skip
-        close(out, exact)
-
-
-@settings(max_examples=6)
-@given(batch=batches, splits=st.sampled_from([1, 2]))
-def test_keys_may_be_cached_unrotated(batch: Batch, splits: int) -> None:
-    """MEPIC's form gives the same; every key rotated back, its position in a table."""
-    step = 1 if splits > 1 else 5
-    counts = [min(step, n) for n in computed(batch)]
-    rows, query, exact = batch.rows(
-        [total - n for total, n in zip(computed(batch), counts, strict=True)], counts
-    )
-    position = torch.zeros_like(batch.req_to_token)
-    keys = batch.keys.clone()
-    for plan, pool_row in zip(batch.plans, batch.pool_rows, strict=True):
-        order = plan.order.clone()
-        position[pool_row, : len(order)] = order.int()
-        for span in plan.spans:
-            order[span.row_start : span.row_start + span.n_tokens] -= span.offset
-        slots = batch.req_to_token[pool_row, : len(order)].long()
-        cos, sin = angles(batch.cos_sin, -order)
-        keys[slots] = rotate(batch.keys[slots], cos, sin, neox=batch.layer.neox)
-    made = walkers(rows, range(len(rows)), 1 if splits > 1 else 8, splits, CPU)
-    for module in (torch_rows, walk):
-        out = torch.empty_like(query)
-        module.walk_unrotated(
-            query, keys, batch.values, batch.req_to_token, position, batch.pool_rows,
-            made.table, batch.cos_sin, out, scale=batch.scale, neox=batch.layer.neox,
-            splits=splits,
         )  # fmt: skip
         close(out, exact)
 

@@ -37,7 +37,6 @@ from sglang_pic.kernels.operators import wy as torch_wy
 from sglang_pic.kernels.operators.pair import Pair
 from sglang_pic.kernels.operators.states import Cores, Walk
 from sglang_pic.kernels.operators.storage import pack
-from sglang_pic.kernels.triton import compose as triton_compose
 from sglang_pic.kernels.triton import wy
 from sglang_pic.linear import gdn, step
 from sglang_pic.linear.kernels import TORCH, triton_kernels
@@ -281,31 +280,6 @@ def test_histories_before(
     found = TRITON.histories_before(*args)
     assert found.dtype is dtype and found.is_contiguous()
     assert torch.equal(found, TORCH.histories_before(*args))
-
-
-# -- Pairs --
-
-
-@pytest.mark.parametrize(
-    ("dk", "dv", "leading"), [(16, 64, ()), (128, 32, (2,)), (256, 64, ()), (64, 64, (2, 1))]
-)
-def test_compose(dk: int, dv: int, leading: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-
-    def draw(columns: int) -> torch.Tensor:
-        return torch.randn(*leading, HEADS, dk, columns) / dk**0.5
-
-    first, then = (Pair(draw(dk), draw(dv)) for _ in range(2))
-    exact = algebra.compose(double(first), double(then))
-    found = triton_compose.compose(first, then)
-    assert far(found.A, exact.A) < TOLERANCE
-    assert far(found.B, exact.B) < TOLERANCE
-
-
-def test_compose_of_scalars() -> None:
-    first, then = (draw_pairs(3, 16, 16, matrix=False) for _ in range(2))
-    found, exact = triton_compose.compose(first, then), algebra.compose(first, then)
-    assert torch.equal(found.A, exact.A) and torch.equal(found.B, exact.B)
 
 
 # -- Capture --

@@ -28,7 +28,6 @@ from sglang_pic.eval.gpu.offline import SHARED_LIMIT, Compiled, compiling
 from sglang_pic.eval.gpu.scenario import Layout, Scenario
 from sglang_pic.eval.gpu.shapes import SHAPES, ModelShape
 from sglang_pic.eval.tables import Table
-from sglang_pic.kernels.triton.walk import walk_unrotated
 
 LAYOUT = Layout(segments=2, length=32, seam=16, question=8, requests=2)
 
@@ -47,11 +46,6 @@ def launches(shape: ModelShape, dtype: torch.dtype) -> Iterator[str]:
         options: dict[str, Any] = {"scale": made.scale, "splits": splits}
         kernels.walk_rows(query, *made.pool(), walked.table, turns, out, **options)
         yield what
-        walk_unrotated(
-            query, made.keys, made.values, made.req_to_token, made.req_to_token, made.pool_rows,
-            walked.table, made.cos_sin, out, **options,
-        )  # fmt: skip
-        yield f"{what}, keys unrotated"
     shared = made.parts(decode, tile, 1)
     query = made.normal(len(decode), shape.heads, shape.dim)
     cos, sin = made.turns(shared.offset)

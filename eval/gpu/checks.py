@@ -12,7 +12,6 @@ from sglang_pic.attention.kernels import TORCH, Kernels, triton_kernels
 from sglang_pic.attention.tables import tile_of
 from sglang_pic.eval.gpu.scenario import Layout, Scenario
 from sglang_pic.eval.gpu.shapes import ModelShape
-from sglang_pic.kernels import rows as torch_rows
 
 # Largest difference over the largest value expected. float32: sums in another order.
 # Narrower types: weights and partial sums are rounded to them, once a tile.
@@ -73,26 +72,6 @@ def attention_checks(
             return out
 
         yield check(name, walk, query)
-
-    walked = made.walkers(link, tile, 1)
-    position = torch.zeros_like(made.req_to_token)
-    for plan, row in zip(made.plans, made.pool_rows.tolist(), strict=True):
-        position[row, : plan.n_tokens] = plan.order.int().to(device)
-
-    def unrotated(kernels: Kernels, q: Any, of: Any) -> torch.Tensor:
-        from sglang_pic.kernels.triton.walk import walk_unrotated
-
-        out = torch.empty_like(q)
-        keys, values, req_to_token, pool_rows = of
-        form = torch_rows.walk_unrotated if kernels is TORCH else walk_unrotated
-        form(
-            q, keys, values, req_to_token, position, pool_rows, walked.table, made.cos_sin, out,
-            scale=made.scale,
-        )  # fmt: skip
-        return out
-
-    query = made.normal(sum(row.extend for row in link), shape.heads, shape.dim)
-    yield check("walk_unrotated, link (MEPIC)", unrotated, query)
 
     shared = made.parts(decode, tile, 64)
 

@@ -13,7 +13,7 @@ from sglang_pic.eval.gpu.attention_times import Time
 from sglang_pic.eval.gpu.checks import Check, difference
 from sglang_pic.eval.gpu.measure import Floors, graph_s
 from sglang_pic.eval.gpu.shapes import Linear, ModelShape
-from sglang_pic.kernels.operators import gated_delta, pair, states, wy
+from sglang_pic.kernels.operators import gated_delta, states, wy
 from sglang_pic.kernels.operators.chunks import CHUNK
 from sglang_pic.kernels.operators.pair import Pair
 from sglang_pic.kernels.operators.states import Cores, Walk
@@ -89,7 +89,6 @@ class Layer:
 
 def state_checks(shape: ModelShape, linear: Linear, device: str, seed: int) -> Iterator[Check]:
     """Kernels of ``kernels.triton`` for linear layers."""
-    from sglang_pic.kernels.triton import compose as triton_compose
     from sglang_pic.kernels.triton import states as triton_states
     from sglang_pic.kernels.triton import wy as triton_wy
 
@@ -107,14 +106,6 @@ def state_checks(shape: ModelShape, linear: Linear, device: str, seed: int) -> I
         found = triton_states.states_before(cores, 0, inner, walk, slots)
         expected = states.states_before(cores, 0, wide, walk, slots.double())
         yield check(f"states_before, {_name(stored)} pairs", found, expected, STATE_BOUND)
-
-    one, two = made.pairs(3), made.pairs(3)
-    joined = triton_compose.compose(one, two)
-    exact = pair.compose(Pair(one.A.double(), one.B.double()), Pair(two.A.double(), two.B.double()))
-    for name in ("A", "B"):
-        yield check(
-            f"compose, {name}", getattr(joined, name), getattr(exact, name), STATE_BOUND
-        )  # fmt: skip
 
     width = linear.width - 1
     conv, cores = made.normal(4, linear.channels, width), made.cores(3, torch.float32)
@@ -216,7 +207,6 @@ def launch_states(shape: ModelShape) -> None:
     """Launch every kernel of linear layers as a server of this shape would."""
     if shape.linear is None:
         return
-    from sglang_pic.kernels.triton.compose import compose
     from sglang_pic.kernels.triton.states import histories_before, states_before
     from sglang_pic.kernels.triton.wy import advance
 
@@ -226,7 +216,6 @@ def launch_states(shape: ModelShape) -> None:
     for stored in STORED:
         cores = made.cores(2, stored)
         states_before(cores, 0, inner, made.walk(1, 2), slot)
-    compose(inner, inner)
     width = n.width - 1
     conv = made.normal(2, n.channels, width).bfloat16()
     slots, before = torch.tensor([0]), torch.zeros(2, width, dtype=torch.int64)

@@ -27,7 +27,7 @@ def canary_first(lifespan: Lifespan) -> Lifespan:
     async def asking(app: Any) -> AsyncIterator[Any]:
         # Without its weights a model says nothing; its first link waits instead.
         if not get_model().checkpoint_engine_wait_weights_before_ready:
-            await funnel_of(get_global_state().tokenizer_manager).canary.settle()
+            await funnel_of(get_global_state().tokenizer_manager).guards.canary.settle()
         # Of several tokenizer workers each has a thread of its own, with other arguments.
         if getattr(app, "is_single_tokenizer_mode", False):
             url = app.server_args.url()

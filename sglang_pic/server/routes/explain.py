@@ -67,7 +67,7 @@ async def explain(body: ExplainBody, request: Request) -> Any:
         field = "messages"
     limit, vocabulary = manager().max_req_input_len, manager().model_config.vocab_size
     check_prompt(ids, field, limit=limit, vocabulary=vocabulary)
-    ids, link = funnel.settled(ids, link)
+    ids, link = funnel.guards.settled(ids, link)
     ranks = await tell(
         "explain",
         ids=ids,

@@ -31,7 +31,7 @@ class Linking(Answer):
 @auth_level(AuthLevel.ADMIN_OPTIONAL)
 async def switch_linking(body: LinkingBody) -> Any:
     """Link requests, or answer all of them exactly."""
-    gate = funnel_of(manager()).gate
+    gate = funnel_of(manager()).guards.gate
     if body.on:
         gate.open()
     else:

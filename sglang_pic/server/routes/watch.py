@@ -44,21 +44,22 @@ async def info(request: Request) -> dict[str, Any]:
     Where there is an admin's key, others see what they need for that.
     """
     funnel = funnel_of(manager())
+    reason = funnel.guards.gate.reason
     settings = dataclasses.asdict(funnel.config)
     if not _may_see_all(request):
         return {
             "version": __version__,
             "config": {name: settings[name] for name in _CLIENTS},
-            "linking": {"on": funnel.gate.reason is None, "reason": funnel.gate.reason},
+            "linking": {"on": reason is None, "reason": reason},
         }
     settings["compile_context"] = list(funnel.context)
-    state = funnel.calibration.to_json() if funnel.config.state == AUTO else None
+    state = funnel.guards.calibration.to_json() if funnel.config.state == AUTO else None
     return {
         "version": __version__,
         "config": settings,
         "tokenize": dataclasses.asdict(funnel.resolver.usual),
-        "linking": funnel.gate.to_json(),
-        "canary": funnel.canary.verdict.to_json(),
+        "linking": funnel.guards.gate.to_json(),
+        "canary": funnel.guards.canary.verdict.to_json(),
         "state_calibration": state,
     }
 

@@ -1,0 +1,87 @@
+"""The life of one prompt: ask what is missing, wait until it is compiled, run."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from sglang.srt.managers.io_struct import GenerateReqInput
+
+from sglang_pic.config import PicConfig
+from sglang_pic.request.base import LinkRequest
+from sglang_pic.server.answers import samples_of
+from sglang_pic.server.asking import Asking, Generate
+from sglang_pic.server.compiler import Compiler
+from sglang_pic.server.send import set_link
+from sglang_pic.server.waited import Waited
+from sglang_pic.server.waiting import EndedError, Waiting, ended
+from sglang_pic.server.wanted import Wanted, caller_of
+
+Prompt = tuple[list[int], LinkRequest]
+
+
+class Lives:
+    """Lives of the prompts of one tokenizer manager."""
+
+    def __init__(
+        self,
+        manager: Any,
+        config: PicConfig,
+        wanted: Wanted,
+        asking: Asking,
+        compiler: Compiler,
+        waiting: Waiting,
+    ):
+        self._manager = manager
+        self._config = config
+        self._wanted = wanted
+        self._asking = asking
+        self._compiler = compiler
+        self._waiting = waiting
+
+    async def live(
+        self,
+        generate: Generate,
+        obj: GenerateReqInput,
+        request: Any,
+        prompt: Prompt,
+        waited: list[Waited],
+        index: int,
+    ) -> AsyncGenerator[Any, None]:
+        """Outputs of a prompt. ``waited[index]`` is told before the first."""
+        ids, link = prompt
+        with self._waiting.stay(obj) as stay:
+            outputs, missing = await self._asking.ask(generate, obj, request, ids, link)
+            if missing:
+                work = self._compile(obj, ids, link, missing)
+                try:
+                    waited[index] = await self._waiting.until(stay, obj, request, work)
+                except Exception as error:
+                    samples = samples_of(obj)
+                    if samples > 1:
+                        # Its endpoint looks for what SGLang would have made of it.
+                        obj.normalize_batch_and_arguments()
+                    if not isinstance(error, EndedError):
+                        raise
+                    outputs = ended(error, samples, stream=obj.stream)
+                else:
+                    set_link(obj, ids, link, strict=False)
+                    outputs = generate(self._manager, obj, request)
+        async with contextlib.aclosing(outputs):
+            async for out in outputs:
+                yield out
+
+    async def _compile(
+        self, obj: GenerateReqInput, ids: list[int], link: LinkRequest, missing: Sequence[int]
+    ) -> Waited:
+        """Compile what is missing, as far as there is time."""
+        start = time.monotonic()
+        made = await self._compiler.compile(
+            self._wanted.items(obj, ids, link, missing),
+            caller_of(obj),
+            timeout_s=self._config.compile_timeout_s,
+            limit_s=self._config.compile_limit_s,
+        )
+        return Waited(missing, made, time.monotonic() - start)
