@@ -113,6 +113,8 @@ RELIED_ON = {
     _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.path_device_indices": ("self", "node"),
     _CORE + "collect_path_info": ("self", "end_node_ids"),
     _CORE + "match_full_device_prefix": ("self", "key"),
+    _CORE + "collect_full_device_indices": ("self", "from_node_id", "until_node_id"),
+    _CORE + "is_full_device_evicted": ("self", "node_id"),
     _CORE + "inc_full_pin": ("self", "node_id"),
     _CORE + "dec_full_pin": ("self", "node_id"),
     _CORE + "full_evictable_size": ("self",),

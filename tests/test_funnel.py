@@ -19,8 +19,8 @@ from sglang_pic.request.hints import MISSING
 from sglang_pic.request.internal import read_internal
 from sglang_pic.server import asking as asking_module
 from sglang_pic.server import waiting as waiting_module
-from sglang_pic.server.compiler import Compiler
 from sglang_pic.server.asking import Asking
+from sglang_pic.server.compiler import Compiler
 from sglang_pic.server.funnel import Funnel
 from sglang_pic.server.guards import Guards
 from sglang_pic.server.life import Lives

@@ -42,6 +42,7 @@ class Pages:
         )
         self.page_size: int = params.page_size
         self._core = self.tree.tree_core
+        self._root = self.tree.root_node_handle(None)
 
     def find(self, tokens: array, extra_key: str | None, salt: str) -> tuple[int, int]:
         """How many of ``tokens`` are held as whole pages, compared one by one, and the
@@ -52,7 +53,7 @@ class Pages:
 
     def slots(self, node: int, count: int) -> torch.Tensor:
         """int64 [count], slots of the first tokens of the path to a node."""
-        return self.tree.path_device_indices(node)[:count].to(torch.int64)
+        return self._core.collect_full_device_indices(node, self._root)[:count]
 
     def holds(self, node: int) -> bool:
         """Whether a node is still there, and so all that its path held."""
@@ -128,6 +129,7 @@ class Pages:
     def reset(self) -> None:
         """Everything was flushed."""
         self.tree.reset()
+        self._root = self.tree.root_node_handle(None)
 
 
 class NoPages(Pages):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from sglang_pic.linear.state import CoreState
 
 
-@dataclasses.dataclass(frozen=True)
-class SegmentHit:
+class SegmentHit(NamedTuple):
     """A segment of the prompt as the forest holds it.
 
     Attributes:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sglang_pic.link.plan import LinkPlan, positions_of
+from sglang_pic.link.plan import LinkPlan, Span
 from sglang_pic.link.policy import LinkOptions
 
 EXACT = "exact"
@@ -76,8 +76,7 @@ class LinkReport:
         return {**vars(self), "segments": tuple(dict(vars(one)) for one in self.segments)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """What the planner knew of one named segment.
 
     ``id`` and ``miss`` as in ``forest.Lookup``, both ``None`` where no lookup
@@ -103,6 +102,23 @@ def _why(found: Found, options: LinkOptions, reason: str | None, linked: int, to
     if linked:
         return HIT
     return PREFIX if total else SEAM
+
+
+def _linked(segments: Sequence[Found], spans: Sequence[Span]) -> list[int]:
+    """Tokens of each segment that are in one of the spans."""
+    starts = np.array([found.start for found in segments], dtype=np.int64)
+    ends = np.array([found.end for found in segments], dtype=np.int64)
+    whole = np.array([(s.start, s.end) for s in spans if s.among is None], dtype=np.int64)
+    # A core lies within one segment.
+    counts = np.zeros(len(segments), dtype=np.int64)
+    if whole.size and starts.size:
+        at = np.searchsorted(starts, whole[:, 0], side="right") - 1
+        np.add.at(counts, at, whole[:, 1] - whole[:, 0])
+    for span in spans:
+        if span.among is not None:
+            among = span.among.numpy()
+            counts += np.searchsorted(among, ends) - np.searchsorted(among, starts)
+    return [int(n) for n in counts]
 
 
 def _is_exact(plan: LinkPlan, segments: Sequence[Found], prefix_tokens: int) -> bool:
@@ -132,13 +148,11 @@ def make_report(
         plan: the link plan, or ``None`` if nothing is linked.
         reason: why linking is off for the whole request, or ``None``.
     """
-    linked = [] if plan is None else [span for span in plan.spans if span.end > prefix_tokens]
-    linked_at = np.sort(positions_of(linked))
-    starts = np.searchsorted(linked_at, [found.start for found in segments])
-    ends = np.searchsorted(linked_at, [found.end for found in segments])
+    spans = [] if plan is None else [span for span in plan.spans if span.end > prefix_tokens]
+    linked = _linked(segments, spans)
     turn_tokens = 0 if plan is None else sum(s.n_tokens for s in plan.spans if s.among is not None)
     made = []
-    for found, hits in zip(segments, (ends - starts).tolist(), strict=True):
+    for found, hits in zip(segments, linked, strict=True):
         total = hits + max(0, min(found.end, prefix_tokens) - found.start)
         made.append(
             SegmentReport(
@@ -151,7 +165,7 @@ def make_report(
                 tokens_computed=found.end - found.start - total,
             )
         )
-    reused = prefix_tokens + linked_at.size
+    reused = prefix_tokens + sum(span.n_tokens for span in spans)
     return LinkReport(
         exactness=EXACT if plan is None or _is_exact(plan, segments, prefix_tokens) else COMPOSED,
         reason=reason,
