@@ -29,9 +29,9 @@ test: venv model ## lint, then all tests; ARGS="-k word" goes to pytest
 	exit $$status
 
 # Some two hours on two cores.
-test-all: test ## test, then unproven tests, SGLang's own test kits, more fuzzing, the soak
-	@echo "test-all: tests that have not been seen to pass yet"
-	@$(RUN) -m pytest -m unproven
+test-all: test ## test, then long ones, SGLang's own test kits, more fuzzing, the soak
+	@echo "test-all: tests that take minutes"
+	@$(RUN) -m pytest -m long
 	@echo "test-all: SGLang's test kits, on stock and on ours"
 	@$(RUN) -m pytest -m kits
 	@echo "test-all: ten minutes of each fuzzer"

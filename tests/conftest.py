@@ -48,19 +48,6 @@ def serve(model: Any, log: pathlib.Path, *args: str, **options: Any) -> Iterator
         yield server
 
 
-UNPROVEN = pathlib.Path(__file__).with_name("unproven.txt")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what ``unproven.txt`` names."""
-    lines = UNPROVEN.read_text().split("\n")
-    names = {line for line in lines if line and not line.startswith("#")}
-    for item in items:
-        if item.nodeid.split("[")[0] in names:
-            item.add_marker(pytest.mark.unproven)
-
-
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if _started:
         times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in _started.items())

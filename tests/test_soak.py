@@ -198,6 +198,7 @@ def test_the_interval_knows_that_memory_resembles_itself() -> None:
 
 
 @pytest.mark.server
+@pytest.mark.long
 def test_quick_soak(tmp_path: pathlib.Path, logs: pathlib.Path) -> None:
     with soak.soaked(tiny_llama(tmp_path), logs / "soak.log") as server:
         outcome, checks = soak.run(server, range(16, 496), minutes=soak.QUICK_MINUTES)
