@@ -67,6 +67,12 @@ RELIED_ON = {
             "forward_decode": _ATTEND,
         }.items()
     },
+    # Where a pass has read SGLang's table of rows for the last time.
+    _SRT + "layers.attention.base_attn_backend.AttentionBackend.shared_read_ends": ("self", "fm"),
+    _SRT + "layers.attention.base_attn_backend.AttentionBackend.resolve_prefill_shared_read_ends": (
+        "self",
+        "forward_batch",
+    ),
     _SRT + "layers.attention.flashinfer_backend.FlashInferAttnBackend._kv_write_scales": (
         "self",
         "layer",

@@ -112,7 +112,7 @@ def compile_segments(
                 parts.append((i, part))
                 at += len(part)
         x, a, b = inputs_of([token for _, part in parts for token in part])
-        step = build_capture(rows, CPU)
+        step = build_capture(rows, torch.arange(len(segments)))
         if step is not None:
             Backend._capture(None, step, 0, layer, x, a, b, conv, states)
         at = 0
@@ -211,7 +211,7 @@ def test_a_link_equals_a_single_pass(
         x, a, b = inputs_of(live)
         # Rows without a core among their tokens are SGLang's own; here, a link of one run.
         step = (
-            build_link([row for _, row in linked], SHAPE, CPU)
+            build_link([row for _, row in linked], SHAPE, torch.arange(len(made)))
             if all(has_core(row.plan, row.prefix, row.extend) for _, row in linked)
             else None
         )
@@ -221,7 +221,7 @@ def test_a_link_equals_a_single_pass(
             if step is None and has_core(row.plan, row.prefix, row.extend):
                 out = Backend._link(
                     None,
-                    build_link([one], SHAPE, CPU),
+                    build_link([one], SHAPE, torch.arange(len(made))),
                     0,
                     layer,
                     x[own],
@@ -267,7 +267,9 @@ def test_kernel_calls_do_not_grow(calls: dict[str, int], requests: int, segments
     ]
     conv, states = pools(requests)
     calls.update(chunk=0, conv=0, gating=0)
-    Backend._link(None, build_link(rows, SHAPE, CPU), 0, layer, x, a, b, conv, states)
+    Backend._link(
+        None, build_link(rows, SHAPE, torch.arange(requests)), 0, layer, x, a, b, conv, states
+    )
     assert calls == {"chunk": 2, "conv": 1, "gating": 1}
 
 

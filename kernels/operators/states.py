@@ -59,6 +59,14 @@ class Cores:
     pairs: Sequence[PackedPair]
     tails: Sequence[torch.Tensor]
 
+    def used_here(self) -> None:
+        """On a GPU: whoever lets go of a tensor, its memory is nobody else's until what is
+        queued on this stream has read it, by its address."""
+        kept = [x for pair in self.pairs for x in (pair.operator, pair.state)]
+        for tensor in (*kept, *self.tails):
+            if tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
     @functools.cached_property
     def unpacked(self) -> list[Pair]:
         """Of each core ``A`` [layers, heads(, dk(, dk))], ``B`` [layers, heads, dk, dv]."""

@@ -93,7 +93,8 @@ def _advance_kernel(
     state = tl.load(running)
     k += (head // (HEADS // KEY_HEADS)) * DK
     for start in range(first, last, CHUNK):
-        token = start + t
+        # 64 bits: their products with heads and dimensions are more than 32 hold.
+        token = (start + t).to(tl.int64)
         live = token < last
         places = (token * HEADS + head)[:, None]
         W = tl.load(w + places * DK + i[None, :], mask=live[:, None], other=0.0)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 
 from sglang_pic.attention.rope import layer_ropes
 from sglang_pic.attention.rows import by_row
@@ -36,6 +37,16 @@ class SpanBackend:
         self.ropes, self.refusal = layer_ropes(model_runner.model)
         self._plans: list[LinkPlan | None] = []
         self._rids: list[str] = []
+        self._pass_is_linked = False
+
+    def shared_read_ends(self, fm: Any) -> SharedReadEnds:
+        """A linked pass reads SGLang's table of rows in every layer: under overlap
+        scheduling nobody may write it before the pass has ended."""
+        ends: SharedReadEnds = super().shared_read_ends(fm)  # type: ignore[misc]
+        if not self._pass_is_linked:
+            return ends
+        late = SharedReadEnds.POST_REPLAY if fm.is_decode() else SharedReadEnds.UNKNOWN
+        return SharedReadEnds.max_of((ends, late))
 
     def set_plans(self, rids: Sequence[str], plans: Sequence[LinkPlan | None]) -> None:
         """Plans of the batch that runs next, one a request; called once a forward pass."""
@@ -60,7 +71,8 @@ class SpanBackend:
         Args:
             batch: SGLang's ``ForwardBatch``.
         """
-        if not self.links(batch):
+        self._pass_is_linked = self.links(batch)
+        if not self._pass_is_linked:
             return None
         lengths = batch.seq_lens if batch.seq_lens_cpu is None else batch.seq_lens_cpu
         totals = lengths.tolist()

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
+from sglang_pic.attention.ship import ship
 from sglang_pic.kernels.operators.pair import Pair
 from sglang_pic.linear.state import LinearShape, SegmentState
 
@@ -84,13 +85,13 @@ class Capture:
 @dataclasses.dataclass(frozen=True)
 class CaptureRow:
     """A compile request's part of one forward pass: its tokens ``[prefix,
-    prefix + extend)`` begin at ``first_query`` among the batch's."""
+    prefix + extend)`` begin at ``first_query`` among the batch's; ``row`` of the batch."""
 
     capture: Capture
     first_query: int
     prefix: int
     extend: int
-    slot: int
+    row: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +135,13 @@ class CaptureStep:
         self.tails[:, layer] = both[self.tail_index].transpose(1, 2).float()
 
 
-def build_capture(rows: Sequence[CaptureRow], device: torch.device) -> CaptureStep | None:
-    """Arrange one batch; ``None`` if no row has anything to capture in it."""
+def build_capture(rows: Sequence[CaptureRow], slots: torch.Tensor) -> CaptureStep | None:
+    """Arrange one batch; ``None`` if no row has anything to capture in it.
+
+    Args:
+        slots: int64 [batch], state slots of all its rows, on the device.
+    """
+    device = slots.device
     stretches: list[tuple[Capture, int, int, int, int]] = []  # capture, key, row, from, to
     ending: list[tuple[Capture, int, int]] = []  # capture, row, core end within the chunk
     starts, at = [], 0
@@ -170,21 +176,22 @@ def build_capture(rows: Sequence[CaptureRow], device: torch.device) -> CaptureSt
         in_tokens = len(rows) * shape.history + starts[row_index] + place
         tail_index[i] = torch.where(place < 0, in_history, in_tokens)
     own = [i for i, (_, key, *_) in enumerate(stretches) if key == END]
+    queries = [torch.arange(row.first_query, row.first_query + row.extend) for row in rows]
+    picked = [torch.arange(starts[r] + low, starts[r] + high) for _, _, r, low, high in stretches]
+    index = {
+        "tokens": torch.cat(queries),
+        "rows": torch.tensor([row.row for row in rows]),
+        "picked": torch.cat(picked),
+        "from_slot": torch.tensor(own, dtype=torch.int64),
+        "from_slot_row": torch.tensor([stretches[i][2] for i in own], dtype=torch.int64),
+        "tail_index": tail_index,
+    }
+    there = {name: shipped.long() for name, shipped in ship(index, device).items()}
     return CaptureStep(
-        tokens=torch.cat([torch.arange(r.first_query, r.first_query + r.extend) for r in rows]).to(
-            device
-        ),
         lengths=[row.extend for row in rows],
-        slots=torch.tensor([row.slot for row in rows], device=device),
-        picked=torch.cat(
-            [torch.arange(starts[r] + low, starts[r] + high) for _, _, r, low, high in stretches]
-        ).to(device),
+        slots=slots[there.pop("rows")],
         stretch_lengths=[high - low for *_, low, high in stretches],
         running=running,
-        from_slot=torch.tensor(own, dtype=torch.int64, device=device),
-        from_slot_row=torch.tensor(
-            [stretches[i][2] for i in own], dtype=torch.int64, device=device
-        ),
-        tail_index=tail_index.to(device),
         tails=tails,
+        **there,
     )

@@ -18,7 +18,7 @@ from sglang.srt.layers.attention.linear.gdn_backend import GDNAttnBackend
 from sglang_pic.kernels.operators.pair import Pair
 from sglang_pic.kernels.triton import wy
 from sglang_pic.linear.capture import CaptureStep
-from sglang_pic.linear.packed import convolve, indptr
+from sglang_pic.linear.packed import convolve, first, indptr
 from sglang_pic.linear.rows import PicLinearBackend
 from sglang_pic.linear.state import LinearShape
 from sglang_pic.linear.step import LinkStep
@@ -139,7 +139,6 @@ def _walk(
 ) -> torch.Tensor:
     """SGLang's chunk kernel over packed sequences; moves ``states`` [sequences,
     heads, values, keys] on in place."""
-    count = len(lengths)
     out, _, _ = fla_chunk.chunk_gated_delta_rule(
         q=q,
         k=k,
@@ -147,7 +146,7 @@ def _walk(
         g=g,
         beta=beta,
         initial_state=states,
-        initial_state_indices=torch.arange(count, dtype=torch.int32, device=v.device),
+        initial_state_indices=first(len(lengths), v.device),
         cu_seqlens=indptr(lengths, v.device),
         head_first=False,
         use_qk_l2norm_in_kernel=True,

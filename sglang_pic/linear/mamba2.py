@@ -18,6 +18,7 @@ from sglang.kernels.ops.mamba.triton_ops import ssd_combined
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import Mamba2AttnBackend
 from sglang.srt.layers.attention.mamba.mamba2_metadata import Mamba2Metadata
 
+from sglang_pic.attention.ship import ship
 from sglang_pic.kernels.operators.pair import Pair
 from sglang_pic.linear.capture import CaptureStep
 from sglang_pic.linear.packed import convolve, indptr
@@ -50,10 +51,15 @@ class Sequences:
             bounds, chunk_size, int(bounds[-1])
         )
         return cls(
-            cu_seqlens=bounds.to(device),
-            seq_idx=owner.repeat_interleave(bounds.diff())[None].to(device),
-            chunk_indices=indices.to(device),
-            chunk_offsets=offsets.to(device),
+            **ship(
+                {
+                    "cu_seqlens": bounds,
+                    "seq_idx": owner.repeat_interleave(bounds.diff())[None],
+                    "chunk_indices": indices,
+                    "chunk_offsets": offsets,
+                },
+                device,
+            ),
             chunk_size=chunk_size,
         )
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from sglang.kernels.ops.mamba import causal_conv1d_triton as short_conv
 
+from sglang_pic.attention.ship import to_device
+
 
 def indptr(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
     """int32 [sequences + 1]: where sequences begin, and where the last one ends.
@@ -22,7 +24,18 @@ def indptr(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
 def _indptr(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     bounds[1:] = torch.tensor(lengths).cumsum(0)
-    return bounds.to(device)
+    return to_device(bounds, device)
+
+
+@functools.lru_cache(maxsize=8)
+def first(count: int, device: torch.device) -> torch.Tensor:
+    """int32 [count]: 0, 1, ..., the same tensor for all layers; not to be written."""
+    return torch.arange(count, dtype=torch.int32, device=device)
+
+
+@functools.lru_cache(maxsize=8)
+def _all(count: int, device: torch.device) -> torch.Tensor:
+    return torch.ones(count, dtype=torch.bool, device=device)
 
 
 def convolve(
@@ -53,8 +66,8 @@ def convolve(
         bias,
         activation=activation,
         conv_states=history,
-        has_initial_state=torch.ones(count, dtype=torch.bool, device=x.device),
-        cache_indices=torch.arange(count, dtype=torch.int32, device=x.device),
+        has_initial_state=_all(count, x.device),
+        cache_indices=first(count, x.device),
         query_start_loc=indptr(lengths, x.device),
         seq_lens_cpu=list(lengths),
     ).transpose(0, 1)

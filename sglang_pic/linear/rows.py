@@ -15,6 +15,7 @@ import torch
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import MambaAttnBackendBase
 
 from sglang_pic.attention.rows import by_row
+from sglang_pic.attention.ship import to_device
 from sglang_pic.linear.capture import Capture, CaptureRow, CaptureStep, build_capture
 from sglang_pic.linear.state import LinearShape
 from sglang_pic.linear.step import LinkRow, LinkStep, build_link, has_core
@@ -89,7 +90,7 @@ class PicLinearBackend(MambaAttnBackendBase):
         prefixes = [int(n) for n in batch.extend_prefix_lens_cpu]
         extends = [int(n) for n in batch.extend_seq_lens_cpu]
         slots = self.req_to_token_pool.get_mamba_indices(batch.req_pool_indices)
-        slots = self._translate_mamba_indices(slots).tolist()
+        slots = self._translate_mamba_indices(slots)
         linked, compiling, others, at = [], [], [], 0
         rows = zip(
             by_row(self._rids, self._plans, batch),
@@ -98,7 +99,7 @@ class PicLinearBackend(MambaAttnBackendBase):
             strict=True,
         )
         for i, (plan, options, capture) in enumerate(rows):
-            where = (at, prefixes[i], extends[i], slots[i])
+            where = (at, prefixes[i], extends[i], i)
             if plan is not None and has_core(plan, prefixes[i], extends[i]):
                 assert options is not None
                 linked.append(LinkRow(plan, options, *where))
@@ -107,30 +108,31 @@ class PicLinearBackend(MambaAttnBackendBase):
                 if capture is not None:
                     compiling.append(CaptureRow(capture, *where))
                     if prefixes[i] == capture.first:
-                        self._grow(capture, slots[i])
+                        self._grow(capture, slots[i : i + 1])
             at += extends[i]
         if compiling:
-            self._capture_step = build_capture(compiling, self.device)
+            self._capture_step = build_capture(compiling, slots.long())
         if linked:
-            self._link_step = build_link(linked, self.shape, self.device)
+            self._link_step = build_link(linked, self.shape, slots.long())
             self._others = _rows_of(batch, [i for i, _ in others]) if others else None
             tokens = [tokens for _, tokens in others]
-            self._other_tokens = torch.cat(tokens).to(self.device) if tokens else None
+            self._other_tokens = to_device(torch.cat(tokens), self.device) if tokens else None
 
-    def _grow(self, capture: Capture, slot: int) -> None:
-        """A growing segment goes on from where the shorter one's cores end."""
+    def _grow(self, capture: Capture, slot: torch.Tensor) -> None:
+        """A growing segment goes on from where the shorter one's cores end, in its state
+        slot, int [1]."""
         held = capture.grown_from
         if held is None:
             return
         cache = self.req_to_token_pool.mamba_pool.mamba_cache
-        cache.temporal[:, slot] = held.end.transpose(-1, -2).to(cache.temporal)
-        cache.conv[0][:, slot] = held.conv_tail.to(cache.conv[0])
+        cache.temporal[:, slot] = held.end.transpose(-1, -2).to(cache.temporal)[:, None]
+        cache.conv[0][:, slot] = held.conv_tail.to(cache.conv[0])[:, None]
 
 
 def _rows_of(batch: Any, rows: list[int]) -> Any:
     """The forward batch with these rows alone, as far as linear layers read it."""
     part = copy.copy(batch)
-    index = torch.tensor(rows, device=batch.req_pool_indices.device)
+    index = to_device(torch.tensor(rows), batch.req_pool_indices.device)
     part.batch_size = len(rows)
     for name in _ROW_FIELDS:
         value = getattr(batch, name)

@@ -9,6 +9,7 @@ width - 1]. SGLang's pools hold states transposed, [heads, dv, dk].
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable
@@ -66,12 +67,7 @@ class LinearShape:
 
     def begun(self, count: int, device: torch.device) -> torch.Tensor:
         """float32 [count, heads, dv + n, dk], running states of no tokens."""
-        ones, eye = torch.ones(1, self.dk, device=device), torch.eye(self.dk, device=device)
-        operator = ones if self.scalar else eye
-        rows = self.dv + len(operator)
-        begun = torch.zeros(count, self.heads, rows, self.dk, device=device)
-        begun[:, :, self.dv :] = operator
-        return begun
+        return _begun(self, count, device).clone()
 
     def running(self, pair: Pair) -> torch.Tensor:
         """float32 [..., heads, dv + n, dk], what ``pair`` reads it from."""
@@ -85,6 +81,17 @@ class LinearShape:
         state = running.transpose(-1, -2)
         operator = state[..., 0, self.dv] if self.scalar else state[..., self.dv :]
         return Pair(operator, state[..., : self.dv])
+
+
+@functools.lru_cache(maxsize=4)
+def _begun(shape: LinearShape, count: int, device: torch.device) -> torch.Tensor:
+    """The same tensor for all layers; not to be written."""
+    ones, eye = torch.ones(1, shape.dk, device=device), torch.eye(shape.dk, device=device)
+    operator = ones if shape.scalar else eye
+    rows = shape.dv + len(operator)
+    begun = torch.zeros(count, shape.heads, rows, shape.dk, device=device)
+    begun[:, :, shape.dv :] = operator
+    return begun
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import torch
 
+from sglang_pic.attention.ship import ship
 from sglang_pic.kernels.operators.pair import Pair, identity_like
 from sglang_pic.kernels.operators.states import Cores, Walk
 from sglang_pic.kernels.operators.storage import PackedPair, pack
@@ -32,14 +33,15 @@ from sglang_pic.link.policy import LinkOptions
 @dataclasses.dataclass(frozen=True)
 class LinkRow:
     """A linked request's part of one forward pass: row entries ``[prefix,
-    prefix + extend)``, which begin at ``first_query`` among the batch's tokens."""
+    prefix + extend)``, which begin at ``first_query`` among the batch's tokens;
+    ``row`` of the batch."""
 
     plan: LinkPlan
     options: LinkOptions
     first_query: int
     prefix: int
     extend: int
-    slot: int
+    row: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +139,12 @@ class LinkStep:
         )
 
 
-def build_link(rows: Sequence[LinkRow], shape: LinearShape, device: torch.device) -> LinkStep:
-    """Arrange one batch of rows that each compose at least one core."""
+def build_link(rows: Sequence[LinkRow], shape: LinearShape, slots: torch.Tensor) -> LinkStep:
+    """Arrange one batch of rows that each compose at least one core.
+
+    Args:
+        slots: int64 [batch], state slots of all its rows, on the device.
+    """
     runs = [
         (i, rank, run)
         for i, row in enumerate(rows)
@@ -151,35 +157,42 @@ def build_link(rows: Sequence[LinkRow], shape: LinearShape, device: torch.device
         starts.append(starts[-1] + run.length)
     borrowed, before = _histories(runs, len(rows), shape.history)
 
-    def index(values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
+    def ranges(bounds: Sequence[tuple[int, int]]) -> torch.Tensor:
+        return torch.cat([torch.arange(0), *(torch.arange(*one) for one in bounds)])
 
-    def places(which: Sequence[int]) -> torch.Tensor:
-        parts = [torch.arange(starts[i], starts[i + 1]) for i in which]
-        return torch.cat(parts).to(device) if parts else index([])
-
+    index = {
+        "tokens": ranges([(row.first_query, row.first_query + row.extend) for row in rows]),
+        "rows": torch.tensor([row.row for row in rows]),
+        "last": torch.tensor(last),
+        "borrowed": torch.tensor(borrowed, dtype=torch.int64),
+        "before": torch.tensor(before),
+        "inner": ranges([(starts[i], starts[i + 1]) for i in inner]),
+    }
+    walk = _walk(runs, len(rows))
+    there = ship({**index, **walk}, slots.device)
+    index = {name: there[name].long() for name in index}
+    cores = _cores(
+        [(run.core, rows[row].options) for row, _, run in runs if run.core is not None], shape
+    )
+    cores.used_here()
     return LinkStep(
-        tokens=torch.cat([torch.arange(r.first_query, r.first_query + r.extend) for r in rows]).to(
-            device
-        ),
-        slots=index([row.slot for row in rows]),
+        tokens=index["tokens"],
+        slots=slots[index["rows"]],
         lengths=[run.length for *_, run in runs],
-        last=index(last),
-        walk=_walk(runs, len(rows), device),
-        borrowed=index(borrowed),
-        before=torch.tensor(before, device=device),
-        inner=places(inner),
+        last=index["last"],
+        walk=Walk(**{name: there[name] for name in walk}, runs=len(runs)),
+        borrowed=index["borrowed"],
+        before=index["before"],
+        inner=index["inner"],
         inner_lengths=[runs[i][2].length for i in inner],
-        cores=_cores(
-            [(run.core, rows[row].options) for row, _, run in runs if run.core is not None], shape
-        ),
+        cores=cores,
         shape=shape,
     )
 
 
-def _walk(runs: Sequence[tuple[int, int, Run]], rows: int, device: torch.device) -> Walk:
-    """The pieces in front of runs (row, rank, run): between two runs of a row the
-    first one, and in front of a run its core."""
+def _walk(runs: Sequence[tuple[int, int, Run]], rows: int) -> dict[str, torch.Tensor]:
+    """Tables of ``Walk``: the pieces in front of runs (row, rank, run): between two runs
+    of a row the first one, and in front of a run its core."""
     bounds, opening = [0], [-1] * rows
     source: list[int] = []
     target: list[int] = []
@@ -199,10 +212,8 @@ def _walk(runs: Sequence[tuple[int, int, Run]], rows: int, device: torch.device)
             opening[row] = i
     bounds.append(len(source))
 
-    def table(values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=device)
-
-    return Walk(table(bounds), table(source), table(target), table(opening), len(runs))
+    made = {"bounds": bounds, "source": source, "target": target, "opening": opening}
+    return {name: torch.tensor(values, dtype=torch.int32) for name, values in made.items()}
 
 
 def _histories(
