@@ -16,13 +16,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from sglang_pic.eval import (
     breakdown,
     hybrid_quality,
     load,
     memory,
+    scheduler_cost,
     steady_state,
     text_quality,
     ttft,
@@ -60,6 +61,14 @@ ON_SMOLLM2 = (
     _part("Memory", memory),
     _part("Growth, and one request taken apart", breakdown),
 )
+ALONE = (
+    Part(
+        "Cost on the scheduler's thread",
+        "python -m eval.scheduler_cost --quick",
+        lambda _: scheduler_cost.run(quick=True),
+        "scheduler_cost",
+    ),
+)
 _HYBRID = f" --hybrid --seam {HYBRID_SEAM}"
 ON_HYBRID = (
     _part("Quality of the hybrid", hybrid_quality),
@@ -67,6 +76,8 @@ ON_HYBRID = (
     _part("Memory of the hybrid", memory, _HYBRID, "memory_hybrid", seam=HYBRID_SEAM),
     _part("Time to first token of the hybrid", ttft, _HYBRID, "ttft_hybrid", seam=HYBRID_SEAM),
 )
+
+PARTS = (*ON_SMOLLM2, *ON_HYBRID, *ALONE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +87,16 @@ class Done:
     part: Part
     outcome: Outcome
     seconds: float
+
+
+def run_alone(parts: Sequence[Part]) -> list[Done]:
+    """Run parts that need no server."""
+    return run_all(parts, cast(Bench, _NoServers()))
+
+
+class _NoServers:
+    def flush(self) -> None:
+        pass
 
 
 def run_on(name: str, parts: Sequence[Part], *, ours: tuple[str, ...] = ()) -> list[Done]:
@@ -155,11 +176,12 @@ def main() -> None:
     done = [
         *run_on("smollm2", ON_SMOLLM2),
         *run_on("hybrid", ON_HYBRID, ours=hybrid_quality.OURS),
+        *run_alone(ALONE),
     ]
     write(done, args.docs, args.results)
     print(f"report: {args.docs / 'results.md'}, {sum(one.seconds for one in done):.0f} s of runs")
     ran = [one.part for one in done]
-    failed = [part.title for part in (*ON_SMOLLM2, *ON_HYBRID) if part not in ran]
+    failed = [part.title for part in PARTS if part not in ran]
     if failed:
         sys.exit(f"report: failed and left out: {', '.join(failed)}")
 

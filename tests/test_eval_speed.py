@@ -21,6 +21,7 @@ from sglang_pic.eval import (
     load,
     memory,
     report,
+    scheduler_cost,
     soak,
     steady_state,
     text_quality,
@@ -254,7 +255,7 @@ class Parsed(Exception):
     """Raised where an evaluation, its command line read, would start servers."""
 
 
-@pytest.mark.parametrize("part", [*report.ON_SMOLLM2, *report.ON_HYBRID], ids=lambda p: p.name)
+@pytest.mark.parametrize("part", report.PARTS, ids=lambda part: part.name)
 def test_each_parts_command_is_one(part: report.Part, monkeypatch: pytest.MonkeyPatch) -> None:
     def bench(*_: Any, **__: Any) -> None:
         raise Parsed
@@ -262,7 +263,9 @@ def test_each_parts_command_is_one(part: report.Part, monkeypatch: pytest.Monkey
     python, m, name, *flags = part.command.split()
     assert (python, m) == ("python", "-m") and "--quick" in flags
     module = importlib.import_module(f"sglang_pic.{name}")
-    monkeypatch.setattr(module, "bench", bench)
+    # What starts, or measures, behind the command line.
+    starts = "measure" if part in report.ALONE else "bench"
+    monkeypatch.setattr(module, starts, bench)
     monkeypatch.setattr(sys, "argv", [name, *flags])
     with pytest.raises(Parsed):
         module.main()
@@ -272,13 +275,24 @@ def test_each_parts_command_is_one(part: report.Part, monkeypatch: pytest.Monkey
 
 
 def test_parts_have_names_of_their_own() -> None:
-    parts = (*report.ON_SMOLLM2, *report.ON_HYBRID)
+    parts = report.PARTS
     assert len({part.name for part in parts}) == len(parts) == len({p.title for p in parts})
 
 
 @pytest.mark.parametrize(
     "module",
-    [breakdown, hybrid_quality, load, memory, report, soak, steady_state, text_quality, ttft],
+    [
+        breakdown,
+        hybrid_quality,
+        load,
+        memory,
+        report,
+        scheduler_cost,
+        soak,
+        steady_state,
+        text_quality,
+        ttft,
+    ],
     ids=lambda module: module.__name__.rpartition(".")[2],
 )
 def test_every_evaluation_has_its_help(
@@ -302,3 +316,17 @@ def test_what_cannot_start_leaves_the_rest(
     monkeypatch.setattr(report, "bench", bench)
     assert report.run_on("smollm2", report.ON_SMOLLM2) == []
     assert "no server today" in capsys.readouterr().err
+
+
+def test_the_schedulers_cost_is_measured_of_both() -> None:
+    """At sizes small enough for a test: every kind of work is done, and told."""
+    kinds = (
+        (scheduler_cost.compile_beside, 64),
+        (scheduler_cost.round_of, 2),
+        (scheduler_cost.ordinary_match, 64),
+        (scheduler_cost.many_segments, 4),
+    )
+    for method in (scheduler_cost.OURS, scheduler_cost.STOCK):
+        for function, size in kinds:
+            assert function(method, size) > 0
+        assert all(ms > 0 for ms in scheduler_cost.matches_of(method, 2048))
