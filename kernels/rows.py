@@ -15,8 +15,6 @@ are one rule: entry j of a span is seen from rank ``seer + step * j`` on, with s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -120,61 +118,6 @@ def walk_rows(
         neox: layout of the rotation, as in ``kernels.rotate.rotate``.
         splits: parts into which a GPU cuts each row's entries; changes nothing else.
     """
-
-    def meet(span: int, q: torch.Tensor, _: torch.Tensor, here: torch.Tensor) -> Any:
-        if turns is None:
-            return q, keys[here]
-        cos, sin = (t[span].expand(len(q), -1) for t in turns)
-        return rotate(q, cos, sin, neox=neox), keys[here]
-
-    _walk(query, values, req_to_token, pool_rows, table, meet, out, scale)
-
-
-def walk_unrotated(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    req_to_token: torch.Tensor,
-    req_to_position: torch.Tensor,
-    pool_rows: torch.Tensor,
-    table: RowTable,
-    cos_sin: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    scale: float,
-    neox: bool = True,
-    splits: int = 1,
-) -> None:
-    """The same over keys that were cached before any rotation (MEPIC, arXiv 2512.16822):
-    each is rotated to its true position as it is read.
-
-    Args:
-        keys: [slots, kv_heads, head_dim], unrotated.
-        req_to_position: int32 [pool, width], position of every row's entries.
-        cos_sin: float32 [max_position, rotary_dim], ``cos | sin`` of each position.
-        query, values, req_to_token, pool_rows, table, out, scale, neox, splits: as in
-            ``walk_rows``.
-    """
-
-    def meet(_: int, q: torch.Tensor, entries: torch.Tensor, here: torch.Tensor) -> Any:
-        cos, sin = cos_sin[entries].float().chunk(2, -1)
-        return q, rotate(keys[here], cos, sin, neox=neox)
-
-    _walk(query, values, req_to_token, pool_rows, table, meet, out, scale, req_to_position)
-
-
-def _walk(
-    query: torch.Tensor,
-    values: torch.Tensor,
-    req_to_token: torch.Tensor,
-    pool_rows: torch.Tensor,
-    table: RowTable,
-    meet: Callable[..., Any],
-    out: torch.Tensor,
-    scale: float,
-    req_to_position: torch.Tensor | None = None,
-) -> None:
-    """Walk rows whose queries and keys meet as ``meet`` says."""
     group = query.shape[1] // values.shape[1]
     columns = (table.batch_row, table.q_start, table.q_len, table.done)
     rows = zip(*(column.tolist() for column in columns), strict=True)
@@ -185,13 +128,14 @@ def _walk(
         scores, seen = [], []
         for span in range(bounds[row], bounds[row + 1]):
             first, count = int(table.span_start[span]), int(table.span_len[span])
-            entries = slice(first, first + count)
-            slots = req_to_token[pool_row, entries].long()
-            places = slots if req_to_position is None else req_to_position[pool_row, entries]
-            q, k = meet(span, query[start : start + length], places.long(), slots)
+            slots = req_to_token[pool_row, first : first + count].long()
+            q = query[start : start + length]
+            if turns is not None:
+                cos, sin = (t[span].expand(length, -1) for t in turns)
+                q = rotate(q, cos, sin, neox=neox)
             born = torch.arange(count, device=query.device) * int(table.span_step[span])
             unseen = born + int(table.span_seer[span]) > rank[:, None]
-            wide = k.to(q.dtype).repeat_interleave(group, 1).float()
+            wide = keys[slots].to(q.dtype).repeat_interleave(group, 1).float()
             score = torch.einsum("nhd,mhd->hnm", q.float(), wide) * scale
             scores.append(score.masked_fill(unseen, -torch.inf))
             seen.append(slots)

@@ -1,11 +1,9 @@
-"""Triton forms of ``kernels.rows.walk_rows`` and ``walk_unrotated``: one pass over a
-row's spans.
+"""Triton form of ``kernels.rows.walk_rows``: one pass over a row's spans.
 
-Each program takes a tile of queries that share a key head and walks the row's spans.
-Either it turns its queries back by each span's offset as it enters it, and keys stay as
-they were cached: the loop over keys is then that of a plain paged kernel, in registers
-and shared memory too. Or (MEPIC, arXiv 2512.16822) keys were cached unrotated, and every
-tile of them is rotated as it is read, which doubles what a tile takes.
+Each program takes a tile of queries that share a key head and walks the row's spans. It
+turns its queries back by each span's offset as it enters it, and keys stay as they were
+cached: the loop over keys is that of a plain paged kernel, in registers and shared memory
+too.
 """
 
 from __future__ import annotations
@@ -19,8 +17,6 @@ from sglang_pic.kernels.triton.merge import merge
 from sglang_pic.kernels.triton.rotate import rotate_partner
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Who is rotated where a row meets a span.
-NOBODY, QUERIES, KEYS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 def warps_of(block_m: int, dim: int) -> int:
@@ -35,7 +31,7 @@ def _turned(
 ):  # fmt: skip
     """A tile of queries, turned back by the offset of a span."""
     q = tl.load(Query + offset[:, None] + d[None, :], mask=mask, other=0.0)
-    if ROTATED == QUERIES:
+    if ROTATED:
         other = tl.load(Query + offset[:, None] + partner[None, :], mask=mask, other=0.0)
         cos = tl.load(Cos + span * HALF + angle, mask=turned, other=1.0)
         sin = tl.load(Sin + span * HALF + angle, mask=turned, other=0.0) * sign
@@ -44,22 +40,8 @@ def _turned(
 
 
 @triton.jit
-def _rotated(
-    Keys, CosSin, key_at, position, mask, partner, sign, angle, turned, d, HALF: tl.constexpr,
-):  # fmt: skip
-    """A tile of keys at their true positions."""
-    k = tl.load(Keys + key_at[:, None] + d[None, :], mask=mask, other=0.0)
-    other = tl.load(Keys + key_at[:, None] + partner[None, :], mask=mask, other=0.0)
-    place = position.to(tl.int64)[:, None] * (2 * HALF) + angle[None, :]
-    some = mask & turned[None, :]
-    cos = tl.load(CosSin + place, mask=some, other=1.0)
-    sin = tl.load(CosSin + place + HALF, mask=some, other=0.0) * sign[None, :]
-    return (k.to(tl.float32) * cos + other.to(tl.float32) * sin).to(k.dtype)
-
-
-@triton.jit
 def _walk_rows(
-    Query, Keys, Values, Slots, Positions, PoolRows,
+    Query, Keys, Values, Slots, PoolRows,
     BatchRow, QStart, QLen, Done, SpanIndptr, SpanStart, SpanLen, SpanSeer, SpanStep,
     TileRow, TileFirst, Cos, Sin, Out, Partial, Lse,
     scale, q_n, q_h, k_n, k_h, v_n, v_h, slots_n, o_n, o_h,
@@ -87,7 +69,6 @@ def _walk_rows(
     partner, sign, angle, turned = rotate_partner(d, HALF, NEOX)
     pool_row = tl.load(PoolRows + tl.load(BatchRow + row)).to(tl.int64)
     slots = Slots + pool_row * slots_n
-    positions = Positions + pool_row * slots_n
 
     span_from, span_to = tl.load(SpanIndptr + row), tl.load(SpanIndptr + row + 1)
     entries = tl.load(SpanStart + span_to - 1) + tl.load(SpanLen + span_to - 1)
@@ -115,16 +96,8 @@ def _walk_rows(
                 held = entry < end
                 slot = tl.load(slots + entry, mask=held, other=0).to(tl.int64)
                 kv_mask = held[:, None] & in_head[None, :]
-                key_at = slot * k_n + kv_head * k_h
-                if ROTATED == KEYS:
-                    position = tl.load(positions + entry, mask=held, other=0)
-                    k = _rotated(
-                        Keys, Cos, key_at, position, kv_mask, partner, sign, angle, turned, d, HALF
-                    ).to(q.dtype)
-                else:
-                    k = tl.load(Keys + key_at[:, None] + d[None, :], mask=kv_mask, other=0.0).to(
-                        q.dtype
-                    )
+                key_at = Keys + (slot * k_n + kv_head * k_h)[:, None] + d[None, :]
+                k = tl.load(key_at, mask=kv_mask, other=0.0).to(q.dtype)
                 score = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
                 born = seer + step * (entry - start)
                 sees = held[None, :] & (born[None, :] <= rank[:, None])
@@ -168,56 +141,8 @@ def walk_rows(
 ) -> None:
     """As ``kernels.rows.walk_rows``. With ``splits`` above 1 every row has one query,
     and its keys go to so many programs, whose results are merged."""
-    rotated = NOBODY if turns is None else QUERIES
     cos, sin = turns if turns is not None else (query, query)
     half = cos.shape[-1] if turns is not None else 1
-    _launch(
-        query, keys, values, req_to_token, req_to_token, pool_rows, table, cos, sin, out,
-        scale, splits, half, neox, rotated,
-    )  # fmt: skip
-
-
-def walk_unrotated(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    req_to_token: torch.Tensor,
-    req_to_position: torch.Tensor,
-    pool_rows: torch.Tensor,
-    table: RowTable,
-    cos_sin: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    scale: float,
-    neox: bool = True,
-    splits: int = 1,
-) -> None:
-    """As ``kernels.rows.walk_unrotated``; ``splits`` as in ``walk_rows``. Both tables of
-    rows have the same strides."""
-    half = cos_sin.shape[-1] // 2
-    _launch(
-        query, keys, values, req_to_token, req_to_position, pool_rows, table, cos_sin, cos_sin,
-        out, scale, splits, half, neox, KEYS,
-    )  # fmt: skip
-
-
-def _launch(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    req_to_token: torch.Tensor,
-    req_to_position: torch.Tensor,
-    pool_rows: torch.Tensor,
-    table: RowTable,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    out: torch.Tensor,
-    scale: float,
-    splits: int,
-    half: int,
-    neox: bool,
-    rotated: tl.constexpr,
-) -> None:
     heads, dim = query.shape[1:]
     kv_heads = keys.shape[1]
     group = heads // kv_heads
@@ -228,15 +153,15 @@ def _launch(
         lse = partial.new_empty((rows * splits, heads))
     block_m = max(16, triton.next_power_of_2(table.tile * group))
     _walk_rows[(table.tile_row.numel(), kv_heads, splits)](
-        query, keys, values, req_to_token, req_to_position, pool_rows,
+        query, keys, values, req_to_token, pool_rows,
         table.batch_row, table.q_start, table.q_len, table.done,
         table.span_indptr, table.span_start, table.span_len, table.span_seer, table.span_step,
         table.tile_row, table.tile_first, cos, sin, out, partial, lse,
         scale, *query.stride()[:2], *keys.stride()[:2], *values.stride()[:2],
         req_to_token.stride(0), *out.stride()[:2],
         GROUP=group, HEADS=heads, DIM=dim, BLOCK_D=triton.next_power_of_2(dim),
-        HALF=half, NEOX=neox, ROTATED=rotated, TILE=table.tile, BLOCK_M=block_m,
-        BLOCK_N=64 if rotated != KEYS or dim <= 128 else 32, CUT=splits > 1,
+        HALF=half, NEOX=neox, ROTATED=turns is not None, TILE=table.tile, BLOCK_M=block_m,
+        BLOCK_N=64, CUT=splits > 1,
         num_warps=warps_of(block_m, dim), num_stages=2,
     )  # fmt: skip
     if splits > 1:
