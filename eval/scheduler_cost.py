@@ -106,6 +106,7 @@ class Scheduler:
 
     def prefix(self, ids: array) -> None:
         """Hold an ordinary prefix."""
+        evict_from_tree_cache(self.cache, len(ids))
         slots = self._alloc(len(ids))
         self.cache.insert(InsertParams(key=RadixKey(ids), value=slots, priority=0))
 
@@ -193,6 +194,8 @@ def compile_beside(method: str, prefixes: int) -> float:
     spent = []
     for _ in range(8 + REPEATS):
         ids = draw(COMPILED_TOKENS)
+        # One more that begins as another does: a node is split in between.
+        scheduler.prefix(begin[: PREFIX_TOKENS // 4] + draw(PREFIX_TOKENS))
         req = scheduler.request(ids)
         spent.append(scheduler.compile(ids) if method == OURS else scheduler.run(req))
     return _median_ms(spent[8:])

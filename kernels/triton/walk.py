@@ -8,6 +8,8 @@ too.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -165,6 +167,13 @@ def walk_rows(
         num_warps=warps_of(block_m, dim), num_stages=2,
     )  # fmt: skip
     if splits > 1:
-        indptr = torch.arange(0, rows * splits + 1, splits, device=query.device)
-        index = torch.arange(rows * splits, device=query.device)
-        out[table.q_start.long()] = merge(partial, lse, indptr, index).to(out.dtype)
+        bounds, index = _cut(rows, splits, query.device)
+        out[table.q_start] = merge(partial, lse, bounds, index).to(out.dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _cut(rows: int, splits: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of the partial results are each row's, for ``merge``; the same tensors for all
+    layers."""
+    index = torch.arange(rows * splits, device=device)
+    return torch.arange(0, rows * splits + 1, splits, device=device), index
