@@ -228,3 +228,49 @@ def test_a_pass_says_how_long_it_reads_the_table_of_rows() -> None:
         assert backend.shared_read_ends(mode).value >= stock(mode).value
     assert backend.shared_read_ends(ForwardMode.DECODE) is SharedReadEnds.POST_REPLAY
     assert backend.shared_read_ends(ForwardMode.EXTEND) is SharedReadEnds.UNKNOWN
+
+
+@pytest.mark.parametrize("extend", [1, 3])
+@pytest.mark.parametrize(("requests", "segments"), [(2, 1), (4, 5)])
+def test_a_layer_of_flashinfer_is_three_launches(
+    monkeypatch: pytest.MonkeyPatch,
+    shipped: list[int],
+    requests: int,
+    segments: int,
+    extend: int,
+) -> None:
+    import flashinfer_cpu
+
+    from sglang_pic.attention import flashinfer_launch as module
+
+    pytest.importorskip("flashinfer")
+    prompts = [list(range(segments)) for _ in range(requests)]
+    batch = Batch(Layer(), prompts, seam=2, page=4)
+    counts = [plan.n_tokens - plan.reused for plan in batch.plans]
+    counts = [min(extend, n) for n in counts]
+    done = [p.n_tokens - p.reused - n for p, n in zip(batch.plans, counts, strict=True)]
+    rows, query, _ = batch.rows(done, counts)
+    calls: Counter[str] = Counter()
+
+    def counting(name: str, result: Any) -> Callable[..., Any]:
+        return lambda *_, **__: (calls.update([name]), result)[1]
+
+    stubs = {name: counting(name, query) for name in ("gather_rotate", "merge")}
+    kernels = dataclasses.replace(triton_kernels(), **stubs)
+    for _ in flashinfer_cpu.substitute():
+        workspace = torch.empty(384 << 20, dtype=torch.uint8)
+        layer = batch.layer
+        shape = module.Shape(layer.heads, layer.kv_heads, layer.dim, 4, batch.dtype)
+        launcher = module.Launcher(shape, workspace)
+        launcher.plan(rows, batch.req_to_token, batch.pool_rows)
+        # Of the layout, which lasts while the same rows decode, and of lengths.
+        assert len(shipped) == 2
+        monkeypatch.setattr(module, "kernels_for", lambda _: kernels)
+        monkeypatch.setattr(module, "attend", counting("attend", (query, query)))
+        rope = LayerRope(batch.cos_sin, batch.layer.neox)
+        launcher.run(query, batch.keys, batch.values, rope, batch.scale)
+        with Ops() as ops:
+            for _ in range(3):
+                launcher.run(query, batch.keys, batch.values, rope, batch.scale)
+    assert calls == {"gather_rotate": 4, "attend": 4, "merge": 4}
+    assert not FROM_HOST & ops.seen.keys() and sum(ops.seen.values()) <= 3 * MOST_OPS
