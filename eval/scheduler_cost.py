@@ -261,7 +261,7 @@ def many_segments(method: str, segments: int) -> float:
 
     def life(req: Req) -> None:
         if method == OURS:
-            assert not scheduler.cache.forest.links.send_back(req)
+            assert not scheduler.cache.forest.arrivals.send_back(req)
         req.init_next_round_input(scheduler.cache)
         lock = scheduler.cache.lock(req.last_node)
         scheduler.cache.prefix_device_indices(req)

@@ -42,13 +42,13 @@ FRONT_STAGES = (
 ENGINE_STAGES = (
     Stage(HOOKS, "sglang_pic.manage.arrival.answer"),
     Stage(HOOKS, "sglang_pic.sglang_hooks.write_positions"),
-    Stage("match", "sglang_pic.forest.links.Links.missing"),
+    Stage("match", "sglang_pic.forest.arrivals.Arrivals.missing"),
     Stage("match", "sglang_pic.forest.links.Links.match"),
     Stage("match", "sglang_pic.forest.lookups.Lookups.of"),
     Stage(
         "SGLang's tree", "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.match_prefix"
     ),
-    Stage("plan", "sglang_pic.forest.links.arrange"),
+    Stage("plan", "sglang_pic.forest.planning.arrange"),
     Stage(
         "forward, other",
         "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"

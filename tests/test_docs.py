@@ -186,7 +186,7 @@ def _literals_given_as_reason() -> Iterator[str]:
     for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "_unlinked":
             values: list[Any] = [node.args[-1]]
-        elif isinstance(node, ast.FunctionDef) and node.name == "_refusal":
+        elif isinstance(node, ast.FunctionDef) and node.name == "refusal":
             values = [one.value for one in ast.walk(node) if isinstance(one, ast.Return)]
         else:
             continue

@@ -114,7 +114,7 @@ class Machine(RuleBasedStateMachine):
             req.init_next_round_input(cache)
 
         if evict:
-            self.driver.forest.links.send_back(req)
+            self.driver.forest.arrivals.send_back(req)
             self.evict(60)
         if self.driver.start(req, between=wait if evict else None):
             self.links[req.rid] = (spans, salt, policy)
@@ -379,7 +379,7 @@ def _linked_hits(driver: Driver, chosen: list[list[int]]) -> int:
         spans.append((len(ids), len(ids) + len(segment)))
         ids = ids + segment
     req = driver.link([*ids, 1, 2, 3], spans)
-    missing = [i for i in driver.forest.links.send_back(req) if i >= 0]
+    missing = [i for i in driver.forest.arrivals.send_back(req) if i >= 0]
     for i in missing:
         assert driver.compile(chosen[i])
     assert driver.start(req)
@@ -467,12 +467,12 @@ def test_no_tenant_sees_or_touches_what_is_anothers() -> None:
         assert segments.list_all(driver.forest, other) == []
         assert segments.flush(driver.forest, other) == {"segments": 0, "freed_tokens": 0}
         req = driver.link([*document, 1], [(0, 50)], other)
-        explained = driver.forest.links.explain(req)
+        explained = driver.forest.arrivals.explain(req)
         assert not explained["segments"][0]["hit"] and explained["tokens_to_compile"] == 50
         assert explained["segments"][0]["reason"] == "not_compiled"
     assert segments.held(driver.forest, [mine], "a") == [True]
     req = driver.link([*document, 1], [(0, 50)], "a")
-    assert driver.forest.links.explain(req)["segments"][0]["hit"]
+    assert driver.forest.arrivals.explain(req)["segments"][0]["hit"]
 
 
 def test_what_is_held_as_a_prefix_needs_no_compile() -> None:
@@ -482,15 +482,15 @@ def test_what_is_held_as_a_prefix_needs_no_compile() -> None:
         prompt = _tokens(0, 100)
         assert driver.start(driver.request(prompt))
         driver.finish(driver.running[0])
-        assert driver.forest.links.missing(driver.link(prompt, [(10, 90)])) == []
-        assert driver.forest.links.send_back(driver.link(prompt, [(10, 90)])) == []
+        assert driver.forest.arrivals.missing(driver.link(prompt, [(10, 90)])) == []
+        assert driver.forest.arrivals.send_back(driver.link(prompt, [(10, 90)])) == []
         longer = [*prompt, *_tokens(1, 20)]
-        assert driver.forest.links.missing(driver.link(longer, [(10, 90)])) == [0]
+        assert driver.forest.arrivals.missing(driver.link(longer, [(10, 90)])) == [0]
         other = [*prompt[:97], *_tokens(2, 3)]
-        assert driver.forest.links.missing(driver.link(other, [(10, 90)])) == (
+        assert driver.forest.arrivals.missing(driver.link(other, [(10, 90)])) == (
             [0] if page == 1 else []
         )
-        assert 0 in driver.forest.links.missing(driver.link(prompt, [(10, 90)], "other tenant"))
+        assert 0 in driver.forest.arrivals.missing(driver.link(prompt, [(10, 90)], "other tenant"))
 
 
 def test_what_is_held_counts_as_compiled_by_name() -> None:
@@ -540,7 +540,7 @@ def test_what_is_there_waits_with_a_link_for_what_is_compiled() -> None:
     here, absent = _tokens(0, 40), _tokens(1, 40)
     assert driver.compile(here, named=True)
     req = driver.link([*here, *absent, 1, 2], [(0, 40), (40, 80)])
-    assert driver.forest.links.send_back(req) == [1]
+    assert driver.forest.arrivals.send_back(req) == [1]
     assert driver.compile(absent)
     # Worth more than either, and yet not at their cost.
     for _ in range(4):

@@ -289,7 +289,7 @@ def test_at_arrival_a_request_runs_or_ends_alone(
     assert told[3][1].startswith(MISSING) and told[4][1].startswith(DONE)
     assert "segments" not in told[0][1]
 
-    monkeypatch.setattr(driver.forest.links, "send_back", broken)
+    monkeypatch.setattr(driver.forest.arrivals, "send_back", broken)
     again = driver.link(ids, [(0, 40)], "us")
     scheduler.arrive(again)
     assert scheduler.ended[-1][1]["status_code"] == 500
@@ -322,8 +322,8 @@ def test_no_second_fault_leaves_either(
 ) -> None:
     ids = ids_of(3, 64)
     assert driver.compile(ids[10:50])
-    for name in ("_arrange", also):
-        monkeypatch.setattr(driver.forest.links, name, broken)
+    monkeypatch.setattr(driver.forest.links._planning, "arrange", broken)
+    monkeypatch.setattr(driver.forest.links, also, broken)
     req = driver.link(ids, [(10, 50)])
     assert driver.start(req)
     assert driver.tokens_seen(req) == ids
@@ -351,7 +351,7 @@ def test_a_fault_while_planning_answers_exactly(
 ) -> None:
     ids = ids_of(3, 64)
     assert driver.compile(ids[10:50])
-    monkeypatch.setattr(driver.forest.links, "_arrange", broken)
+    monkeypatch.setattr(driver.forest.links._planning, "arrange", broken)
     req = driver.link(ids, [(10, 50)])
     assert driver.start(req)
     (report,) = req.customized_info["pic"]

@@ -74,7 +74,7 @@ def test_what_comes_back_is_what_was_saved(tmp_path: pathlib.Path, page: int) ->
     assert store.restore("a")["segments"] == 1
     for document in documents:
         req = driver.link([*document, 7], [(0, len(document))])
-        assert driver.forest.links.missing(req) == []
+        assert driver.forest.arrivals.missing(req) == []
         assert driver.start(req)
         assert req.customized_info["pic"][0]["segments"][0]["hit"]
         driver.check()  # reads every slot

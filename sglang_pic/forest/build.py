@@ -15,6 +15,7 @@ from sglang_pic.attention.relocate import Relocator
 from sglang_pic.config import PicConfig
 from sglang_pic.errors import PicConfigError
 from sglang_pic.forest.adapter import PicCache
+from sglang_pic.forest.arrivals import Arrivals
 from sglang_pic.forest.asked import Asked
 from sglang_pic.forest.budget import KV_SHARE, Budgets, Need
 from sglang_pic.forest.carried import Carried, Nothing
@@ -24,11 +25,12 @@ from sglang_pic.forest.cost import PrefillCost
 from sglang_pic.forest.eviction import LINKABLE, AsSglang, InOrder
 from sglang_pic.forest.forest import Forest
 from sglang_pic.forest.holder import Holder
-from sglang_pic.forest.links import Links, Ordinary
+from sglang_pic.forest.links import Links
 from sglang_pic.forest.lookups import Lookups
 from sglang_pic.forest.nodes import NodeIndex
 from sglang_pic.forest.pages import NoPages, Pages
 from sglang_pic.forest.pins import Pins
+from sglang_pic.forest.planning import Ordinary, Planning
 from sglang_pic.forest.relocation import Relocation
 from sglang_pic.forest.segments import Segments
 from sglang_pic.linear.carried import LinearStates
@@ -195,18 +197,12 @@ def plant(
             else cache.page_size
         ),
     )
+    planning = Planning(ordinary, segments, pages, lookups, conversations)
     links = Links(
-        asked,
-        ordinary,
-        segments,
-        pages,
-        lookups,
-        carried,
-        conversations,
-        holder,
-        contained,
-        config.min_segment,
+        asked, ordinary, planning, segments, pages, carried, conversations, holder, contained
     )
+    shortest, page = config.min_segment, cache.page_size
+    arrivals = Arrivals(links, ordinary, planning, holder, shortest, page)
     forest = Forest(
         cache=cache,
         config=config,
@@ -224,6 +220,7 @@ def plant(
         holder=holder,
         conversations=conversations,
         links=links,
+        arrivals=arrivals,
         relocation=Relocation(cache, links, contained, copy),
     )
     cache.forest = forest

@@ -12,6 +12,7 @@ import torch
 
 from sglang_pic.config import PicConfig
 from sglang_pic.errors import PicIntegrityError
+from sglang_pic.forest.arrivals import Arrivals
 from sglang_pic.forest.asked import Asked
 from sglang_pic.forest.budget import Budgets
 from sglang_pic.forest.carried import Carried
@@ -57,6 +58,7 @@ class Forest:
     holder: Holder
     conversations: Conversations
     links: Links
+    arrivals: Arrivals
     relocation: Relocation
     store: Store | None = None
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult
-from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from sglang_pic.faults import faults
 from sglang_pic.forest.asked import Asked
@@ -24,9 +23,9 @@ from sglang_pic.forest.carried import Carried
 from sglang_pic.forest.containment import Containment
 from sglang_pic.forest.conversations import Conversations
 from sglang_pic.forest.holder import Holder
-from sglang_pic.forest.lookups import Lookup, Lookups
 from sglang_pic.forest.pages import Pages
-from sglang_pic.forest.planner import Arranged, Row, arrange
+from sglang_pic.forest.planner import Arranged
+from sglang_pic.forest.planning import Ordinary, Planning
 from sglang_pic.forest.segments import Segments
 from sglang_pic.forest.state import (
     FAULT,
@@ -38,75 +37,36 @@ from sglang_pic.forest.state import (
     unlinkable,
 )
 from sglang_pic.link.plan import LinkPlan, grown_plan, unlinked_plan
-from sglang_pic.link.policy import LinkOptions, floor_to
 from sglang_pic.link.report import Found, make_report
-from sglang_pic.request.base import OPENING
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
-Match = Callable[[MatchPrefixParams], MatchResult]
-
-
-@dataclasses.dataclass(frozen=True)
-class Ordinary:
-    """SGLang's tree of ordinary prefixes, as much as links need of it.
-
-    Attributes:
-        match: SGLang's own ``match_prefix``.
-        slots: int64, slots of the first tokens on the path to a node.
-        root: node of no tokens, for an adapter's key.
-        free: give slots back that no tree owns.
-        grid: a prefix is held in multiples of this many tokens.
-    """
-
-    match: Match
-    slots: Callable[[Any, int], torch.Tensor]
-    root: Callable[[str | None], Any]
-    free: Callable[[torch.Tensor], None]
-    grid: int
-
-    def nothing(self, extra_key: str | None) -> MatchResult:
-        """The match of no tokens."""
-        root = self.root(extra_key)
-        return MatchResult(0, root, root, root)
-
-    def held(self, ids: array, req: Req) -> MatchResult:
-        """What is held of these tokens, for no request: nothing is prepared."""
-        key = RadixKey(ids, req.extra_key, cache_salt=req.cache_salt)
-        return self.match(MatchPrefixParams(key=key))
-
 
 class Links:
-    """Plans of linked requests and compiles.
-
-    Args:
-        shortest: tokens of the shortest opening that is compiled.
-    """
+    """Plans of linked requests and compiles."""
 
     def __init__(
         self,
         asked: Asked,
         ordinary: Ordinary,
+        planning: Planning,
         segments: Segments,
         pages: Pages,
-        lookups: Lookups,
         carried: Carried,
         conversations: Conversations,
         holder: Holder,
         contained: Containment,
-        shortest: int,
     ):
         self._asked = asked
         self._ordinary = ordinary
+        self._planning = planning
         self._segments = segments
         self._pages = pages
-        self._lookups = lookups
         self._carried = carried
         self._conversations = conversations
         self._holder = holder
         self._contained = contained
-        self._shortest = shortest
         self._states: weakref.WeakKeyDictionary[Req, LinkState] = weakref.WeakKeyDictionary()
 
     def of(self, req: Req) -> LinkState | None:
@@ -182,7 +142,7 @@ class Links:
             self._lay_out(req, link, kept)
             return kept.result
         self._drop_plan(req, link)
-        refusal = self._refusal(req, link)
+        refusal = self.refusal(link) or unlinkable(req)
         if refusal is not None:
             return self._unlinked(req, link, prefix, refusal)
         if not link.request.options.link:
@@ -202,11 +162,11 @@ class Links:
             and all(map(self._pages.holds, kept.nodes))
         )
 
-    def _refusal(self, req: Req, link: LinkState) -> str | None:
-        """Why nothing is linked for this request, or ``None``."""
+    def refusal(self, link: LinkState) -> str | None:
+        """Why nothing is linked for a request, beside ``unlinkable``, or ``None``."""
         if link.request.options.require_exact:
             return "require_exact"
-        return link.request.off or self._contained.refusal or unlinkable(req)
+        return link.request.off or self._contained.refusal
 
     def _linked(
         self, req: Req, link: LinkState, ids: array, prefix: MatchResult, basis: Basis
@@ -214,7 +174,7 @@ class Links:
         options = link.request.options
         if options.policy == "full":
             prefix = self._ordinary.nothing(req.extra_key)
-        made = self._arrange(req, link, ids, prefix, basis.limit)
+        made = self._planning.arrange(req, link, ids, prefix, basis.limit)
         plan = made.plan
         link.kept = None
         if not made.cores and options.policy != "full":
@@ -280,61 +240,6 @@ class Links:
         if not (kept.plan.reused and kept.basis.prefix[1]):
             self._carried.begin_row(req)
 
-    def _arrange(
-        self, req: Req, link: LinkState, ids: array, prefix: MatchResult, limit: int
-    ) -> Arranged:
-        """Look up what a link names and lay its row out; changes nothing."""
-        options = link.request.options
-        row = Row(
-            ids,
-            limit,
-            link.request.spans,
-            options,
-            self._opens_at(ids),
-            len(self._segments.context),
-            self._pages.page_size,
-        )
-        if options.policy == "full":
-            link.found = [None] * len(row.spans)
-        else:
-            link.found = self._found(req, link)
-        slots = [None if one is None else self._lookups.slots(one) for one in link.found]
-        held = prefix.device_prefix_len
-        prefix_slots = self._ordinary.slots(prefix.last_device_node, held)
-        whose = self._conversations.whose(req, link)
-        lengths = [held]
-        if options.reuses_turns:
-            first = next((lookup.id for lookup in link.found if lookup is not None), None)
-            lengths = self._conversations.prefixes(whose, first, held)
-
-        def chain_of(plan: LinkPlan, cores: Any) -> Any:
-            if not options.reuses_turns:
-                return None
-            return self._conversations.chain(ids, req.extra_key, whose, plan, cores, limit)
-
-        return arrange(row, link.found, slots, prefix_slots, lengths, chain_of)
-
-    def _found(self, req: Req, link: LinkState) -> list[Lookup | None]:
-        """One lookup a segment; those made before, while nothing has changed."""
-        if link.found is not None and all(map(self._is_still, link.found)):
-            return link.found
-        return self._lookups.of(
-            req.origin_input_ids,
-            link.request.spans,
-            req.extra_key,
-            req.cache_salt,
-            link.request.options.recompute_policy(),
-            self._opens_at(req.origin_input_ids),
-        )
-
-    def _is_still(self, lookup: Lookup | None) -> bool:
-        return lookup is None or (lookup.miss is None and self._pages.holds(lookup.node))
-
-    def _opens_at(self, ids: array) -> int:
-        """Where a segment would stand exactly as it was compiled, or -1."""
-        context = self._segments.context
-        return len(context) if ids[: len(context)] == context else -1
-
     def _drop_plan(self, req: Req, link: LinkState) -> None:
         """Undo what a former plan did to the request."""
         link.plan, link.cores, link.chain, link.kept = None, (), None, None
@@ -384,76 +289,6 @@ class Links:
             reason=reason,
         )
         req.customized_info = {"pic": [made.to_json()]}
-
-    # -- at arrival -------------------------------------------------------------------
-
-    def missing(self, req: Req) -> list[int]:
-        """Indices of the segments that would have to be compiled before linking;
-        ``OPENING`` stands for the plain text before the first one."""
-        link = self.of(req)
-        if link is None or self._contained.refusal or unlinkable(req):
-            return []
-        options = link.request.options
-        if not options.link or link.request.is_exact or options.policy == "full":
-            return []
-        link.found = self._found(req, link)
-        missing = [i for i, lookup in enumerate(link.found) if lookup is not None and lookup.miss]
-        opening = link.request.spans[0].start if link.request.spans else 0
-        if opening >= self._shortest:
-            held = self._ordinary.held(req.origin_input_ids[:opening], req).device_prefix_len
-            if held < floor_to(opening, self._ordinary.grid):
-                missing.append(OPENING)
-        return [] if missing and self._is_prefix(req) else missing
-
-    def _is_prefix(self, req: Req) -> bool:
-        """Whether SGLang holds all of the prompt but its last tokens, computed as such."""
-        ids = req.origin_input_ids[:-1]
-        held = self._ordinary.held(ids, req).device_prefix_len
-        return held > 0 and held >= floor_to(len(ids), self._pages.page_size)
-
-    def send_back(self, req: Req) -> list[int]:
-        """``missing``, of a link that will come again when those are compiled; what is
-        there is held back from eviction until then."""
-        missing = self.missing(req)
-        if missing:
-            link = self.of(req)
-            assert link is not None
-            found = link.found or ()
-            self._holder.expect([one.id for one in found if one is not None and one.miss is None])
-        return missing
-
-    def explain(self, req: Req) -> dict[str, Any]:
-        """What a link would do, without doing it: the report it would get now, and
-        ``tokens_to_compile``, of segments that would be compiled first."""
-        link = self.of(req)
-        assert link is not None
-        options: LinkOptions = link.request.options
-        ids = req.origin_input_ids
-        prefix = self._ordinary.held(ids[:-1], req)
-        reason = self._refusal(req, link)
-        seen = [Found(span.start, span.end) for span in link.request.spans]
-        plan, prefix_tokens = None, prefix.device_prefix_len
-        if reason is None and not options.link:
-            plan = unlinked_plan(len(ids))
-        elif reason is None:
-            made = self._arrange(req, link, ids, prefix, len(ids) - 1)
-            seen = made.seen
-            if made.cores:
-                plan, prefix_tokens = made.plan, made.prefix
-        report = make_report(
-            len(ids),
-            options,
-            segments=seen,
-            prefix_tokens=prefix_tokens,
-            plan=plan,
-            reason=reason,
-        )
-        spans = link.request.spans
-        absent = [spans[i] for i in self.missing(req) if i != OPENING]
-        return {
-            **report.to_json(),
-            "tokens_to_compile": sum(span.end - span.start for span in absent),
-        }
 
     # -- rows that run ----------------------------------------------------------------
 

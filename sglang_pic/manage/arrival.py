@@ -40,7 +40,7 @@ def answer(scheduler: Any, req: Any, is_retracted: bool) -> Answer | None:
         if asked.command is not None:
             return Answer(DONE + obey(scheduler, req, asked.command))
         if asked.link is not None and asked.link.strict:
-            missing = cache.forest.links.send_back(req)
+            missing = cache.forest.arrivals.send_back(req)
             return Answer(f"{MISSING}{missing}") if missing else None
     except PicActionError as error:
         return Answer(str(error), error.status)

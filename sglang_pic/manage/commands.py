@@ -84,9 +84,9 @@ COMMANDS: dict[type, Handler] = {
     asked.Forest: lambda scheduler, req, command: _forest(scheduler).state(),
     asked.Stats: lambda scheduler, req, command: segments.stats(_forest(scheduler)),
     asked.Budgets: lambda scheduler, req, command: segments.budgets(_forest(scheduler)),
-    asked.Explain: lambda scheduler, req, command: _forest(scheduler).links.explain(req),
+    asked.Explain: lambda scheduler, req, command: _forest(scheduler).arrivals.explain(req),
     asked.Missing: lambda scheduler, req, command: {
-        "missing": _forest(scheduler).links.send_back(req)
+        "missing": _forest(scheduler).arrivals.send_back(req)
     },
     # An adapter's part of it is SGLang's to make.
     asked.Key: lambda scheduler, req, command: {"extra_key": req.extra_key},

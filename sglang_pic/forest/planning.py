@@ -1,0 +1,131 @@
+"""What a link's plan is made of: looked up here, laid out by ``planner``."""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult
+from sglang.srt.mem_cache.radix_cache import RadixKey
+
+from sglang_pic.forest.conversations import Conversations
+from sglang_pic.forest.lookups import Lookup, Lookups
+from sglang_pic.forest.pages import Pages
+from sglang_pic.forest.planner import Arranged, Row, arrange
+from sglang_pic.forest.segments import Segments
+from sglang_pic.forest.state import LinkState
+from sglang_pic.forest.turns import Chain, Core
+from sglang_pic.link.plan import LinkPlan
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+
+@dataclasses.dataclass(frozen=True)
+class Ordinary:
+    """SGLang's tree of ordinary prefixes, as much as links need of it.
+
+    Attributes:
+        match: SGLang's own ``match_prefix``.
+        slots: int64, slots of the first tokens on the path to a node.
+        root: node of no tokens, for an adapter's key.
+        free: give slots back that no tree owns.
+        grid: a prefix is held in multiples of this many tokens.
+    """
+
+    match: Callable[[MatchPrefixParams], MatchResult]
+    slots: Callable[[Any, int], torch.Tensor]
+    root: Callable[[str | None], Any]
+    free: Callable[[torch.Tensor], None]
+    grid: int
+
+    def nothing(self, extra_key: str | None) -> MatchResult:
+        """The match of no tokens."""
+        root = self.root(extra_key)
+        return MatchResult(0, root, root, root)
+
+    def held(self, ids: array, req: Req) -> MatchResult:
+        """What is held of these tokens, for no request: nothing is prepared."""
+        key = RadixKey(ids, req.extra_key, cache_salt=req.cache_salt)
+        return self.match(MatchPrefixParams(key=key))
+
+
+class Planning:
+    """Looks up what a link names, and has its row laid out; changes nothing."""
+
+    def __init__(
+        self,
+        ordinary: Ordinary,
+        segments: Segments,
+        pages: Pages,
+        lookups: Lookups,
+        conversations: Conversations,
+    ):
+        self._ordinary = ordinary
+        self._segments = segments
+        self._pages = pages
+        self._lookups = lookups
+        self._conversations = conversations
+
+    def found(self, req: Req, link: LinkState) -> list[Lookup | None]:
+        """One lookup a segment; those made before, while nothing has changed."""
+        if link.found is None or not all(map(self._is_still, link.found)):
+            link.found = self._lookups.of(
+                req.origin_input_ids,
+                link.request.spans,
+                req.extra_key,
+                req.cache_salt,
+                link.request.options.recompute_policy(),
+                self._opens_at(req.origin_input_ids),
+            )
+        return link.found
+
+    def _is_still(self, lookup: Lookup | None) -> bool:
+        return lookup is None or (lookup.miss is None and self._pages.holds(lookup.node))
+
+    def _opens_at(self, ids: array) -> int:
+        """Where a segment would stand exactly as it was compiled, or -1."""
+        context = self._segments.context
+        return len(context) if ids[: len(context)] == context else -1
+
+    def arrange(
+        self, req: Req, link: LinkState, ids: array, prefix: MatchResult, limit: int
+    ) -> Arranged:
+        """Lay a row out.
+
+        Args:
+            ids: the request's tokens in their own order.
+            prefix: what SGLang holds of them.
+            limit: no token at or behind this index may be reused.
+        """
+        options = link.request.options
+        row = Row(
+            ids,
+            limit,
+            link.request.spans,
+            options,
+            self._opens_at(ids),
+            len(self._segments.context),
+            self._pages.page_size,
+        )
+        if options.policy == "full":
+            link.found = [None] * len(row.spans)
+        found = self.found(req, link)
+        slots = [None if one is None else self._lookups.slots(one) for one in found]
+        held = prefix.device_prefix_len
+        prefix_slots = self._ordinary.slots(prefix.last_device_node, held)
+        whose = self._conversations.whose(req, link)
+        lengths = [held]
+        if options.reuses_turns:
+            first = next((lookup.id for lookup in found if lookup is not None), None)
+            lengths = self._conversations.prefixes(whose, first, held)
+
+        def chain_of(plan: LinkPlan, cores: Sequence[Core]) -> Chain | None:
+            if not options.reuses_turns:
+                return None
+            return self._conversations.chain(ids, req.extra_key, whose, plan, cores, limit)
+
+        return arrange(row, found, slots, prefix_slots, lengths, chain_of)
