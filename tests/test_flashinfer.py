@@ -492,14 +492,14 @@ def layer_of(batch: Batch) -> Any:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("most", [1 << 16, 0])
+@pytest.mark.parametrize("most", [1 << 28, 0])
 @pytest.mark.parametrize("linked", ["none", "all", "mixed"])
 @pytest.mark.parametrize("decode", [False, True])
 def test_the_backend(
     backend_class: Any, linked: str, decode: bool, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``most``: more gathered queries than that are not gathered, rows walk instead."""
-    monkeypatch.setattr("sglang_pic.attention.flashinfer.MOST_GATHERED", most)
+    """``most``: if gathered queries take more bytes than that, rows walk instead."""
+    monkeypatch.setattr("sglang_pic.attention.flashinfer.MOST_TRANSIENT", most)
     batch = Paged(Layer(), [[0, 1], [1, 0]], seam=2, page=16, seed=2)
     counts = computed(batch)
     done = [n - 1 for n in counts] if decode else [0, 0]

@@ -30,9 +30,10 @@ HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
 # Distinct spans of a decode batch, and spans that its rows see on average, in a graph.
 GRAPH_SPANS, GRAPH_SEEN = 256, 16
-# Queries gathered for one launch: 512 MiB of them at 32 heads of 128, and their results
-# as much. Above, a long prompt behind many segments say, rows walk their spans instead.
-MOST_GATHERED = 1 << 16
+# Bytes of one launch that SGLang, which sizes its pool at start, knows nothing of: queries
+# gathered, and their partial results. What it leaves for activations has room for so many.
+# Above, a long prompt behind many segments say, rows walk their spans instead.
+MOST_TRANSIENT = 256 << 20
 
 
 def gathered_queries(rows: Sequence[StepRow]) -> int:
@@ -120,7 +121,7 @@ class PicFlashInferBackend(SpanBackend, FlashInferAttnBackend):
         if self._ordinary:
             super().init_forward_metadata(self.without_linked(forward_batch))
         assert self._launcher is not None
-        if gathered_queries(rows) > MOST_GATHERED:
+        if gathered_queries(rows) * self._launcher.shape.query_nbytes > MOST_TRANSIENT:
             self._tables.plan(rows)
             self._running = self._tables
             return

@@ -35,6 +35,12 @@ class Shape:
     page: int
     dtype: torch.dtype
 
+    @property
+    def query_nbytes(self) -> int:
+        """Bytes that one gathered query takes in a layer: itself, its partial result and
+        that one's log-sum-exp."""
+        return self.heads * (2 * self.head_dim * self.dtype.itemsize + 4)
+
     def plan(self, wrapper: Any, qo_indptr: torch.Tensor, pages: Pages) -> None:
         """Plan a launch; ``qo_indptr`` int32 [requests + 1] on the host. The scores'
         scale comes with each layer, in ``attend``."""
