@@ -320,7 +320,7 @@ class Links:
         """Its row is gone, for good or until it is scheduled again."""
         link = self._states.get(req)
         if link is not None:
-            link.plan = None
+            link.plan = link.kept = link.found = None
 
     def plans_of(self, reqs: Sequence[Req]) -> list[LinkPlan | None]:
         """Current plan of each request; ``None`` for ordinary ones."""
