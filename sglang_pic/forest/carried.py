@@ -183,6 +183,10 @@ class Carried(Protocol):
         """For the operator."""
         ...
 
+    def to_json_of(self, name: str) -> dict[str, Any]:
+        """Of one segment."""
+        ...
+
     def check(self) -> None:
         """Raise ``PicIntegrityError`` unless it adds up. O(n)."""
         ...
@@ -274,6 +278,9 @@ class Nothing:
         return 0
 
     def to_json(self) -> dict[str, Any]:
+        return {}
+
+    def to_json_of(self, name: str) -> dict[str, Any]:
         return {}
 
     def check(self) -> None:

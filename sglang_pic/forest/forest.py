@@ -96,10 +96,11 @@ class Forest:
 
         Returns:
             ``{"clock", "page_size", "context_tokens", "segments": [{"id", "tokens",
-            "held", "pages", "hits", "compiled", "last_use", "state_bytes"}],
-            "segment_tokens", "prefix_tokens", "integrity", "refusal", ...}``.
-            ``segment_tokens`` counts distinct pages; ``bytes_per_token`` is of KV over
-            all layers; ``integrity`` is ``"ok"`` or what the check found.
+            "held", "pages", "hits", "compiled", "last_use"}], "segment_tokens",
+            "prefix_tokens", "integrity", "refusal", ...}`` and what ``carried`` adds.
+            ``segment_tokens`` counts distinct pages, ``prefix_tokens`` all others;
+            ``bytes_per_token`` is of KV over all layers; ``integrity`` is ``"ok"`` or
+            what the check found.
         """
         try:
             self.check()
@@ -116,7 +117,7 @@ class Forest:
                     **self.segments.to_json(record),
                     "held": int(slots.numel()),
                     "pages": (slots[::page] // page).tolist(),
-                    "state_bytes": self.carried.nbytes_of(record.id),
+                    **self.carried.to_json_of(record.id),
                 }
             )
         distinct = torch.cat(owned).unique().numel() if owned else 0
@@ -126,8 +127,7 @@ class Forest:
             "context_tokens": len(self.segments.context),
             "segments": segments,
             "segment_tokens": distinct,
-            "prefix_tokens": self.total_tokens - self.pages.tokens,
-            "turn_tokens": self.nodes.tokens[TURN],
+            "prefix_tokens": self.total_tokens - distinct,
             "integrity": integrity,
             "refusal": self.refusal,
             "available_tokens": self.cache.token_to_kv_pool_allocator.available_size(),

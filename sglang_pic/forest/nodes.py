@@ -115,6 +115,12 @@ class NodeIndex:
 
     def use(self, tree: int, node: int, kind: str, salt: str | None) -> None:
         """One request uses the path to a node."""
+        known = self._nodes.get(NodeKey(tree, node))
+        if known is not None and known.start == 0:
+            # Nothing stands in front of it, or what a split has left there unknown, which
+            # will be learnt with the uses counted here.
+            self._order.use(NodeKey(tree, node))
+            return
         for key in self._learn(tree, node, kind, salt, 1):
             self._order.use(key)
 

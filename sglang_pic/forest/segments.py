@@ -252,16 +252,16 @@ class Segments:
         self._fresh[record.id] = self.clock
         self._fresh_held += record.tokens
 
-    def _no_longer_fresh(self, record: SegmentRecord) -> bool:
-        if self._fresh.pop(record.id, None) is None:
-            return False
-        self._fresh_held -= record.tokens
-        return True
+    def _no_longer_fresh(self, record: SegmentRecord) -> None:
+        if self._fresh.pop(record.id, None) is not None:
+            self._fresh_held -= record.tokens
 
     def _release(self, name: str) -> None:
-        record = self._records.get(name)
-        if record is not None and self._no_longer_fresh(record):
-            self._on_release(record)
+        if name not in self._fresh:
+            return
+        record = self._records[name]
+        self._no_longer_fresh(record)
+        self._on_release(record)
 
     def _release_old(self) -> None:
         while self._fresh:

@@ -256,6 +256,9 @@ class LinearStates:
     def to_json(self) -> dict[str, Any]:
         return {"state_bytes": self.store.nbytes, "state_budget": self.store.budget}
 
+    def to_json_of(self, name: str) -> dict[str, Any]:
+        return {"state_bytes": self.store.nbytes_of(name)}
+
     def check(self) -> None:
         self.store.check()
 
