@@ -27,7 +27,7 @@ from sglang_pic.forest.nodes import PREFIX, TURN, NodeIndex
 from sglang_pic.forest.pages import NoPages, Pages
 from sglang_pic.forest.pins import Pins
 from sglang_pic.forest.relocation import Relocation
-from sglang_pic.forest.segments import Segments
+from sglang_pic.forest.segments import SegmentRecord, Segments
 
 if TYPE_CHECKING:
     from sglang_pic.manage.store import Store
@@ -138,7 +138,10 @@ class Forest:
             **self.carried.to_json(),
         }
 
-    def _slots(self, record: Any) -> torch.Tensor:
+    def _slots(self, record: SegmentRecord) -> torch.Tensor:
+        """int64, of a segment's tokens; none where its pages are gone."""
+        if record.node is None:
+            return torch.empty(0, dtype=torch.int64)
         return self.holder.slots(record)[len(self.segments.context) :].cpu()
 
     def check(self) -> None:

@@ -23,6 +23,7 @@ MAX_RECORDS = 65536
 FRESH_TICKS = 256
 # Compiled by name, a segment begins as if it had been used twice.
 NAMED_USES = 2
+_NO_TOKENS = array("q")
 
 
 @dataclasses.dataclass
@@ -30,7 +31,8 @@ class SegmentRecord:
     """What is remembered of a compiled segment, held or not.
 
     Attributes:
-        path: compile context plus segment.
+        path: compile context plus segment; empty where its pages are gone, or what was
+            compiled once would take memory for good.
         tokens: length of the segment.
         compiled, last_use: ticks of the logical clock, which advances with every
             compile and every link.
@@ -207,7 +209,7 @@ class Segments:
         if record is None or record.node is None:
             return None
         self._note_not_held(record)
-        record.node = None
+        record.node, record.path = None, _NO_TOKENS
         return record
 
     def evicted(self, name: str) -> None:
