@@ -112,11 +112,18 @@ def test_counts_add_up_whatever_happens(steps: list[tuple[str, int, str | None]]
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments_module, "MAX_RECORDS", 8)
-    segments, _ = made(fresh=1000)
-    for i in range(20):
-        add(segments, 100 * i)
-    assert segments.count == 8 and len(segments.records(None)) == 8
+    """Of what is held as much as there are pages for; of what is gone, so many, and
+    none of their tokens."""
+    monkeypatch.setattr(segments_module, "MAX_FORMER", 8)
+    segments, _ = made(fresh=10_000)
+    names = [add(segments, 100 * i) for i in range(20)]
+    assert segments.count == 20 and len(list(segments.all())) == 20
+    for name in names[:15]:
+        segments.gone(name)
+    segments.check()
+    left = list(segments.all())
+    assert segments.count == 5 and len(left) == 5 + 8
+    assert sum(len(record.path) for record in left) == 5 * 10
 
 
 def test_a_context_is_whole_pages() -> None:

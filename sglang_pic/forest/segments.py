@@ -18,7 +18,9 @@ from cachetools import LRUCache
 from sglang_pic.errors import PicIntegrityError
 from sglang_pic.forest.keys import namespace, owner_of, segment_id
 
-MAX_RECORDS = 65536
+# Segments remembered that are held no longer: for what they had been used, and why a
+# lookup does not find them.
+MAX_FORMER = 8192
 # Such a link that has not come after so many others will not come.
 FRESH_TICKS = 256
 # Compiled by name, a segment begins as if it had been used twice.
@@ -58,19 +60,6 @@ class SegmentRecord:
         return owner_of(self.salt, self.extra_key)
 
 
-class _Remembered(LRUCache[str, SegmentRecord]):
-    """The records used last; what it forgets is told."""
-
-    def __init__(self, most: int, on_forget: Callable[[SegmentRecord], None]):
-        super().__init__(most)
-        self._on_forget = on_forget
-
-    def popitem(self) -> tuple[str, SegmentRecord]:
-        name, record = super().popitem()
-        self._on_forget(record)
-        return name, record
-
-
 class Segments:
     """Index over the compiled segments of every tenant.
 
@@ -95,13 +84,14 @@ class Segments:
         self._page = page
         self._most_fresh = fresh_tokens
         self._on_release = on_release
-        self._records = _Remembered(MAX_RECORDS, self._note_not_held)
-        self._held: dict[str, dict[str, SegmentRecord]] = {}
+        # As many as there are pages for.
+        self._held: dict[str, SegmentRecord] = {}
+        self._of_tenant: dict[str, dict[str, SegmentRecord]] = {}
+        self._former: LRUCache[str, SegmentRecord] = LRUCache(MAX_FORMER)
         # Of a link that has not come yet: id -> tick, the earliest first.
         self._fresh: OrderedDict[str, int] = OrderedDict()
         self._fresh_held = 0
         self.clock = 0
-        self.count = 0
         # Went before anyone used them a second time.
         self.on_probation_evicted = 0
 
@@ -124,8 +114,11 @@ class Segments:
         return former + (NAMED_USES if named else 0)
 
     def _hits(self, name: str) -> int:
-        record = self._records.get(name)
+        record = self._get(name)
         return record.hits if record is not None else 0
+
+    def _get(self, name: str) -> SegmentRecord | None:
+        return self._held.get(name) or self._former.get(name)
 
     def add(
         self,
@@ -152,14 +145,14 @@ class Segments:
         record = SegmentRecord(
             name, path, extra_key, salt, tokens, self.clock, self.clock, node, named, hits
         )
-        former, was_fresh = self._records.get(name), name in self._fresh
-        if former is not None:
-            self._note_not_held(former)
-        self._records[name] = record
+        was_fresh = name in self._fresh
+        self.forget(name)
         if node is None:
+            record.path = _NO_TOKENS
+            self._former[name] = record
             return record
-        self._held.setdefault(salt, {})[name] = record
-        self.count += 1
+        self._held[name] = record
+        self._of_tenant.setdefault(salt, {})[name] = record
         if not named:
             self._hold_back(record)
             self._release_old()
@@ -177,7 +170,7 @@ class Segments:
         self.clock += 1
         held = []
         for name in names:
-            record = self._records.get(name)
+            record = self._get(name)
             if record is None:
                 continue
             record.hits += 1
@@ -196,8 +189,8 @@ class Segments:
         """
         begun = []
         for name in names:
-            record = self._records.get(name)
-            if record is not None and record.node is not None and name not in self._fresh:
+            record = self._held.get(name)
+            if record is not None and name not in self._fresh:
                 self._hold_back(record)
                 begun.append(record)
         self._release_old()
@@ -205,11 +198,16 @@ class Segments:
 
     def gone(self, name: str) -> SegmentRecord | None:
         """The last page of a segment is gone; its record, if it was held."""
-        record = self._records.get(name)
-        if record is None or record.node is None:
+        record = self._held.pop(name, None)
+        if record is None:
             return None
-        self._note_not_held(record)
+        of_tenant = self._of_tenant[record.salt]
+        del of_tenant[name]
+        if not of_tenant:
+            del self._of_tenant[record.salt]
+        self._no_longer_fresh(record)
         record.node, record.path = None, _NO_TOKENS
+        self._former[name] = record
         return record
 
     def evicted(self, name: str) -> None:
@@ -221,23 +219,15 @@ class Segments:
     def forget(self, name: str) -> None:
         """It is not remembered either."""
         self.gone(name)
-        self._records.pop(name, None)
+        self._former.pop(name, None)
 
     def clear(self) -> None:
         """Everything was flushed."""
-        self._records.clear()
         self._held.clear()
+        self._of_tenant.clear()
+        self._former.clear()
         self._fresh.clear()
-        self._fresh_held = self.count = 0
-
-    def _note_not_held(self, record: SegmentRecord) -> None:
-        held = self._held.get(record.salt, {})
-        if held.get(record.id) is record:
-            del held[record.id]
-            self.count -= 1
-            if not held:
-                del self._held[record.salt]
-        self._no_longer_fresh(record)
+        self._fresh_held = 0
 
     # -- links on their way -----------------------------------------------------------
 
@@ -261,7 +251,7 @@ class Segments:
     def _release(self, name: str) -> None:
         if name not in self._fresh:
             return
-        record = self._records[name]
+        record = self._held[name]
         self._no_longer_fresh(record)
         self._on_release(record)
 
@@ -276,42 +266,46 @@ class Segments:
 
     def find(self, name: str, owner: tuple[str, str]) -> SegmentRecord | None:
         """What is remembered of a segment, if it is this owner's."""
-        record = self._records.get(name)
+        record = self._get(name)
         return record if record is not None and record.owner == owner else None
 
     def record(self, name: str, tenant: str | None) -> SegmentRecord | None:
         """A held segment of this tenant, or ``None``: those of others do not exist."""
-        return self._held.get(self.namespace(tenant), {}).get(name)
+        return self._of_tenant.get(self.namespace(tenant), {}).get(name)
 
     def records(self, tenant: str | None) -> list[SegmentRecord]:
         """All held segments of this tenant, the last used first."""
-        held = self._held.get(self.namespace(tenant), {})
+        held = self._of_tenant.get(self.namespace(tenant), {})
         return sorted(held.values(), key=lambda record: -record.last_use)
 
     def holds(self, name: str, tenant: str | None) -> bool:
         """Whether this tenant has compiled a segment and its whole pages are held."""
-        record = self._records.get(name)
+        record = self._get(name)
         if record is None or record.salt != self.namespace(tenant):
             return False
         return record.node is not None or record.tokens < self._page
 
     def find_held(self, name: str) -> SegmentRecord | None:
         """A held segment of any tenant."""
-        record = self._records.get(name)
-        return record if record is not None and record.node is not None else None
+        return self._held.get(name)
 
     def is_held(self, name: str) -> bool:
         """Whether a segment of any tenant is held."""
-        return self.find_held(name) is not None
+        return name in self._held
+
+    @property
+    def count(self) -> int:
+        """Segments held, of all tenants."""
+        return len(self._held)
 
     def compiled(self, name: str) -> int:
         """Tick at which a segment was compiled last, 0 where nobody remembers."""
-        record = self._records.get(name)
+        record = self._get(name)
         return record.compiled if record is not None else 0
 
     def all(self) -> Iterator[SegmentRecord]:
         """Everything that is remembered. O(n)."""
-        return iter(list(self._records.values()))
+        return iter([*self._held.values(), *self._former.values()])
 
     def to_json(self, record: SegmentRecord) -> dict[str, Any]:
         """One segment, for the operator."""
@@ -325,10 +319,11 @@ class Segments:
 
     def check(self) -> None:
         """Raise ``PicIntegrityError`` unless what is counted adds up. O(n)."""
-        held = {r.id: r for r in self.all() if r.node is not None}
-        counted = {name: r for of_one in self._held.values() for name, r in of_one.items()}
-        if held != counted or self.count != len(held):
-            raise PicIntegrityError(f"{len(held)} segments are held, {self.count} counted")
-        fresh = sum(held[name].tokens for name in self._fresh if name in held)
-        if not held.keys() >= self._fresh.keys() or fresh != self._fresh_held:
+        of_tenants = {name: r for held in self._of_tenant.values() for name, r in held.items()}
+        if of_tenants != self._held or any(r.node is None for r in self._held.values()):
+            raise PicIntegrityError("what is held and what tenants hold differ")
+        if self._held.keys() & self._former.keys():
+            raise PicIntegrityError("a segment is held, and taken for gone")
+        fresh = sum(self._held[name].tokens for name in self._fresh if name in self._held)
+        if not self._held.keys() >= self._fresh.keys() or fresh != self._fresh_held:
             raise PicIntegrityError("segments that wait for their links do not add up")

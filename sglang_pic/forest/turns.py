@@ -28,7 +28,7 @@ from cachetools import LRUCache
 if TYPE_CHECKING:
     from sglang_pic.linear.state import CoreState
 
-MAX_TURNS = 16384
+MAX_TURNS = 8192
 _PREFIX = "pic\x1fturn\x1f"
 
 
