@@ -44,7 +44,8 @@ def test_sglang_calls_its_own_server_when_that_listens(
         settled.append(True)
 
     settled: list[bool] = []
-    front = SimpleNamespace(canary=SimpleNamespace(settle=settle))
+    guards = SimpleNamespace(canary=SimpleNamespace(settle=settle))
+    front = SimpleNamespace(guards=guards)
     monkeypatch.setattr(startup, "get_global_state", lambda: state)
     monkeypatch.setattr(startup, "get_model", lambda: model)
     monkeypatch.setattr(startup, "funnel_of", lambda manager: front)
