@@ -60,7 +60,7 @@ COMPILE, ROUND, ORDINARY, FIRST, AGAIN, MANY = (
     "one request of so many segments of 32 tokens: arrival, match, lock, unlock",
 )
 NODES, QUICK_NODES = (1024, 4096, 16384, 65536), (1024, 4096)
-WAITING, TOKENS, SEGMENTS = (16, 32, 64), (16384, 32768, 65536), (256, 512, 1024)
+WAITING, TOKENS, SEGMENTS = (16, 32, 64), (16384, 32768, 65536), (128, 256, 512)
 
 _rids = itertools.count()
 

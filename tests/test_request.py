@@ -321,7 +321,7 @@ def test_marks_are_places() -> None:
         (
             [{"content": "x", "pic_segment": True} for _ in range(MAX_SEGMENTS + 1)],
             [],
-            "messages[1024].content",
+            f"messages[{MAX_SEGMENTS}].content",
         ),
         ([{"content": [{"text": 3, "pic_segment": True}]}], [], "messages[0].content[0].text"),
         ([{"content": "x"}], [{"message": 4}], "pic.segments"),

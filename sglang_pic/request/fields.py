@@ -29,7 +29,8 @@ from sglang_pic.errors import PicRequestError
 from sglang_pic.link.policy import ABLATIONS, AUTO, MODES, POLICIES, STATE_POLICIES, LinkOptions
 from sglang_pic.request.base import TokenSpan
 
-MAX_SEGMENTS = 1024
+# Each costs the scheduler some 50 us before its request runs (``eval.scheduler_cost``).
+MAX_SEGMENTS = 512
 MAX_SEAM = 1 << 20
 TOKENIZE_RULES = ("pieces", "whole")
 # No tokenizer in use packs more characters into a token of ordinary text.
