@@ -17,7 +17,7 @@ EXPECTED = {
     r".*No HuggingFace chat template found": "the tiny models have no tokenizer",
     r".*Failed to get yes/no token IDs dynamically: .*": "the tiny models have no tokenizer",
     r".*using attn output gate!": "Qwen3-Next's layers say what they are",
-    r"\[transformers\] `torch_dtype` is deprecated! Use `dtype` instead!": "SGLang's own call",
+    r".*`torch_dtype` is deprecated! Use `dtype` instead!": "SGLang's own call",
     r".*Using fallback token IDs for yes/no .*": "the same",
 }
 _texts: dict[pathlib.Path, str] = {}
