@@ -1,9 +1,10 @@
 """Rows without a token to sample.
 
 A grammar that is at its end, beside ``min_new_tokens``, or one that no text fits leaves
-a row no token: all its probabilities are NaN. SGLang's torch sampler raises of that,
-which ends the scheduler. With some token, which its grammar does not take, SGLang ends
-that request alone.
+a row no token: all its probabilities are NaN. SGLang's torch samplers raise of that,
+which ends the scheduler (the one without top-k and top-p only where
+``SGLANG_OPT_USE_GUMBEL_SAMPLE`` is off). With some token, which its grammar does not
+take, SGLang ends that request alone.
 """
 
 from __future__ import annotations
