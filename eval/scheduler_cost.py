@@ -16,6 +16,7 @@ import itertools
 import random
 import statistics
 import sys
+import textwrap
 import time
 from array import array
 from collections.abc import Callable, Sequence
@@ -90,7 +91,7 @@ class Scheduler:
         self.is_ours = method == OURS
         self.cache: Any = (PicCache if self.is_ours else UnifiedRadixCache)(params)
         if self.is_ours:
-            each = 1 << 20
+            each = 1 << 20  # a token's bytes, in which SGLang's flag for the budget counts
             config = PicConfig() if limit is None else PicConfig(kv_mib=limit)
             plant(self.cache, config, PrefillCost(1e6, 10.0, each))
 
@@ -181,7 +182,7 @@ def _timed(function: Callable[..., Any], *args: Any) -> float:
 
 
 def compile_beside(method: str, prefixes: int) -> float:
-    """Of what has computed ``COMPILED_TOKENS`` while as much has to go for it."""
+    """What keeps ``COMPILED_TOKENS`` when as many have to go for them."""
     draw = Draw()
     room = 8 * COMPILED_TOKENS
     # Stock has no budget for it but the pool.
@@ -218,7 +219,7 @@ def round_of(method: str, waiting: int) -> float:
 
 
 def ordinary_match(method: str, tokens: int) -> float:
-    """A thousand of them are one repetition."""
+    """A hundred of them are one repetition."""
     draw = Draw()
     scheduler = Scheduler(method, 1 << 18)
     ids = draw(tokens)
@@ -323,15 +324,9 @@ def figure(rows: Sequence[Cost]) -> Any:
             found = sorted((r.size, r.ms) for r in rows if (r.what, r.method) == (what, method))
             axis.plot(*zip(*found, strict=True), marker="o", label=method)
         axis.set(xscale="log", yscale="log", xlabel="size", ylabel="ms")
-        axis.set_title("\n".join(_wrapped(what)), fontsize=7)
+        axis.set_title(textwrap.fill(what, 44), fontsize=7)
         axis.legend()
     return made
-
-
-def _wrapped(text: str) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, 44)
 
 
 def run(*, quick: bool = False) -> Outcome:

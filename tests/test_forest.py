@@ -23,6 +23,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from sglang_pic.config import PicConfig
 from sglang_pic.errors import PicRefused
+from sglang_pic.forest import links as links_module
 from sglang_pic.forest.keys import namespace, segment_id
 from sglang_pic.forest.turns import Core, Turn, Turns
 from sglang_pic.manage import segments
@@ -82,7 +83,7 @@ class Machine(RuleBasedStateMachine):
         question=st.integers(0, 6),
         salt=salts,
         policy=st.sampled_from(["seam", "none"]),
-        evict=st.booleans(),
+        evict=st.sampled_from([0, 60, 250]),
     )
     def link(
         self,
@@ -91,7 +92,7 @@ class Machine(RuleBasedStateMachine):
         question: int,
         salt: str | None,
         policy: str,
-        evict: bool,
+        evict: int,
     ) -> None:
         ids, spans = _tokens(500, before), []
         for seed in chosen:
@@ -110,12 +111,12 @@ class Machine(RuleBasedStateMachine):
         def wait() -> None:
             cache = self.driver.cache
             cache.unlock(cache.lock(req.last_node))
-            self.evict(60)
+            self.evict(evict)
             req.init_next_round_input(cache)
 
         if evict:
             self.driver.forest.arrivals.send_back(req)
-            self.evict(60)
+            self.evict(evict)
         if self.driver.start(req, between=wait if evict else None):
             self.links[req.rid] = (spans, salt, policy)
 
@@ -592,3 +593,101 @@ def test_many_cores_are_named_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(digests) == 1
     assert turns.longest(("u",), cores, None, 0) is None
     assert turns.longest(("t",), cores, turn.salt, 3) is None
+
+
+# -- plans that are kept while a request waits -------------------------------------------
+
+
+def _planned(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Reports as they are made: of each plan, or reason for none, one."""
+    made: list[Any] = []
+    usual = links_module.make_report
+
+    def make_report(*args: Any, **kwargs: Any) -> Any:
+        made.append(usual(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(links_module, "make_report", make_report)
+    return made
+
+
+def _waiting(driver: Driver, **options: Any) -> tuple[Any, list[list[int]]]:
+    """A link of two segments, of which the first is held, that SGLang has looked at."""
+    documents = [_tokens(i, 40) for i in range(2)]
+    assert driver.compile(documents[0], named=True)
+    req = driver.link([*documents[0], *documents[1], 1, 2], [(0, 40), (40, 80)], **options)
+    req.init_next_round_input(driver.cache)
+    return req, documents
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mode": "relocate"}, {"policy": "full"}, {"require_exact": True}, {"link": False}],
+    ids=str,
+)
+def test_nothing_is_planned_anew_while_nothing_changes(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = Driver(1, 256, _config())
+    made = _planned(driver, monkeypatch)
+    req, _ = _waiting(driver, **options)
+    # What others hold, use and lose changes nothing.
+    assert driver.compile(_tokens(7, 30)) and driver.start(driver.request(_tokens(8, 30)))
+    driver.finish(driver.running[0])
+    for _ in range(5):
+        req.init_next_round_input(driver.cache)
+    assert len(made) == 1
+    linked = not options or "mode" in options
+    assert [one.hit for one in made[0].segments] == [linked, False]
+
+
+def test_a_plan_goes_with_its_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(1, 256, _config())
+    made = _planned(driver, monkeypatch)
+    req, _ = _waiting(driver)
+    driver.cache.evict(EvictParams(num_tokens=256))
+    # Somebody else's tokens, where its were.
+    assert driver.compile(_tokens(9, 120))
+    assert driver.start(req)
+    assert [[one.hit for one in report.segments] for report in made] == [[True, False], [False] * 2]
+    assert driver.tokens_seen(req) == list(req.origin_input_ids)
+    driver.check()
+
+
+def test_a_plan_is_made_anew_for_what_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A segment that it lacked, a turn, a longer ordinary prefix."""
+    driver = Driver(1, 512, _config())
+    made = _planned(driver, monkeypatch)
+    req, documents = _waiting(driver)
+    assert driver.compile(documents[1], named=True)
+    req.init_next_round_input(driver.cache)
+    assert [one.hit for one in made[-1].segments] == [True, True]
+    other = driver.link(req.origin_input_ids, [(0, 40), (40, 80)])
+    assert driver.start(other)
+    driver.finish(other)
+    before = len(made)
+    req.init_next_round_input(driver.cache)
+    assert len(made) == before + 1 and made[-1].turn_tokens > 0
+    assert driver.start(driver.request(req.origin_input_ids))
+    driver.finish(driver.running[0])
+    req.init_next_round_input(driver.cache)
+    assert made[-1].prefix_tokens == len(req.origin_input_ids) - 1
+    assert driver.start(req)
+    driver.check()
+
+
+def test_no_plan_is_kept_of_a_row_that_is_gone() -> None:
+    driver = Driver(1, 256, _config())
+    req, _ = _waiting(driver)
+    assert driver.start(req)
+    driver.finish(req)
+    link = driver.forest.links.of(req)
+    assert link is not None and link.plan is link.kept is link.found is None
+
+
+def test_a_forest_that_is_trusted_no_more_hands_out_no_plan() -> None:
+    driver = Driver(1, 256, _config())
+    req, _ = _waiting(driver)
+    driver.forest.contained.refusal = "in this test"
+    assert driver.start(req)
+    assert req.customized_info["pic"][0]["reason"] == "in this test"

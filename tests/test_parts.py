@@ -15,7 +15,7 @@ from sglang_pic.config import PicConfig
 from sglang_pic.errors import PicIntegrityError
 from sglang_pic.forest import segments as segments_module
 from sglang_pic.forest.carried import Nothing, Path
-from sglang_pic.forest.keys import owner_of
+from sglang_pic.forest.keys import owner_of, segment_id
 from sglang_pic.forest.lookups import Lookup
 from sglang_pic.forest.pages import Pages
 from sglang_pic.forest.planner import Row, arrange
@@ -64,18 +64,18 @@ def test_what_waits_for_its_link_is_let_go() -> None:
     """By the link, by too many that wait, by too many links, and by a name."""
     segments, released = made(fresh=35)
     names = [add(segments, 100 * i) for i in range(3)]
-    assert all(map(segments.is_fresh, names)) and not released
+    assert segments._fresh.keys() == set(names) and not released
     segments.use(names[1:2])
     assert released == [names[1]]
     add(segments, 300), add(segments, 400)
     assert released == [names[1], names[0]]
     for _ in range(FRESH_TICKS + 5):
         segments.use([])
-    assert not any(map(segments.is_fresh, names))
+    assert not segments._fresh.keys() & set(names)
     waiting = add(segments, 500)
     released.clear()
     assert add(segments, 500, named=True) == waiting
-    assert released == [waiting] and not segments.is_fresh(waiting)
+    assert released == [waiting] and waiting not in segments._fresh
     assert segments.first_uses(waiting, named=True) == NAMED_USES
 
 
@@ -95,7 +95,7 @@ def test_counts_add_up_whatever_happens(steps: list[tuple[str, int, str | None]]
     segments, _ = made(fresh=35)
     for what, n, tenant in steps:
         space = segments.namespace(tenant)
-        name = segments.name(space, None, ids(100 * n, 10))
+        name = segment_id(space, None, ids(100 * n, 10))
         if what in ("add", "named", "empty"):
             node = None if what == "empty" else n
             segments.add(ids(100 * n, 10), None, space, node, named=what == "named")

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_pic.errors import PicIntegrityError
-from sglang_pic.link.plan import LinkPlan, SegmentHit, make_plan
+from sglang_pic.link.plan import LinkPlan, SegmentHit, make_plan, reuse_turns
 from sglang_pic.link.policy import Full, LinkOptions, Naive, Seam
+from sglang_pic.link.report import Found, make_report
 
 
 def slots(count: int, first: int) -> torch.Tensor:
@@ -94,3 +95,30 @@ def test_options_choose_the_policy() -> None:
     assert LinkOptions(policy="seam", seam=3).recompute_policy() == Seam(3)
     assert LinkOptions(policy="none").recompute_policy() == Naive()
     assert LinkOptions(policy="full").recompute_policy() == Full()
+
+
+@given(prompts(), st.data())
+def test_a_report_counts_every_token_once(prompt: dict, data: st.DataObject) -> None:
+    """By spans as token by token, empty segments among them, and behind turns whose
+    tokens stand between cores."""
+    if prompt["prefix"].numel() > prompt["limit"]:
+        prompt["prefix"] = prompt["prefix"][:0]
+    plan = make_plan(**prompt)
+    computed = plan.n_tokens - plan.reused
+    turn = data.draw(st.integers(0, computed - 1)) // prompt["page"] * prompt["page"]
+    if turn:
+        plan = reuse_turns(plan, [slots(turn, 9000)], len(plan.spans), None)
+    named = []
+    for hit in prompt["hits"]:
+        if data.draw(st.booleans()):
+            named.append(Found(hit.start, hit.start))
+        named.append(Found(hit.start, hit.end, "id"))
+    prefix = prompt["prefix"].numel()
+    made = make_report(
+        plan.n_tokens, LinkOptions(), segments=named, prefix_tokens=prefix, plan=plan, reason=None
+    )
+    reused = set(plan.order[: plan.reused].tolist()) | set(range(prefix))
+    assert made.tokens_reused == len(reused)
+    for one in made.segments:
+        assert one.tokens_reused == len(reused & set(range(one.start, one.end)))
+        assert one.tokens_reused + one.tokens_computed == one.end - one.start

@@ -179,11 +179,8 @@ class InOrder:
         own = None
         if targets is not None and ComponentType.FULL in targets:
             own = {ComponentType.FULL: targets[ComponentType.FULL]}
+        # The order knows of all that may go here, unless a fault has lost some.
         more = self._pages.evict(short, own)
-        if more:
-            # The order knows of all that this tree may evict: a fault has lost some.
-            with self._contained("evict"):
-                self._nodes.recount()
         return dataclasses.replace(result, num_tokens_evicted=result.num_tokens_evicted + more)
 
     def make_room(self, tokens: int) -> bool:

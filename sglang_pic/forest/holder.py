@@ -17,7 +17,7 @@ from sglang_pic.forest.carried import Carried, Path
 from sglang_pic.forest.cost import PrefillCost
 from sglang_pic.forest.eviction import LINKABLE, InOrder
 from sglang_pic.forest.files import SavedSegment
-from sglang_pic.forest.keys import owner_of
+from sglang_pic.forest.keys import owner_of, segment_id
 from sglang_pic.forest.nodes import SEGMENT, NodeIndex
 from sglang_pic.forest.pages import Pages
 from sglang_pic.forest.segments import SegmentRecord, Segments
@@ -80,44 +80,46 @@ class Holder:
     def _keep(self, req: Req, *, named: bool) -> bool:
         ids, space, extra_key = req.origin_input_ids, req.cache_salt, req.extra_key
         context = len(self._segments.context)
-        name = self._segments.name(space, extra_key, ids[context:])
+        name = segment_id(space, extra_key, ids[context:])
         uses = self._segments.first_uses(name, named=named)
         owner = owner_of(space, extra_key)
         if not self._carried.keep(req, name, owner, uses=uses, offer=named):
             return False
-        node = self._keep_pages(req, context)
-        if node is None:
+        fits, node = self._keep_pages(req, context)
+        if not fits:
             if not self._segments.is_held(name):
                 self._carried.drop(name)
             return False
-        self._note(ids, extra_key, space, node if node >= 0 else None, named=named)
+        self._note(name, ids, extra_key, space, node, named=named)
         return True
 
-    def _keep_pages(self, req: Req, context: int) -> int | None:
-        """The node that ends them; -1 without a whole page, ``None`` without room."""
+    def _keep_pages(self, req: Req, context: int) -> tuple[bool, int | None]:
+        """Whether there is room for its pages, and the node that ends the segment's;
+        ``None`` of one without a whole page."""
         tokens = req.origin_input_ids
         tokens = tokens[: floor_to(len(tokens), self._pages.page_size)]
         space, extra_key = req.cache_salt, req.extra_key
         held = self._pages.find(tokens, extra_key, space)[0]
         while True:
             if not self._eviction.make_room(len(tokens) - held):
-                return None
+                return False, None
             # What is held of it may have gone to make room.
             still = self._pages.find(tokens, extra_key, space)[0]
             if still == held:
                 break
             held = still
         if not len(tokens):
-            return -1
+            return True, None
         slots = self._rows[req.kv.req_pool_idx, : len(tokens)].to(torch.int64, copy=True)
         ours = req.kv.cache_protected_len
         node = self._pages.keep(tokens, extra_key, space, slots, ours=ours)
         # Pages it held already have been freed; the rest are the tree's.
         req.kv.cache_protected_len = len(tokens)
-        return node if len(tokens) > context else -1
+        return True, node if len(tokens) > context else None
 
     def _note(
         self,
+        name: str,
         path: array,
         extra_key: str | None,
         space: str,
@@ -126,8 +128,6 @@ class Holder:
         named: bool,
         hits: int | None = None,
     ) -> None:
-        context = len(self._segments.context)
-        name = self._segments.name(space, extra_key, path[context:])
         uses = self._segments.first_uses(name, named=named, hits=hits)
         if node is not None:
             self._nodes.note(LINKABLE, node, SEGMENT, space, uses=uses, offer=named)
@@ -158,9 +158,8 @@ class Holder:
 
     def name(self, record: SegmentRecord) -> None:
         """A held segment was asked for by name."""
-        self._note(
-            record.path, record.extra_key, record.salt, record.node, named=True, hits=record.hits
-        )
+        where = (record.path, record.extra_key, record.salt, record.node)
+        self._note(record.id, *where, named=True, hits=record.hits)
 
     def is_ready(self, record: SegmentRecord, seam: int) -> bool:
         """Whether a held segment has all that a link of this seam width needs."""
@@ -244,7 +243,7 @@ class Holder:
             where it does not fit.
         """
         context = len(self._segments.context)
-        name = self._segments.name(saved.salt, saved.extra_key, saved.path[context:])
+        name = segment_id(saved.salt, saved.extra_key, saved.path[context:])
         cost = self._cost.flops(context, len(saved.path))
         if self._pages.tokens + held > self._eviction.limit:
             return None
@@ -256,7 +255,8 @@ class Holder:
             return None
         fresh = fresh.to(torch.int64)
         node = self._pages.keep(saved.path[:held], saved.extra_key, saved.salt, fresh)
-        self._note(saved.path, saved.extra_key, saved.salt, node, named=True, hits=saved.hits)
+        where = (saved.path, saved.extra_key, saved.salt, node)
+        self._note(name, *where, named=True, hits=saved.hits)
         slots = self._pages.slots(node, held)
         empty = torch.nonzero(torch.isin(slots, fresh)).squeeze(1)
         return empty, slots[empty]

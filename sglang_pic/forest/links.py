@@ -136,26 +136,24 @@ class Links:
         # A probe has no limit; every request has a token left to compute.
         limit = min(len(params.key), len(ids) - 1)
         found_at = (prefix.last_device_node, prefix.device_prefix_len)
-        basis = Basis(link.request, len(ids), limit, found_at)
+        refusal = self.refusal(link) or unlinkable(req)
+        basis = Basis(link.request, len(ids), limit, found_at, refusal)
         kept = link.kept
         if kept is not None and kept.basis == basis and self._is_valid(link, kept):
             self._lay_out(req, link, kept)
             return kept.result
         self._drop_plan(req, link)
-        refusal = self.refusal(link) or unlinkable(req)
-        if refusal is not None:
-            return self._unlinked(req, link, prefix, refusal)
-        if not link.request.options.link:
-            self._unlinked(req, link, prefix, "link_off")
+        if refusal is None and link.request.options.link:
+            return self._linked(req, link, ids, prefix, basis)
+        self._unlinked(req, link, prefix, refusal or "link_off")
+        if refusal is None:
             link.plan = unlinked_plan(len(ids))
-            return prefix
-        return self._linked(req, link, ids, prefix, basis)
+        return self._keep(req, link, None, basis, (), None, prefix).result
 
     def _is_valid(self, link: LinkState, kept: Kept) -> bool:
         """Whether the plan would be made again as it is."""
         return (
             link.private is None
-            and self._contained.refusal is None
             and link.plan is kept.plan
             and all(self._segments.compiled(name) == tick for name, tick in kept.lacking)
             and self._conversations.version(*kept.turns[:2]) == kept.turns[2]
@@ -176,12 +174,10 @@ class Links:
             prefix = self._ordinary.nothing(req.extra_key)
         made = self._planning.arrange(req, link, ids, prefix, basis.limit)
         plan = made.plan
-        link.kept = None
         if not made.cores and options.policy != "full":
             # No core is reused: an ordinary request, and cached as one.
             self._report(req, link, made.seen, prefix.device_prefix_len, None)
-            self._keep(req, link, made, basis, (), None, prefix)
-            return prefix
+            return self._keep(req, link, made.first, basis, (), None, prefix).result
         link.cores, link.chain = made.cores, made.chain
         link.plan = plan = dataclasses.replace(plan, relocated=options.mode == "relocate")
         in_row_order = np.frombuffer(ids, dtype=np.int64)[plan.order.numpy()]
@@ -194,7 +190,7 @@ class Links:
             result = MatchResult(0, handle, handle, handle, host_hit_length=plan.reused)
         else:
             result = MatchResult(plan.reused, handle, handle, handle)
-        kept = self._keep(req, link, made, basis, handle.nodes, order, result)
+        kept = self._keep(req, link, made.first, basis, handle.nodes, order, result)
         self._lay_out(req, link, kept)
         return result
 
@@ -212,7 +208,7 @@ class Links:
         self,
         req: Req,
         link: LinkState,
-        made: Arranged,
+        first: str | None,
         basis: Basis,
         nodes: tuple[int, ...],
         order: array | None,
@@ -224,8 +220,7 @@ class Links:
             if lookup is not None and lookup.miss is not None
         )
         whose = self._conversations.whose(req, link)
-        version = self._conversations.version(whose, made.first)
-        turns = (whose, made.first, version)
+        turns = (whose, first, self._conversations.version(whose, first))
         link.kept = Kept(basis, lacking, nodes, turns, link.plan, order, result)
         return link.kept
 
@@ -307,10 +302,10 @@ class Links:
 
     def finished(self, req: Req) -> None:
         """A request has ended well: keep what it computed."""
-        asked = self._asked.of(req)
-        if asked.compile is not None and self._contained.refusal is None:
-            with self._contained("keep", req):
-                self._holder.keep(req, named=asked.compile.named)
+        with self._contained("keep", req):
+            compiled = self._asked.of(req).compile
+            if compiled is not None and self._contained.refusal is None:
+                self._holder.keep(req, named=compiled.named)
         link = self._states.get(req)
         if link is not None:
             with self._contained("keep turn", req):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglang_pic.forest.carried import Carried
-from sglang_pic.forest.keys import owner_of
+from sglang_pic.forest.keys import owner_of, segment_id
 from sglang_pic.forest.pages import Pages
 from sglang_pic.forest.segments import Segments
 from sglang_pic.link import report
@@ -64,7 +64,7 @@ class Lookups:
         """
         context = self._segments.context
         space = self._segments.namespace(tenant)
-        name = self._segments.name(space, extra_key, tokens)
+        name = segment_id(space, extra_key, tokens)
         path = context + tokens if context else tokens
         held, node = self._pages.find(path, extra_key, space)
         held = max(0, held - len(context))

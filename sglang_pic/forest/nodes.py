@@ -1,10 +1,9 @@
 """Nodes of SGLang's trees in one eviction order.
 
 SGLang's tree evicts what was used least recently, one tree at a time. Here every
-node of every tree (a hybrid has two) is an entry of one ``EvictionOrder``, so
-that compiled segments, conversations and ordinary prefixes compete by what they
-save; the tree still does the evicting, leaf by leaf, and keeps its own counts
-and locks.
+node of both trees (ordinary prefixes, and what is linked) is an entry of one
+``EvictionOrder``, so that they compete by what they save; the tree still does the
+evicting, leaf by leaf, and keeps its own counts and locks.
 
 Nodes become known when a path is inserted or used. SGLang splits a node without
 telling: its lower half keeps the id, and here the range of both, until that path

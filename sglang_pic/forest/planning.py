@@ -54,7 +54,8 @@ class Ordinary:
 
 
 class Planning:
-    """Looks up what a link names, and has its row laid out; changes nothing."""
+    """Looks up what a link names, and has its row laid out; changes nothing but what a
+    request remembers of its lookups."""
 
     def __init__(
         self,

@@ -101,10 +101,6 @@ class Segments:
         """Where a tenant's segments live."""
         return self._space + (tenant or "")
 
-    def name(self, space: str, extra_key: str | None, tokens: array) -> str:
-        """A segment's id."""
-        return segment_id(space, extra_key, tokens)
-
     # -- a segment's life ---------------------------------------------------------
 
     def first_uses(self, name: str, *, named: bool, hits: int | None = None) -> int:
@@ -138,7 +134,7 @@ class Segments:
                 a link has asked for it and is on its way.
             hits: of its former life; by default what is remembered of it.
         """
-        name = self.name(salt, extra_key, path[len(self.context) :])
+        name = segment_id(salt, extra_key, path[len(self.context) :])
         self.clock += 1
         hits = self._hits(name) if hits is None else hits
         tokens = len(path) - len(self.context)
@@ -230,10 +226,6 @@ class Segments:
         self._fresh_held = 0
 
     # -- links on their way -----------------------------------------------------------
-
-    def is_fresh(self, name: str) -> bool:
-        """Whether it waits for its link."""
-        return name in self._fresh
 
     def release_all(self) -> None:
         """Memory is needed: links on their way may find their segments gone."""

@@ -44,12 +44,14 @@ class Basis:
         tokens: of the prompt and those generated.
         limit: no token at or behind this index is reused.
         prefix: SGLang's node that ends the ordinary prefix, and how long that is.
+        refusal: why nothing is linked, or ``None``.
     """
 
     request: LinkRequest
     tokens: int
     limit: int
     prefix: tuple[Any, int]
+    refusal: str | None
 
 
 @dataclasses.dataclass(frozen=True)

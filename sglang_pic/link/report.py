@@ -118,7 +118,7 @@ def _linked(segments: Sequence[Found], spans: Sequence[Span]) -> list[int]:
         if span.among is not None:
             among = span.among.numpy()
             counts += np.searchsorted(among, ends) - np.searchsorted(among, starts)
-    return [int(n) for n in counts]
+    return counts.tolist()
 
 
 def _is_exact(plan: LinkPlan, segments: Sequence[Found], prefix_tokens: int) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from sglang_pic.attention.selfcheck import first_layer_checks, rotary_check
 from sglang_pic.errors import PicRefused
 from sglang_pic.forest.forest import Forest
-from sglang_pic.forest.keys import owner_of
+from sglang_pic.forest.keys import owner_of, segment_id
 from sglang_pic.linear.carried import LinearStates
 from sglang_pic.linear.selfcheck import first_layer_check
 from sglang_pic.link.policy import Seam
@@ -64,7 +64,7 @@ def _slots(forest: Forest, req: Any, ids: Any) -> Any:
 
 def _states(forest: Forest, carried: LinearStates, req: Any, ids: Any) -> Any:
     space = forest.segments.namespace(req.cache_salt)
-    name = forest.segments.name(space, req.extra_key, ids)
+    name = segment_id(space, req.extra_key, ids)
     held = carried.store.find(name, owner_of(space, req.extra_key))
     if held is None:
         raise PicRefused(404, "a state of the canary is not held", "ids")
