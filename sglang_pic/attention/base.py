@@ -37,13 +37,12 @@ class SpanBackend:
         self.ropes, self.refusal = layer_ropes(model_runner.model)
         self._plans: list[LinkPlan | None] = []
         self._rids: list[str] = []
-        self._pass_is_linked = False
 
     def shared_read_ends(self, fm: Any) -> SharedReadEnds:
         """A linked pass reads SGLang's table of rows in every layer: under overlap
         scheduling nobody may write it before the pass has ended."""
         ends: SharedReadEnds = super().shared_read_ends(fm)  # type: ignore[misc]
-        if not self._pass_is_linked:
+        if not any(plan is not None for plan in self._plans):
             return ends
         late = SharedReadEnds.POST_REPLAY if fm.is_decode() else SharedReadEnds.UNKNOWN
         return SharedReadEnds.max_of((ends, late))
@@ -71,8 +70,7 @@ class SpanBackend:
         Args:
             batch: SGLang's ``ForwardBatch``.
         """
-        self._pass_is_linked = self.links(batch)
-        if not self._pass_is_linked:
+        if not self.links(batch):
             return None
         lengths = batch.seq_lens if batch.seq_lens_cpu is None else batch.seq_lens_cpu
         totals = lengths.tolist()

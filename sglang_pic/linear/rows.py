@@ -90,7 +90,7 @@ class PicLinearBackend(MambaAttnBackendBase):
         prefixes = [int(n) for n in batch.extend_prefix_lens_cpu]
         extends = [int(n) for n in batch.extend_seq_lens_cpu]
         slots = self.req_to_token_pool.get_mamba_indices(batch.req_pool_indices)
-        slots = self._translate_mamba_indices(slots)
+        slots = self._translate_mamba_indices(slots).long()
         linked, compiling, others, at = [], [], [], 0
         rows = zip(
             by_row(self._rids, self._plans, batch),
@@ -111,16 +111,16 @@ class PicLinearBackend(MambaAttnBackendBase):
                         self._grow(capture, slots[i : i + 1])
             at += extends[i]
         if compiling:
-            self._capture_step = build_capture(compiling, slots.long())
+            self._capture_step = build_capture(compiling, slots)
         if linked:
-            self._link_step = build_link(linked, self.shape, slots.long())
+            self._link_step = build_link(linked, self.shape, slots)
             self._others = _rows_of(batch, [i for i, _ in others]) if others else None
             tokens = [tokens for _, tokens in others]
             self._other_tokens = to_device(torch.cat(tokens), self.device) if tokens else None
 
     def _grow(self, capture: Capture, slot: torch.Tensor) -> None:
         """A growing segment goes on from where the shorter one's cores end, in its state
-        slot, int [1]."""
+        slot, int64 [1]."""
         held = capture.grown_from
         if held is None:
             return
