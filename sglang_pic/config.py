@@ -13,7 +13,7 @@ import json
 import os
 
 from sglang_pic.errors import PicConfigError
-from sglang_pic.link.policy import AUTO, MODES, POLICIES, STATE_POLICIES, LinkOptions
+from sglang_pic.link.policy import AUTO, COMPANIES, MODES, POLICIES, STATE_POLICIES, LinkOptions
 
 ENV_NAME = "SGLANG_PIC_CONFIG"
 STATE_DTYPES = ("float32", "float16")
@@ -27,7 +27,12 @@ class PicConfig:
     Attributes:
         seam: seam width w in tokens: how many tokens at the head of a segment
             every link computes anew (EPIC's k, MEPIC's first block).
-        policy: default recompute policy, one of ``none``, ``seam``, ``full``.
+        policy: default recompute policy, one of ``none``, ``seam``, ``graded``, ``full``.
+        company: whose company a segment may have been computed in: ``subset``, of
+            segments that all stand in the prompt behind the same opening; ``tenant``, of
+            any of its tenant behind that; ``off``, none is made.
+        company_seam: seam width of a segment that was computed in company.
+        share: of the segments' tokens that ``graded`` may compute.
         mode: ``share`` reads one physical copy of a segment's pages for every
             request and position; ``relocate`` copies them into the request
             with K rotated to its true position.
@@ -67,6 +72,9 @@ class PicConfig:
 
     seam: int = 16
     policy: str = "seam"
+    company: str = "subset"
+    company_seam: int = 0
+    share: float = 0.15
     mode: str = "share"
     compile_context: tuple[int, ...] = ()
     min_segment: int = 32
@@ -91,8 +99,13 @@ class PicConfig:
     audit_action: str = "log"
 
     def __post_init__(self) -> None:
-        if self.seam < 0:
-            raise PicConfigError(f"seam must be at least 0, got {self.seam}")
+        for name in ("seam", "company_seam"):
+            if getattr(self, name) < 0:
+                raise PicConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.company not in COMPANIES:
+            raise PicConfigError(f"company must be one of {COMPANIES}, got {self.company!r}")
+        if not 0 <= self.share <= 1:
+            raise PicConfigError(f"share must be from 0 to 1, got {self.share}")
         if self.min_segment < 1:
             raise PicConfigError(f"min_segment must be at least 1, got {self.min_segment}")
         if self.compile_timeout_s <= 0:
@@ -135,7 +148,15 @@ class PicConfig:
     @property
     def link_defaults(self) -> LinkOptions:
         """What a request gets that names no option of its own."""
-        return LinkOptions(policy=self.policy, seam=self.seam, mode=self.mode, state=self.state)
+        return LinkOptions(
+            policy=self.policy,
+            seam=self.seam,
+            company=self.company,
+            company_seam=self.company_seam,
+            share=self.share,
+            mode=self.mode,
+            state=self.state,
+        )
 
     def to_env(self) -> None:
         """Publish the settings to this process and the children it will start."""

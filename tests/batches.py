@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sglang_pic.attention.step import StepRow
 from sglang_pic.kernels.rotate import angles, rotate
 from sglang_pic.link.plan import LinkPlan, SegmentHit, make_plan
-from sglang_pic.link.policy import Seam
+from sglang_pic.link.policy import Outline, Seam
 
 CPU = torch.device("cpu")
 # Sums in another order, weights in base 2: a few units in the last place of sums of
@@ -89,8 +89,8 @@ class Batch:
             hits, at = [], before
             for name in prompt:
                 length = lengths[name]
-                opening = at == 0
-                hits.append(SegmentHit(at, at + length, at, held[name], opening=opening))
+                core = Seam(seam).core(Outline(length, opening=at == 0), page=page)
+                hits.append(SegmentHit(at, at + length, at, held[name], core))
                 key.append(content[name][0])
                 value.append(content[name][1])
                 at += length
@@ -99,7 +99,7 @@ class Batch:
             value.append(torch.randn(question + 1, layer.kv_heads, layer.dim))
             plan = make_plan(
                 n, limit=n - 1, prefix=torch.empty(0, dtype=torch.int64), hits=hits,
-                policy=Seam(seam), page=page,
+                page=page,
             )  # fmt: skip
             live = plan.order[plan.reused :]
             private = pages(live.numel())

@@ -28,13 +28,34 @@ from sglang_pic.config import PicConfig
 from sglang_pic.forest.adapter import PicCache
 from sglang_pic.forest.build import plant
 from sglang_pic.forest.cost import PrefillCost
-from sglang_pic.forest.keys import is_reserved, namespace
+from sglang_pic.forest.keys import is_reserved, namespace, order_key
 from sglang_pic.forest.nodes import SEGMENT
 from sglang_pic.link.policy import LinkOptions, ceil_to
 from sglang_pic.request.base import LinkRequest, TokenSpan
 from sglang_pic.request.internal import compile_hints, link_hints
 
 _rids = itertools.count()
+
+
+class Copies:
+    """Copies of pages, as ``attention.relocate`` makes them of true ones."""
+
+    def __init__(self, driver: Driver):
+        self._driver = driver
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor, offset: int) -> None:
+        keys, values = self._driver.pool.k_buffer[0], self._driver.pool.v_buffer[0]
+        keys[target] = keys[source]
+        keys[target, 0, 1] += offset
+        values[target] = values[source]
+        for one, other in zip(target.tolist(), source.tolist(), strict=True):
+            self._driver.touched[one] = self._driver.touched[other]
+
+    def average(self, target: torch.Tensor, other: torch.Tensor) -> None:
+        for buffer in (self._driver.pool.k_buffer[0], self._driver.pool.v_buffer[0]):
+            buffer[target] = (buffer[target] + buffer[other]) / 2
+        for one, two in zip(target.tolist(), other.tolist(), strict=True):
+            self._driver.touched[one] |= self._driver.touched[two]
 
 
 def _behind(seen: int, token: int) -> int:
@@ -72,7 +93,10 @@ class Driver:
                 False, self.rows, self.allocator, page, tree_components=(ComponentType.FULL,)
             )
         )
-        self.forest = plant(self.cache, config, PrefillCost(1e6, 10.0, 16))
+        copies: Any = Copies(self)
+        self.forest = plant(self.cache, config, PrefillCost(1e6, 10.0, 16), copies=copies)
+        # Of each slot, the tokens that have had a part in what it holds, as bits.
+        self.touched = [0] * (size + page)
         self.running: list[Req] = []
 
     # -- requests -----------------------------------------------------------------------
@@ -97,6 +121,31 @@ class Driver:
         if not self.start(req):
             return False
         self.finish(req)
+        return True
+
+    def company(
+        self,
+        parts: Sequence[Sequence[int]],
+        opening: Sequence[int] = (),
+        salt: str | None = None,
+        *,
+        between: Any = lambda: None,
+    ) -> bool:
+        """Run both orders of a company from start to end; whether they could run at
+        all. ``between`` runs between the two."""
+        space = namespace(self.forest.segments.context, salt)
+        order = sorted(parts, key=order_key)
+        for i, arranged in enumerate((order, order[::-1])):
+            ids, spans = list(opening), []
+            for part in arranged:
+                spans.append(TokenSpan(len(ids), len(ids) + len(part)))
+                ids += part
+            req = self.request(ids, space, compile_hints((), company=spans))
+            if not self.start(req):
+                return False
+            self.finish(req)
+            if i == 0:
+                between()
         return True
 
     def link(
@@ -154,11 +203,13 @@ class Driver:
         row = self.rows.req_to_token[req.kv.req_pool_idx, :end].long()
         tokens = self.pool.k_buffer[0][row, 0, 0].long().tolist()
         saw = self.pool.v_buffer[0][row, 0, 0].long().tolist()
-        seen = 0
+        seen = touched = 0
         for i in torch.argsort(self._positions(req, end)).tolist():
             if i >= start:
                 saw[i] = _behind(seen, tokens[i])
+                self.touched[row[i]] = touched | 1 << tokens[i]
             seen = _behind(seen, saw[i])
+            touched |= self.touched[row[i]]
         self.pool.v_buffer[0][row[start:], 0, 0] = torch.tensor(saw[start:]).float()
 
     def _check_report(self, req: Req) -> None:
@@ -171,10 +222,19 @@ class Driver:
             usual.append(_behind(seen, token))
             seen = _behind(seen, usual[-1])
         row = self.rows.req_to_token[req.kv.req_pool_idx, : req.prefix_len].long()
+        self._check_touched(req, row)
         saw = self.pool.v_buffer[0][row, 0, 0].long().tolist()
         positions = self._positions(req, req.prefix_len).tolist()
         exact = all(usual[at] == one for at, one in zip(positions, saw, strict=True))
         assert req.customized_info["pic"][0]["exactness"] == ("exact" if exact else "composed")
+
+    def _check_touched(self, req: Req, row: torch.Tensor) -> None:
+        """No token that the prompt does not contain has had a part in what it reuses,
+        but the compile context's."""
+        own = 0
+        for token in (*req.origin_input_ids, *req.output_ids, *self.forest.segments.context):
+            own |= 1 << token
+        assert not any(self.touched[slot] & ~own for slot in row.tolist())
 
     def _positions(self, req: Req, end: int) -> torch.Tensor:
         """Of the first ``end`` entries of its row."""

@@ -28,7 +28,7 @@ from sglang_pic import sglang_hooks
 from sglang_pic.config import PicConfig
 from sglang_pic.eval.models.smollm2 import ensure_model
 from sglang_pic.eval.serving import Server
-from sglang_pic.forest import build, links, relocation
+from sglang_pic.forest import build
 from sglang_pic.forest import state as forest_state
 from sglang_pic.kernels.operators.pair import Pair
 from sglang_pic.launch_server import pic_parser, read_config
@@ -164,11 +164,15 @@ def test_every_reason_is_explained() -> None:
         if isinstance(node, ast.Return)
         and isinstance(node.value, ast.Constant)
         and node.value.value
-    } | set(_literals_given_as_reason())
+    }
     whole |= {name.removeprefix("return_") for name in forest_state.ordered_flags()}
     whole |= set(forest_state.PLACES)
     whole |= {gate.CANARY_FAILED, gate.AUDIT_FAILED, gate.SWITCHED_OFF}
-    whole |= {forest_state.NO_ROOM, forest_state.FAULT}
+    whole |= {
+        value
+        for name, value in vars(forest_state).items()
+        if name.isupper() and isinstance(value, str)
+    }
     assert {"require_exact", "link_off", "input_logprobs"} <= whole
     explained = {name for row in rows_of(USING / "report.md") for name in named(row[0])}
     told = {name for row in rows_of(USING / "report.md") for cell in row for name in named(cell)}
@@ -178,19 +182,6 @@ def test_every_reason_is_explained() -> None:
     assert segment <= explained
     helped = {name for row in rows_of(DOCS / "operating.md") for name in named(row[0])}
     assert segment <= helped, segment - helped
-
-
-def _literals_given_as_reason() -> Iterator[str]:
-    """Literal reasons for a whole request, where links are planned and rows begin."""
-    trees = [ast.parse(inspect.getsource(module)) for module in (links, relocation)]
-    for node in (node for tree in trees for node in ast.walk(tree)):
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "_unlinked":
-            values: list[Any] = [node.args[-1]]
-        elif isinstance(node, ast.FunctionDef) and node.name == "refusal":
-            values = [one.value for one in ast.walk(node) if isinstance(one, ast.Return)]
-        else:
-            continue
-        yield from (one.value for one in values if isinstance(one, ast.Constant) and one.value)
 
 
 def test_every_refusal_is_explained() -> None:

@@ -78,11 +78,28 @@ class Machine(RuleBasedStateMachine):
                 self.known[salt, _name(self.driver, ids, salt)] = ids
 
     @rule(
+        chosen=st.lists(st.integers(0, 20), min_size=2, max_size=4, unique=True),
+        before=st.integers(0, 2),
+        salt=salts,
+        evict=st.sampled_from([0, 60, 250]),
+    )
+    def meet(self, chosen: list[int], before: int, salt: str | None, evict: int) -> None:
+        parts: list[list[int]] = []
+        for seed in chosen:
+            segment = self._pick(seed, salt)
+            if segment is not None and segment not in parts:
+                parts.append(segment)
+        if len(parts) > 1 and sum(map(len, parts)) < 200:
+            self.driver.company(
+                parts, _tokens(500, before), salt, between=lambda: evict and self.evict(evict)
+            )
+
+    @rule(
         chosen=st.lists(st.integers(0, 20), min_size=1, max_size=3),
         before=st.integers(0, 6),
         question=st.integers(0, 6),
         salt=salts,
-        policy=st.sampled_from(["seam", "none"]),
+        policy=st.sampled_from(["seam", "none", "graded"]),
         evict=st.sampled_from([0, 60, 250]),
     )
     def link(

@@ -20,7 +20,7 @@ from sglang_pic.eval.models.tiny import tiny_llama_model
 from sglang_pic.eval.oracle.dense import LIVE, Inner, arrange, layout, linked_inner, sources
 from sglang_pic.eval.oracle.hybrid import linked_states
 from sglang_pic.link.plan import SegmentHit, make_plan
-from sglang_pic.link.policy import Seam
+from sglang_pic.link.policy import Outline, Seam
 
 VOCAB = 200
 NAMES = ("hidden", "keys", "values")
@@ -190,11 +190,17 @@ def test_pieces_are_the_row_that_the_server_plans(
     assert [part.start for part in made] == [0, *(part.end for part in made[:-1])]
     assert made[-1].end == n
     hits = [
-        SegmentHit(start, end, start, torch.arange(start, end), opening=start == 0)
+        SegmentHit(
+            start,
+            end,
+            start,
+            torch.arange(start, end),
+            Seam(seam).core(Outline(end - start, opening=start == 0), page=page),
+        )
         for start, end in segments
     ]
     no_prefix = torch.empty(0, dtype=torch.int64)
-    plan = make_plan(n, limit=n - 1, prefix=no_prefix, hits=hits, policy=Seam(seam), page=page)
+    plan = make_plan(n, limit=n - 1, prefix=no_prefix, hits=hits, page=page)
     in_row = sorted(made, key=lambda part: part.row)
     assert [i for part in in_row for i in range(part.start, part.end)] == plan.order.tolist()
     assert sum(p.end - p.start for p in made if p.kind == inside.CORE) == plan.reused

@@ -13,7 +13,7 @@ from sglang_pic.kernels.merge import merge
 from sglang_pic.kernels.rotate import angles, rotate
 from sglang_pic.kernels.walk import TILE, make_tiles, walk
 from sglang_pic.link.plan import SegmentHit, make_plan
-from sglang_pic.link.policy import Seam
+from sglang_pic.link.policy import Outline, Seam
 
 
 def table(positions: int, dim: int, scale: float = 1.0) -> torch.Tensor:
@@ -84,11 +84,11 @@ def linked_attention(lengths: list[int], seam: int, chunk: int) -> None:
         local = angles(cos_sin, torch.arange(length))
         pool_k[slots] = rotate(keys[at : at + length], *local, neox=True)
         pool_v[slots] = values[at : at + length]
-        hits.append(SegmentHit(at, at + length, at, slots, opening=at == 0))
+        core = Seam(seam).core(Outline(length, opening=at == 0), page=page)
+        hits.append(SegmentHit(at, at + length, at, slots, core))
         at += length
     plan = make_plan(
-        n, limit=n - 1, prefix=torch.empty(0, dtype=torch.int64), hits=hits, policy=Seam(seam),
-        page=page,
+        n, limit=n - 1, prefix=torch.empty(0, dtype=torch.int64), hits=hits, page=page,
     )  # fmt: skip
     live = plan.order[plan.reused :]
     private = torch.arange(n, n + live.numel())
@@ -153,7 +153,7 @@ def test_a_shared_span_is_read_once() -> None:
     for i, start in enumerate((3, 7)):
         plan = make_plan(
             start + 12, limit=start + 11, prefix=slots[:0],
-            hits=[SegmentHit(start, start + 10, start, slots)], policy=Seam(2), page=1,
+            hits=[SegmentHit(start, start + 10, start, slots, (2, 9))], page=1,
         )  # fmt: skip
         row = torch.arange(100 * (i + 1), 100 * (i + 1) + start + 12)
         rows.append(StepRow(plan, i, start + 11, 1, row))
@@ -170,8 +170,7 @@ def test_segments_that_begin_alike_are_not_mixed_up() -> None:
     for i, tail in enumerate((50, 60)):
         slots = torch.cat([torch.arange(5), torch.arange(tail, tail + 5)])
         plan = make_plan(
-            12, limit=11, prefix=slots[:0], hits=[SegmentHit(0, 10, 0, slots, opening=True)],
-            policy=Seam(0), page=1,
+            12, limit=11, prefix=slots[:0], hits=[SegmentHit(0, 10, 0, slots, (0, 9))], page=1,
         )  # fmt: skip
         rows.append(StepRow(plan, i, 11, 1, torch.arange(200, 212)))
     step = build_step(rows, torch.device("cpu"))

@@ -25,7 +25,7 @@ from sglang_pic.linear import packed
 from sglang_pic.linear.state import CoreState, LinearShape
 from sglang_pic.linear.step import LinkRow, build_link
 from sglang_pic.link.plan import SegmentHit, make_plan, unlinked_plan
-from sglang_pic.link.policy import LinkOptions, Seam
+from sglang_pic.link.policy import LinkOptions
 
 # What makes a tensor of a value of the host's, or reads one back: on a GPU the first is a
 # copy, or a launch that no layer needs of its own, the second waits for the device.
@@ -148,13 +148,13 @@ def core() -> CoreState:
 def linked_rows(requests: int, segments: int) -> list[LinkRow]:
     length = 12
     hits = [
-        SegmentHit(i * length, (i + 1) * length, i * length, torch.arange(length), state=core())
+        SegmentHit(i * length, (i + 1) * length, i * length, torch.arange(length), (2, 11), core())
         for i in range(segments)
     ]
     total = segments * length + 3
     plan = make_plan(
         total, limit=total - 1, prefix=torch.empty(0, dtype=torch.int64), hits=hits,
-        policy=Seam(2), page=1,
+        page=1,
     )  # fmt: skip
     live = total - plan.reused
     return [LinkRow(plan, LinkOptions(), i * live, plan.reused, live, i) for i in range(requests)]

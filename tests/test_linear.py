@@ -22,7 +22,7 @@ from sglang_pic.linear.capture import Capture, CaptureRow, build_capture
 from sglang_pic.linear.state import CoreState, LinearShape, StateStore
 from sglang_pic.linear.step import LinkRow, build_link, has_core, runs_of
 from sglang_pic.link.plan import LinkPlan, SegmentHit, make_plan
-from sglang_pic.link.policy import LinkOptions, Seam
+from sglang_pic.link.policy import LinkOptions, Outline, Seam
 from sglang_pic.platforms import linear_kernels
 
 HEADS, KEY_HEADS, DK, DV = 4, 2, 8, 6
@@ -99,7 +99,7 @@ def compile_segments(
     """Compile all segments in one batch of chunked prefills."""
     captures = []
     for segment in segments:
-        first, last = Seam(seam).core(len(segment), page=page, opening=False)
+        first, last = Seam(seam).core(Outline(len(segment)), page=page)
         heads = [first] if first < last else []
         captures.append(Capture(SHAPE, start=0, heads=heads, core_end=max(0, last)))
     conv, states = pools(len(segments))
@@ -150,14 +150,14 @@ def plan_prompt(
             state = core_of(captures[i], opening=opening)
             if state is not None:
                 slots = torch.arange(len(part) // page * page) + 1000 * i
-                hits.append(SegmentHit(start, end, start, slots, opening, state))
+                core = Seam(seam).core(Outline(len(part), opening), page=page)
+                hits.append(SegmentHit(start, end, start, slots, core, state))
         tokens += part
     plan = make_plan(
         len(tokens),
         limit=len(tokens) - 1,
         prefix=torch.empty(0, dtype=torch.int64),
         hits=hits,
-        policy=Seam(seam),
         page=page,
     )
     return tokens, plan

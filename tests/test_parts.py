@@ -204,11 +204,13 @@ def test_nothing_takes_no_room_and_keeps_all() -> None:
 
 def row(tokens: int, spans: list[tuple[int, int]], **options: Any) -> Row:
     named = [TokenSpan(*span) for span in spans]
-    return Row(ids(0, tokens), tokens - 1, named, LinkOptions(**options), 0, 0, 1)
+    return Row(ids(0, tokens), tokens - 1, named, LinkOptions(**options), 0, 1)
 
 
 def found(length: int, slot: int) -> tuple[Lookup, torch.Tensor]:
-    return Lookup(f"segment {slot}", slot, length, None), torch.arange(slot, slot + length)
+    name = f"segment {slot}"
+    looked = Lookup(name, name, slot, length, None, 0, core=(4, length - 1))
+    return looked, torch.arange(slot, slot + length)
 
 
 NOBODY = torch.empty(0, dtype=torch.int64)
@@ -253,7 +255,7 @@ def test_a_shorter_prefix_is_taken_for_a_turn_alone() -> None:
 
 
 def test_the_planner_says_what_it_saw() -> None:
-    looked = [None, Lookup("gone", 3, 0, "evicted")]
+    looked = [None, Lookup("gone", "gone", 3, 0, "evicted", 0)]
     asked = row(50, [(0, 3), (25, 45)])
     plan = arrange(asked, looked, [None, NOBODY], NOBODY, [0], lambda *_: None)
     assert plan.cores == () and plan.plan.reused == 0

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sglang_pic.errors import PicIntegrityError
 from sglang_pic.link.plan import LinkPlan, SegmentHit, make_plan, reuse_turns
-from sglang_pic.link.policy import Full, LinkOptions, Naive, Seam
+from sglang_pic.link.policy import Full, Graded, LinkOptions, Naive, Outline, Seam
 from sglang_pic.link.report import Found, make_report
 
 
@@ -17,26 +17,38 @@ def slots(count: int, first: int) -> torch.Tensor:
     return torch.arange(first, first + count)
 
 
+SOUND = (
+    Naive(), Full(), Seam(0), Seam(1), Seam(5), Seam(16, 4),
+    Graded(Seam(4), 0.0), Graded(Seam(4), 0.3), Graded(Seam(16, 0), 1.0),
+)  # fmt: skip
+
+
 @st.composite
 def prompts(draw: st.DrawFn) -> dict:
     page = draw(st.sampled_from([1, 4, 16]))
     at = draw(st.integers(0, 20))
-    hits = []
-    for i in range(draw(st.integers(0, 5))):
+    places, outlines = [], []
+    for _ in range(draw(st.integers(0, 5))):
         length = draw(st.integers(1, 70))
-        held = draw(st.integers(0, length // page)) * page
-        hits.append(SegmentHit(at, at + length, at, slots(held, 1000 * (i + 1)), opening=at == 0))
+        places.append(at)
+        outlines.append(Outline(length, opening=at == 0, in_company=draw(st.booleans())))
         at += length + draw(st.integers(0, 9))
+    policy = draw(st.sampled_from(SOUND))
+    hits = []
+    for i, (start, shape, core) in enumerate(
+        zip(places, outlines, policy.cores(outlines, page=page), strict=True)
+    ):
+        held = draw(st.integers(0, shape.length // page)) * page
+        end = start + shape.length
+        hits.append(SegmentHit(start, end, start, slots(held, 1000 * (i + 1)), core))
     n = at + draw(st.integers(0 if hits else 1, 9))
     n = max(n, hits[-1].end if hits else 1)
     prefix = draw(st.integers(0, (n - 1) // page)) * page
-    policy = draw(st.sampled_from([Naive(), Full(), Seam(0), Seam(1), Seam(5), Seam(16)]))
     return {
         "n_tokens": n,
         "limit": draw(st.integers(0, n - 1)),
         "prefix": slots(min(prefix, draw(st.integers(0, prefix // page)) * page), 0),
         "hits": hits,
-        "policy": policy,
         "page": page,
     }
 
@@ -71,19 +83,57 @@ def test_every_plan_is_sound(prompt: dict) -> None:
     ],
 )
 def test_core(policy, length, page, opening, core) -> None:
-    assert policy.core(length, page=page, opening=opening) == core
+    assert policy.cores([Outline(length, opening)], page=page) == [core]
+
+
+def test_a_seam_in_company_has_its_own_width() -> None:
+    outlines = [
+        Outline(100),
+        Outline(100, in_company=True),
+        Outline(100, opening=True, in_company=True),
+    ]
+    assert Seam(16, 4).cores(outlines, page=4) == [(16, 96), (4, 96), (0, 96)]
+
+
+@given(
+    st.lists(st.builds(Outline, st.integers(1, 90), st.booleans(), st.booleans()), max_size=8),
+    st.sampled_from([0, 4, 16]),
+    st.floats(0, 1),
+    st.sampled_from([1, 4, 16]),
+)
+def test_a_budget_is_spent_from_the_question_backwards(
+    outlines: list[Outline], width: int, share: float, page: int
+) -> None:
+    seam = Seam(width)
+    cores = Graded(seam, share).cores(outlines, page=page)
+    narrow = seam.cores(outlines, page=page)
+    whole = [i for i, core in enumerate(cores) if core != narrow[i]]
+    for i in whole:
+        # Behind it nothing is reused.
+        assert all(start >= end for start, end in cores[i:])
+
+    def computed(cores: list[tuple[int, int]]) -> int:
+        return sum(s.length - max(0, b - a) for s, (a, b) in zip(outlines, cores, strict=True))
+
+    budget = int(share * sum(s.length for s in outlines))
+    assert computed(cores) <= max(budget, computed(narrow))
+    # One more would have been too much.
+    reused = [i for i, (start, end) in enumerate(cores) if start < end]
+    if reused:
+        last = reused[-1]
+        assert computed([(0, 0) if i >= last else c for i, c in enumerate(cores)]) > budget
 
 
 def test_a_prefix_ends_inside_a_segment() -> None:
-    hit = SegmentHit(4, 40, 4, slots(36, 100))
-    plan = make_plan(50, limit=49, prefix=slots(12, 0), hits=[hit], policy=Seam(2), page=4)
+    hit = SegmentHit(4, 40, 4, slots(36, 100), (4, 32))
+    plan = make_plan(50, limit=49, prefix=slots(12, 0), hits=[hit], page=4)
     assert [(s.start, s.end, s.offset) for s in plan.spans] == [(0, 12, 0), (12, 36, 4)]
 
 
 def test_check_refuses_a_span_seen_too_early() -> None:
     plan = make_plan(
-        20, limit=19, prefix=slots(0, 0), hits=[SegmentHit(5, 15, 5, slots(10, 0))],
-        policy=Seam(2), page=1,
+        20, limit=19, prefix=slots(0, 0), hits=[SegmentHit(5, 15, 5, slots(10, 0), (2, 9))],
+        page=1,
     )  # fmt: skip
     span = plan.spans[0]
     bad = LinkPlan(20, plan.reused, (type(span)(**{**vars(span), "first_seer": 0}),), plan.order)

@@ -17,7 +17,7 @@ from sglang_pic.attention.tables import (
 from sglang_pic.eval.gpu.shapes import ModelShape
 from sglang_pic.kernels.rotate import angles
 from sglang_pic.link.plan import LinkPlan, SegmentHit, make_plan
-from sglang_pic.link.policy import Seam
+from sglang_pic.link.policy import Outline, Seam
 
 
 @dataclasses.dataclass
@@ -78,13 +78,16 @@ class Scenario:
         for request in range(layout.requests):
             names = torch.randperm(layout.segments, generator=self._random).tolist()
             own = 0 if layout.shared else request * layout.segments
+            core = Seam(layout.seam).core(Outline(layout.length), page=page)
             hits = [
-                SegmentHit(i * layout.length, (i + 1) * layout.length, i * layout.length, slots_of)
+                SegmentHit(
+                    i * layout.length, (i + 1) * layout.length, i * layout.length, slots_of, core
+                )
                 for i, slots_of in enumerate(held[own + name] for name in names)
             ]
             plan = make_plan(
                 n, limit=n - 1, prefix=torch.empty(0, dtype=torch.int64), hits=hits,
-                policy=Seam(layout.seam), page=page,
+                page=page,
             )  # fmt: skip
             mine = self._pages(width - plan.reused)
             row = torch.cat([plan.slots, mine])

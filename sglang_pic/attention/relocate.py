@@ -1,7 +1,9 @@
-"""*Relocate*: copy reused pages into private slots, K at its true position.
+"""Copy pages within SGLang's pool, K turned to other positions.
 
-What EPIC and HYPIC do. It costs memory for every request and leaves decode
-entirely stock; kept as the fallback and as the baseline for memory.
+*Relocate* (EPIC, HYPIC) gives a request private copies of the pages it reuses, K at its
+true position: it costs memory for every request and leaves decode entirely stock; kept
+as the fallback and as the baseline for memory. A company's segments are copied out of
+its row the other way round, K turned back to positions of their own.
 """
 
 from __future__ import annotations
@@ -29,16 +31,38 @@ class Relocator:
 
     def __call__(self, plan: LinkPlan, private: torch.Tensor) -> None:
         """Fill ``private`` (int64 [plan.reused]) from ``plan.slots``."""
-        source = plan.slots
-        if source.is_cuda:
-            # The scheduler's stream copies what a forward pass, on another, may still write.
-            torch.cuda.synchronize()
-        offsets = torch.cat([torch.full((span.n_tokens,), span.offset) for span in plan.spans]).to(
-            source.device
-        )
+        offsets = [torch.full((span.n_tokens,), span.offset) for span in plan.spans]
+        self._copy(plan.slots, private, torch.cat(offsets))
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor, offset: int) -> None:
+        """Fill ``target`` from ``source``, int64 [n] slots each, K turned by ``offset``
+        positions."""
+        self._copy(source, target, torch.full((source.numel(),), offset))
+
+    def _copy(self, source: torch.Tensor, target: torch.Tensor, offsets: torch.Tensor) -> None:
+        _wait(source)
+        offsets = offsets.to(source.device)
         for layer_id, rope in self._ropes.items():
             keys = self._pool.get_key_buffer(layer_id)
             values = self._pool.get_value_buffer(layer_id)
             turns = None if rope is None else angles(rope.cos_sin_cache, offsets)
             neox = rope is None or rope.neox
-            kernels_for(keys).relocate(keys, values, source, private, turns, neox=neox)
+            kernels_for(keys).relocate(keys, values, source, target, turns, neox=neox)
+
+    def average(self, target: torch.Tensor, other: torch.Tensor) -> None:
+        """Leave in ``target`` the mean of its K and V and those of ``other``, int64 [n]
+        slots each; arithmetic in float32."""
+        _wait(target)
+        for layer_id in self._ropes:
+            for buffer in (
+                self._pool.get_key_buffer(layer_id),
+                self._pool.get_value_buffer(layer_id),
+            ):
+                mean = (buffer[target].float() + buffer[other].float()) / 2
+                buffer[target] = mean.to(buffer.dtype)
+
+
+def _wait(slots: torch.Tensor) -> None:
+    """The scheduler's stream copies what a forward pass, on another, may still write."""
+    if slots.is_cuda:
+        torch.cuda.synchronize()

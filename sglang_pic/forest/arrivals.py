@@ -52,7 +52,11 @@ class Arrivals:
         if not options.link or options.policy == "full":
             return []
         found = self._planning.found(req, link)
-        missing = [i for i, lookup in enumerate(found) if lookup is not None and lookup.miss]
+        missing = [
+            i
+            for i, lookup in enumerate(found)
+            if lookup is not None and lookup.miss and lookup.core[0] < lookup.core[1]
+        ]
         opening = link.request.spans[0].start if link.request.spans else 0
         if opening >= self._shortest:
             held = self._ordinary.held(req.origin_input_ids[:opening], req).device_prefix_len
@@ -73,7 +77,7 @@ class Arrivals:
         link = self._links.of(req)
         if missing and link is not None:
             found = link.found or ()
-            self._holder.expect([one.id for one in found if one is not None and one.miss is None])
+            self._holder.expect([one.copy for one in found if one is not None and one.miss is None])
         return missing
 
     def explain(self, req: Req) -> dict[str, Any]:

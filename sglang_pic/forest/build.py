@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import pathlib
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import torch
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.registry import create_unified_radix_cache
 from sglang.srt.runtime_context import mamba_checkpoint_grid
 
@@ -17,8 +18,10 @@ from sglang_pic.errors import PicConfigError
 from sglang_pic.forest.adapter import PicCache
 from sglang_pic.forest.arrivals import Arrivals
 from sglang_pic.forest.asked import Asked
+from sglang_pic.forest.assembly import Assembly, BothOrders, NoAssembly
 from sglang_pic.forest.budget import KV_SHARE, Budgets, Need
 from sglang_pic.forest.carried import Carried, Nothing
+from sglang_pic.forest.companies import Companies
 from sglang_pic.forest.containment import Containment
 from sglang_pic.forest.conversations import Conversations
 from sglang_pic.forest.cost import PrefillCost
@@ -35,7 +38,6 @@ from sglang_pic.forest.relocation import Relocation
 from sglang_pic.forest.segments import Segments
 from sglang_pic.linear.carried import LinearStates
 from sglang_pic.linear.state import LinearShape
-from sglang_pic.link.plan import LinkPlan
 from sglang_pic.link.policy import floor_to
 from sglang_pic.manage.store import Store
 from sglang_pic.request.seal import ENV_NAME, is_made_here
@@ -108,8 +110,8 @@ def build_cache(ctx: Any, *, unhooked: str | None) -> PicCache:
         logger.warning("sglang_pic does not link, every request is exact: %s", refusal)
         return cache
     shape = backend.shape if ctx.is_hybrid_ssm else None
-    copy = Relocator(runner.token_to_kv_pool, backend.ropes)
-    plant(cache, config, cost, shape=shape, copy=copy)
+    copies = Relocator(runner.token_to_kv_pool, backend.ropes)
+    plant(cache, config, cost, shape=shape, copies=copies)
     logger.info("sglang_pic links: %s", config)
     if config.store is not None:
         if ctx.server_args.tp_size > 1:
@@ -127,7 +129,7 @@ def plant(
     *,
     refusal: str | None = None,
     shape: LinearShape | None = None,
-    copy: Callable[[LinkPlan, torch.Tensor], None] | None = None,
+    copies: Relocator | None = None,
 ) -> Forest:
     """Put the parts together and give them to their cache.
 
@@ -136,8 +138,7 @@ def plant(
         cost: of the model.
         refusal: why this server must not link at all, or ``None``.
         shape: of a hybrid's linear layers; ``None`` in models without.
-        copy: copies a plan's pages into slots, K rotated (``attention.relocate``); asked
-            by links of that mode alone.
+        copies: of pages; without it nothing is relocated, and no company is kept.
     """
     allocator, rows = cache.token_to_kv_pool_allocator, cache.req_to_token_pool
     pool = allocator.size * cost.kv_bytes
@@ -154,6 +155,7 @@ def plant(
         """Pages that these ended with went for want of memory."""
         for name in names:
             holder.evicted(name)
+            companies.gone(name)
             conversations.evicted(name)
 
     contained = Containment(lambda: forest.check(), refusal)
@@ -183,8 +185,15 @@ def plant(
     budgets = Budgets(Need(kv, carried.budget), config.pin_share)
     table = rows.req_to_token
     holder = Holder(segments, pages, carried, nodes, in_order, cost, table, allocator)
+    companies = Companies()
+    assembly: Assembly = NoAssembly()
+    if copies is not None and shape is None and config.company != "off":
+        assembly = BothOrders(
+            companies, pages, nodes, in_order, copies, table, allocator,
+            lambda tokens: cache.evict(EvictParams(num_tokens=tokens)),
+        )  # fmt: skip
     conversations = Conversations(segments, pages, carried, nodes, in_order, table)
-    lookups = Lookups(segments, pages, carried, config.min_segment)
+    lookups = Lookups(segments, companies, pages, carried, config.min_segment)
     asked = Asked()
     ordinary = Ordinary(
         match=cache.match_as_sglang,
@@ -197,9 +206,19 @@ def plant(
             else cache.page_size
         ),
     )
-    planning = Planning(ordinary, segments, pages, lookups, conversations)
+    planning = Planning(ordinary, segments, companies, pages, lookups, conversations)
     links = Links(
-        asked, ordinary, planning, segments, pages, carried, conversations, holder, contained
+        asked,
+        ordinary,
+        planning,
+        segments,
+        companies,
+        assembly,
+        pages,
+        carried,
+        conversations,
+        holder,
+        contained,
     )
     shortest, page = config.min_segment, cache.page_size
     arrivals = Arrivals(links, ordinary, planning, holder, shortest, page)
@@ -211,6 +230,8 @@ def plant(
         contained=contained,
         asked=asked,
         segments=segments,
+        companies=companies,
+        assembly=assembly,
         pages=pages,
         carried=carried,
         nodes=nodes,
@@ -221,7 +242,7 @@ def plant(
         conversations=conversations,
         links=links,
         arrivals=arrivals,
-        relocation=Relocation(cache, links, contained, copy),
+        relocation=Relocation(cache, links, contained, copies),
     )
     cache.forest = forest
     return forest

@@ -14,8 +14,10 @@ from sglang_pic.config import PicConfig
 from sglang_pic.errors import PicIntegrityError
 from sglang_pic.forest.arrivals import Arrivals
 from sglang_pic.forest.asked import Asked
+from sglang_pic.forest.assembly import Assembly
 from sglang_pic.forest.budget import Budgets
 from sglang_pic.forest.carried import Carried
+from sglang_pic.forest.companies import Companies
 from sglang_pic.forest.containment import Containment
 from sglang_pic.forest.conversations import Conversations
 from sglang_pic.forest.cost import PrefillCost
@@ -49,6 +51,8 @@ class Forest:
     contained: Containment
     asked: Asked
     segments: Segments
+    companies: Companies
+    assembly: Assembly
     pages: Pages
     carried: Carried
     nodes: NodeIndex
@@ -87,8 +91,13 @@ class Forest:
 
     def reset(self) -> None:
         """Everything was flushed."""
-        for part in (self.segments, self.pins, self.nodes, self.carried, self.conversations):
-            part.clear()
+        self.segments.clear()
+        self.companies.clear()
+        self.assembly.clear()
+        self.pins.clear()
+        self.nodes.clear()
+        self.carried.clear()
+        self.conversations.clear()
         self.pages.reset()
 
     def state(self) -> dict[str, Any]:
@@ -96,9 +105,10 @@ class Forest:
 
         Returns:
             ``{"clock", "page_size", "context_tokens", "segments": [{"id", "tokens",
-            "held", "pages", "hits", "compiled", "last_use"}], "segment_tokens",
-            "prefix_tokens", "integrity", "refusal", ...}`` and what ``carried`` adds.
-            ``segment_tokens`` counts distinct pages, ``prefix_tokens`` all others;
+            "held", "pages", "hits", "compiled", "last_use"}], "companies",
+            "segment_tokens", "company_tokens", "prefix_tokens", "integrity", "refusal",
+            ...}`` and what ``carried`` adds. ``segment_tokens`` counts distinct pages of
+            segments compiled alone, ``prefix_tokens`` all that are no company's either;
             ``bytes_per_token`` is of KV over all layers; ``integrity`` is ``"ok"`` or
             what the check found.
         """
@@ -126,8 +136,10 @@ class Forest:
             "page_size": page,
             "context_tokens": len(self.segments.context),
             "segments": segments,
+            "companies": self.companies.to_json(),
             "segment_tokens": distinct,
-            "prefix_tokens": self.total_tokens - distinct,
+            "company_tokens": self.companies.tokens,
+            "prefix_tokens": self.total_tokens - distinct - self.companies.tokens,
             "integrity": integrity,
             "refusal": self.refusal,
             "available_tokens": self.cache.token_to_kv_pool_allocator.available_size(),
@@ -144,6 +156,17 @@ class Forest:
             return torch.empty(0, dtype=torch.int64)
         return self.holder.slots(record)[len(self.segments.context) :].cpu()
 
+    def _check_pages(self, name: str, held: torch.Tensor, owned: set[int]) -> None:
+        page = self.cache.page_size
+        if held.numel() % page:
+            raise PicIntegrityError(f"segment {name} holds a part of a page")
+        starts = held[::page]
+        expected = (starts[:, None] + torch.arange(page)).reshape(-1)
+        if bool((starts % page).any()) or not torch.equal(held, expected):
+            raise PicIntegrityError(f"segment {name} is not made of whole pages")
+        if not owned.issuperset(held.tolist()):
+            raise PicIntegrityError(f"segment {name} names pages the tree does not own")
+
     def check(self) -> None:
         """Raise ``PicIntegrityError`` unless every page has one owner, every segment's
         pages are whole and owned by their tree, what is recorded as held is, and budgets
@@ -154,18 +177,16 @@ class Forest:
         if len(owned) != slots.numel():
             raise PicIntegrityError("a KV slot has two owners in the tree")
         self.segments.check()
+        self.companies.check()
         for record in self.segments.all():
             held = self._slots(record)
-            if held.numel() % page:
-                raise PicIntegrityError(f"segment {record.id} holds a part of a page")
-            starts = held[::page]
-            expected = (starts[:, None] + torch.arange(page)).reshape(-1)
-            if bool((starts % page).any()) or not torch.equal(held, expected):
-                raise PicIntegrityError(f"segment {record.id} is not made of whole pages")
-            if not owned.issuperset(held.tolist()):
-                raise PicIntegrityError(f"segment {record.id} names pages the tree does not own")
+            self._check_pages(record.id, held, owned)
             if record.node is not None and held.numel() < record.tokens // page * page:
                 raise PicIntegrityError(f"segment {record.id} is taken for held and is not")
+        for variant in self.companies.variants():
+            if self.pages.holds(variant.node):
+                held = self.pages.slots(variant.node, variant.tokens).cpu()
+                self._check_pages(variant.name, held, owned)
         self.carried.check()
         if not self.may_link:
             return

@@ -21,7 +21,7 @@ from sglang_pic.forest.keys import owner_of, segment_id
 from sglang_pic.forest.nodes import SEGMENT, NodeIndex
 from sglang_pic.forest.pages import Pages
 from sglang_pic.forest.segments import SegmentRecord, Segments
-from sglang_pic.link.policy import Seam, floor_to
+from sglang_pic.link.policy import Outline, Seam, floor_to
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -163,7 +163,7 @@ class Holder:
 
     def is_ready(self, record: SegmentRecord, seam: int) -> bool:
         """Whether a held segment has all that a link of this seam width needs."""
-        core = Seam(seam).core(record.tokens, page=self._pages.page_size, opening=False)
+        core = Seam(seam).core(Outline(record.tokens), page=self._pages.page_size)
         if core[0] >= core[1]:
             return True
         return self._carried.of_core(record.id, record.owner, core, opening=False)[1] is None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from sglang_pic.errors import PicRequestError
@@ -67,3 +67,25 @@ def segment_id(space: str, extra_key: str | None, tokens: Sequence[int]) -> str:
     for part in (space.encode(), (extra_key or "").encode(), array("q", tokens).tobytes()):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
+
+
+def order_key(tokens: Sequence[int]) -> bytes:
+    """What the segments of a company are put in order by: their tokens alone, so that
+    the front and every scheduler find the same one."""
+    return hashlib.blake2b(array("q", tokens).tobytes(), digest_size=16).digest()
+
+
+def company_id(space: str, extra_key: str, opening: Sequence[int], members: Collection[str]) -> str:
+    """Name of a company: 32 hex digits over its tenant's namespace, its adapter, the
+    tokens it stands behind, and the set of its segments' names."""
+    digest = hashlib.blake2b(digest_size=16)
+    parts = (space.encode(), extra_key.encode(), array("q", opening).tobytes())
+    for part in (*parts, *(name.encode() for name in sorted(members))):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+def company_space(space: str, company: str, segment: str, *, whole: bool) -> str:
+    """Namespace of the pages of one segment of a company: of one order of that, or of the
+    mean of both. A segment's own: one may begin with the tokens of another."""
+    return f"{space}\x1f{'company' if whole else 'half'}\x1f{company}\x1f{segment}"

@@ -19,7 +19,9 @@ from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResul
 
 from sglang_pic.faults import faults
 from sglang_pic.forest.asked import Asked
+from sglang_pic.forest.assembly import Assembly
 from sglang_pic.forest.carried import Carried
+from sglang_pic.forest.companies import Companies
 from sglang_pic.forest.containment import Containment
 from sglang_pic.forest.conversations import Conversations
 from sglang_pic.forest.holder import Holder
@@ -29,6 +31,8 @@ from sglang_pic.forest.planning import Ordinary, Planning
 from sglang_pic.forest.segments import Segments
 from sglang_pic.forest.state import (
     FAULT,
+    LINK_OFF,
+    REQUIRE_EXACT,
     Basis,
     Kept,
     LinkHandle,
@@ -52,6 +56,8 @@ class Links:
         ordinary: Ordinary,
         planning: Planning,
         segments: Segments,
+        companies: Companies,
+        assembly: Assembly,
         pages: Pages,
         carried: Carried,
         conversations: Conversations,
@@ -62,6 +68,8 @@ class Links:
         self._ordinary = ordinary
         self._planning = planning
         self._segments = segments
+        self._companies = companies
+        self._assembly = assembly
         self._pages = pages
         self._carried = carried
         self._conversations = conversations
@@ -91,6 +99,10 @@ class Links:
             asked = self._asked.of(req)
             if asked.link is not None:
                 return self._match_link(req, params)
+            if asked.compile is not None and asked.compile.company:
+                # An ordinary prefill, from nothing: of it copies are kept.
+                req.skip_radix_cache_insert = True
+                return self._ordinary.nothing(req.extra_key)
             if asked.compile is not None and self._contained.refusal is None:
                 return self._match_compile(req, asked.compile.seams, params)
         except Exception:
@@ -145,7 +157,7 @@ class Links:
         self._drop_plan(req, link)
         if refusal is None and link.request.options.link:
             return self._linked(req, link, ids, prefix, basis)
-        self._unlinked(req, link, prefix, refusal or "link_off")
+        self._unlinked(req, link, prefix, refusal or LINK_OFF)
         if refusal is None:
             link.plan = unlinked_plan(len(ids))
         return self._keep(req, link, None, basis, (), None, prefix).result
@@ -156,6 +168,7 @@ class Links:
             link.private is None
             and link.plan is kept.plan
             and all(self._segments.compiled(name) == tick for name, tick in kept.lacking)
+            and self._companies.version(kept.companies[0]) == kept.companies[1]
             and self._conversations.version(*kept.turns[:2]) == kept.turns[2]
             and all(map(self._pages.holds, kept.nodes))
         )
@@ -163,7 +176,7 @@ class Links:
     def refusal(self, link: LinkState) -> str | None:
         """Why nothing is linked for a request, beside ``unlinkable``, or ``None``."""
         if link.request.options.require_exact:
-            return "require_exact"
+            return REQUIRE_EXACT
         return link.request.off or self._contained.refusal
 
     def _linked(
@@ -201,7 +214,7 @@ class Links:
         nodes = dict.fromkeys(lookup.node for lookup in held)
         if made.chain is not None:
             nodes.update(dict.fromkeys(made.chain.nodes))
-        names = tuple(lookup.id for lookup in held)
+        names = tuple(lookup.copy for lookup in held)
         return LinkHandle(prefix.last_device_node, tuple(nodes), plan, names, made.chain)
 
     def _keep(
@@ -221,7 +234,9 @@ class Links:
         )
         whose = self._conversations.whose(req, link)
         turns = (whose, first, self._conversations.version(whose, first))
-        link.kept = Kept(basis, lacking, nodes, turns, link.plan, order, result)
+        owner = self._planning.owner(req)
+        companies = (owner, self._companies.version(owner))
+        link.kept = Kept(basis, lacking, nodes, companies, turns, link.plan, order, result)
         return link.kept
 
     def _lay_out(self, req: Req, link: LinkState, kept: Kept) -> None:
@@ -292,6 +307,7 @@ class Links:
         handle: LinkHandle = req.last_node
         with self._contained("use", req):
             self._holder.use(handle.segments)
+            self._assembly.use(handle.segments)
             if handle.chain is not None:
                 self._conversations.use(handle.chain, req.cache_salt or None)
         link = self._states.get(req)
@@ -305,7 +321,10 @@ class Links:
         with self._contained("keep", req):
             compiled = self._asked.of(req).compile
             if compiled is not None and self._contained.refusal is None:
-                self._holder.keep(req, named=compiled.named)
+                if compiled.company:
+                    self._assembly.keep(req, compiled.company)
+                else:
+                    self._holder.keep(req, named=compiled.named)
         link = self._states.get(req)
         if link is not None:
             with self._contained("keep turn", req):

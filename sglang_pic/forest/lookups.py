@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglang_pic.forest.carried import Carried
+from sglang_pic.forest.companies import Companies, Variant
 from sglang_pic.forest.keys import owner_of, segment_id
 from sglang_pic.forest.pages import Pages
 from sglang_pic.forest.segments import Segments
 from sglang_pic.link import report
-from sglang_pic.link.policy import RecomputePolicy
+from sglang_pic.link.policy import Core, LinkOptions, Outline
 from sglang_pic.request.base import TokenSpan
 
 if TYPE_CHECKING:
@@ -27,16 +28,24 @@ class Lookup:
 
     Attributes:
         id: the segment's name.
+        copy: name of what would be reused: the same, or a company's variant of it.
         node: that its path is locked with.
         held: of its first tokens, whole pages, that can be reused.
         miss: why less than all whole pages can, or ``None``.
+        before: tokens in front of the segment on that path, and when it was computed.
+        core: what the request's policy reuses of it.
+        company: segments of the company that it was computed in; 0 alone.
         state: what the segment's core does to linear layers, in hybrids.
     """
 
     id: str
+    copy: str
     node: int
     held: int
     miss: str | None
+    before: int
+    core: Core = (0, 0)
+    company: int = 0
     state: CoreState | None = None
 
 
@@ -48,14 +57,22 @@ class Lookups:
         shortest: tokens of the shortest segment that is compiled.
     """
 
-    def __init__(self, segments: Segments, pages: Pages, carried: Carried, shortest: int):
+    def __init__(
+        self,
+        segments: Segments,
+        companies: Companies,
+        pages: Pages,
+        carried: Carried,
+        shortest: int,
+    ):
         self._segments = segments
+        self._companies = companies
         self._pages = pages
         self._carried = carried
         self._shortest = shortest
 
     def find(self, tokens: array, extra_key: str | None, tenant: str | None) -> Lookup:
-        """Look one segment up, whatever it carries.
+        """Look one segment up as compiled alone, whatever it carries.
 
         Args:
             tokens: the segment's token ids.
@@ -75,7 +92,7 @@ class Lookups:
                 miss = report.MISSING
             else:
                 miss = report.PARTLY_EVICTED if held else report.EVICTED
-        return Lookup(name, node, held, miss)
+        return Lookup(name, name, node, held, miss, len(context))
 
     def of(
         self,
@@ -83,7 +100,7 @@ class Lookups:
         spans: Sequence[TokenSpan],
         extra_key: str | None,
         tenant: str | None,
-        policy: RecomputePolicy,
+        options: LinkOptions,
         opens_at: int,
     ) -> list[Lookup | None]:
         """One lookup a segment of a prompt; ``None`` for one too short to compile.
@@ -92,24 +109,56 @@ class Lookups:
             opens_at: where a segment would stand exactly as it was compiled, or -1.
         """
         owner = owner_of(self._segments.namespace(tenant), extra_key)
-        page = self._pages.page_size
+        texts = [ids[span.start : span.end] for span in spans]
+        chosen = self._in_company(texts, owner, ids[: spans[0].start] if spans else ids, options)
         found: list[Lookup | None] = []
-        for span in spans:
-            length = span.end - span.start
-            if length < self._shortest:
-                found.append(None)
-                continue
-            lookup = self.find(ids[span.start : span.end], extra_key, tenant)
+        outlines = []
+        for span, text in zip(spans, texts, strict=True):
             opening = span.start == opens_at
-            core = policy.core(length, page=page, opening=opening)
-            if core[0] < core[1]:
-                lookup = self._with_carried(lookup, owner, core, opening)
+            lookup = None
+            if len(text) >= self._shortest:
+                # What opens a prompt as it was compiled has seen all there is.
+                variant = None if opening else chosen.get(text.tobytes())
+                lookup = self._variant(variant, text, extra_key) if variant else None
+                lookup = lookup or self.find(text, extra_key, tenant)
             found.append(lookup)
-        return found
+            in_company = lookup is not None and lookup.company > 0
+            outlines.append(Outline(max(1, len(text)), opening, in_company))
+        cores = options.recompute_policy().cores(outlines, page=self._pages.page_size)
+        return [
+            self._with_core(lookup, owner, core, outline.opening) if lookup is not None else None
+            for lookup, core, outline in zip(found, cores, outlines, strict=True)
+        ]
 
-    def _with_carried(
-        self, lookup: Lookup, owner: tuple[str, str], core: tuple[int, int], opening: bool
+    def _in_company(
+        self, texts: Sequence[array], owner: tuple[str, str], opening: array, options: LinkOptions
+    ) -> dict[bytes, Variant]:
+        """Variants by the tokens of their segments."""
+        if options.company == "off" or not self._companies.count:
+            return {}
+        named = {
+            segment_id(*owner, text): text.tobytes()
+            for text in texts
+            if len(text) >= self._shortest
+        }
+        found = self._companies.cover(list(named), owner, opening, options.company)
+        return {named[name]: variant for name, variant in found.items()}
+
+    def _variant(self, variant: Variant, text: array, extra_key: str | None) -> Lookup | None:
+        """A company's variant, its tokens compared one by one."""
+        held, node = self._pages.find(text, extra_key, variant.space)
+        if held < variant.tokens:
+            return None
+        return Lookup(
+            variant.segment, variant.name, node, variant.tokens, None, 0, company=variant.size
+        )
+
+    def _with_core(
+        self, lookup: Lookup, owner: tuple[str, str], core: Core, opening: bool
     ) -> Lookup:
+        lookup = dataclasses.replace(lookup, core=core)
+        if core[0] >= core[1]:
+            return lookup
         state, miss = self._carried.of_core(lookup.id, owner, core, opening=opening)
         if miss is not None:
             # Without it a page is of no use.
@@ -118,7 +167,7 @@ class Lookups:
 
     def slots(self, lookup: Lookup) -> torch.Tensor:
         """int64 [held], of the segment's first tokens."""
-        context = len(self._segments.context)
+        before = lookup.before
         if not lookup.held:
             return torch.empty(0, dtype=torch.int64)
-        return self._pages.slots(lookup.node, context + lookup.held)[context:]
+        return self._pages.slots(lookup.node, before + lookup.held)[before:]

@@ -32,7 +32,6 @@ class Row:
         limit: no token at or behind this index may be reused.
         spans: the segments that it names.
         opens_at: where a segment would stand exactly as it was compiled, or -1.
-        context: tokens of the compile context.
         page: tokens per page.
     """
 
@@ -41,7 +40,6 @@ class Row:
     spans: Sequence[TokenSpan]
     options: LinkOptions
     opens_at: int
-    context: int
     page: int
 
 
@@ -73,7 +71,15 @@ def seen_of(row: Row, found: Sequence[Lookup | None]) -> list[Found]:
     return [
         Found(span.start, span.end)
         if lookup is None
-        else Found(span.start, span.end, lookup.id, lookup.miss, span.start == row.opens_at)
+        else Found(
+            span.start,
+            span.end,
+            lookup.id,
+            lookup.miss,
+            span.start == row.opens_at,
+            lookup.copy,
+            lookup.company,
+        )
         for span, lookup in zip(row.spans, found, strict=True)
     ]
 
@@ -99,9 +105,8 @@ def arrange(
     hits = []
     for span, lookup, held in zip(row.spans, found, slots, strict=True):
         if lookup is not None and held is not None:
-            opening = span.start == row.opens_at
-            offset = span.start - row.context
-            hits.append(SegmentHit(span.start, span.end, offset, held, opening, lookup.state))
+            offset = span.start - lookup.before
+            hits.append(SegmentHit(span.start, span.end, offset, held, lookup.core, lookup.state))
     best: Arranged | None = None
     for length in lengths:
         plan = make_plan(
@@ -109,7 +114,6 @@ def arrange(
             limit=row.limit,
             prefix=prefix[:length],
             hits=hits,
-            policy=row.options.recompute_policy(),
             page=row.page,
         )
         cores = _cores(row.ids, plan, seen, length) if plan.reused > length else ()
@@ -132,6 +136,6 @@ def _cores(ids: array, plan: LinkPlan, seen: Sequence[Found], prefix: int) -> tu
     for span in plan.spans:
         name = None
         if span.start >= prefix:
-            name = seen[bisect.bisect_right(starts, span.start) - 1].id
+            name = seen[bisect.bisect_right(starts, span.start) - 1].copy
         cores.append(Core.of(ids, span.start, span.end, name))
     return tuple(cores)

@@ -11,7 +11,9 @@ import torch
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
+from sglang_pic.forest.companies import Companies
 from sglang_pic.forest.conversations import Conversations
+from sglang_pic.forest.keys import owner_of
 from sglang_pic.forest.lookups import Lookup, Lookups
 from sglang_pic.forest.pages import Pages
 from sglang_pic.forest.planner import Arranged, Row, arrange
@@ -19,6 +21,7 @@ from sglang_pic.forest.segments import Segments
 from sglang_pic.forest.state import LinkState
 from sglang_pic.forest.turns import Chain, Core
 from sglang_pic.link.plan import LinkPlan
+from sglang_pic.link.policy import LinkOptions
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -61,28 +64,40 @@ class Planning:
         self,
         ordinary: Ordinary,
         segments: Segments,
+        companies: Companies,
         pages: Pages,
         lookups: Lookups,
         conversations: Conversations,
     ):
         self._ordinary = ordinary
         self._segments = segments
+        self._companies = companies
         self._pages = pages
         self._lookups = lookups
         self._conversations = conversations
 
     def found(self, req: Req, link: LinkState) -> list[Lookup | None]:
         """One lookup a segment; those made before, while nothing has changed."""
-        if link.found is None or not all(map(self._is_still, link.found)):
-            link.found = self._lookups.of(
-                req.origin_input_ids,
-                link.request.spans,
-                req.extra_key,
-                req.cache_salt,
-                link.request.options.recompute_policy(),
-                self._opens_at(req.origin_input_ids),
-            )
+        version = self._companies.version(self.owner(req))
+        is_still = link.version == version and all(map(self._is_still, link.found or ()))
+        if link.found is None or not is_still:
+            link.found = self._look_up(req, link, link.request.options)
+            link.version = version
         return link.found
+
+    def owner(self, req: Req) -> tuple[str, str]:
+        """Whose segments a request can see."""
+        return owner_of(self._segments.namespace(req.cache_salt), req.extra_key)
+
+    def _look_up(self, req: Req, link: LinkState, options: LinkOptions) -> list[Lookup | None]:
+        return self._lookups.of(
+            req.origin_input_ids,
+            link.request.spans,
+            req.extra_key,
+            req.cache_salt,
+            options,
+            self._opens_at(req.origin_input_ids),
+        )
 
     def _is_still(self, lookup: Lookup | None) -> bool:
         return lookup is None or (lookup.miss is None and self._pages.holds(lookup.node))
@@ -109,24 +124,42 @@ class Planning:
             link.request.spans,
             options,
             self._opens_at(ids),
-            len(self._segments.context),
             self._pages.page_size,
         )
         if options.policy == "full":
             link.found = [None] * len(row.spans)
-        found = self.found(req, link)
+        made = self._arranged(row, self.found(req, link), req, link, prefix)
+        in_company = any(one is not None and one.company for one in link.found or ())
+        if made.chain is None and in_company and options.reuses_turns:
+            # A conversation goes on from what it has computed, in company or alone.
+            alone = self._look_up(req, link, dataclasses.replace(options, company="off"))
+            other = self._arranged(row, alone, req, link, prefix)
+            if other.chain is not None:
+                link.found = alone
+                return other
+        return made
+
+    def _arranged(
+        self,
+        row: Row,
+        found: Sequence[Lookup | None],
+        req: Req,
+        link: LinkState,
+        prefix: MatchResult,
+    ) -> Arranged:
+        options = row.options
         slots = [None if one is None else self._lookups.slots(one) for one in found]
         held = prefix.device_prefix_len
         prefix_slots = self._ordinary.slots(prefix.last_device_node, held)
         whose = self._conversations.whose(req, link)
         lengths = [held]
         if options.reuses_turns:
-            first = next((lookup.id for lookup in found if lookup is not None), None)
+            first = next((lookup.copy for lookup in found if lookup is not None), None)
             lengths = self._conversations.prefixes(whose, first, held)
 
         def chain_of(plan: LinkPlan, cores: Sequence[Core]) -> Chain | None:
             if not options.reuses_turns:
                 return None
-            return self._conversations.chain(ids, req.extra_key, whose, plan, cores, limit)
+            return self._conversations.chain(row.ids, req.extra_key, whose, plan, cores, row.limit)
 
         return arrange(row, found, slots, prefix_slots, lengths, chain_of)

@@ -18,6 +18,8 @@ from sglang_pic.link.plan import LinkPlan
 from sglang_pic.request.base import LinkRequest
 
 # Why a request that was to be linked is answered exactly, beside ``unlinkable``.
+REQUIRE_EXACT = "require_exact"
+LINK_OFF = "link_off"
 NO_ROOM = "no_room_to_relocate"
 FAULT = "internal_fault"
 
@@ -63,6 +65,7 @@ class Kept:
         lacking: segments that it would reuse if they were held, and when they had been
             compiled last.
         nodes: whose pages it reuses.
+        companies: whose segments' companies it could use, and their version.
         turns: whose turns it could go on from, the segment that those began with, and
             their version.
         plan: as it was made.
@@ -73,6 +76,7 @@ class Kept:
     basis: Basis
     lacking: tuple[tuple[str, int], ...]
     nodes: tuple[int, ...]
+    companies: tuple[tuple[str, str], int]
     turns: tuple[tuple[str, ...], str | None, int]
     plan: LinkPlan | None
     order: array | None
@@ -84,7 +88,8 @@ class LinkState:
     """A linked request's decoded link, current plan and private copies; the cores
     of the plan and the earlier turns it reuses.
 
-    ``found`` are its segments as they were looked up last. ``private`` holds the slots
+    ``found`` are its segments as they were looked up last, when companies had that
+    ``version``. ``private`` holds the slots
     of relocated pages between load-back and allocation; from then on the row owns them.
     ``permutes`` says that the plan changed the order of the request's tokens, and
     forbade to cache them as a prefix.
@@ -97,6 +102,7 @@ class LinkState:
     private: torch.Tensor | None = None
     permutes: bool = False
     found: list[Lookup | None] | None = None
+    version: int = 0
     kept: Kept | None = None
 
 

@@ -23,7 +23,7 @@ from sglang_pic.forest.turns import Chain, Turn
 from sglang_pic.linear.capture import Capture
 from sglang_pic.linear.state import CoreState, LinearShape, StateStore
 from sglang_pic.link.plan import LinkPlan
-from sglang_pic.link.policy import LinkOptions, Seam
+from sglang_pic.link.policy import LinkOptions, Outline, Seam
 from sglang_pic.link.report import NO_STATE
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class LinearStates:
         """From the first token, or from where a shorter segment's cores end: the pairs
         must see all tokens."""
         length = len(req.origin_input_ids) - self._context
-        cores = [Seam(w).core(length, page=self._page, opening=False) for w in seams]
+        cores = [Seam(w).core(Outline(length), page=self._page) for w in seams]
         core_end = max(0, (length - 1) // self._page * self._page)
         heads = sorted({first for first, last in cores if first < last})
         capture = Capture(self._shape, start=self._context, heads=heads, core_end=core_end)

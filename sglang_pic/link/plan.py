@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from sglang_pic.errors import PicIntegrityError
-from sglang_pic.link.policy import RecomputePolicy, ceil_to, floor_to
+from sglang_pic.link.policy import Core, ceil_to, floor_to
 
 if TYPE_CHECKING:
     from sglang_pic.linear.state import CoreState
@@ -30,10 +30,10 @@ class SegmentHit(NamedTuple):
     Attributes:
         start, end: token range in the prompt.
         offset: position of the segment's first token in this prompt less its
-            position when compiled: ``start - len(compile context)``.
+            position when compiled.
         slots: int64 [held], KV slots of the segment's first ``held`` tokens,
             whole pages. ``held`` may be less than the segment (partly evicted).
-        opening: the segment stands at the prompt's start exactly as compiled.
+        core: token range of it that is to be reused, whole pages.
         state: what its core does to the linear layers of a hybrid; a state
             stands for the core as a whole, which is then reused whole or not at
             all. ``None`` in models without linear layers.
@@ -43,7 +43,7 @@ class SegmentHit(NamedTuple):
     end: int
     offset: int
     slots: torch.Tensor
-    opening: bool = False
+    core: Core
     state: CoreState | None = None
 
 
@@ -162,7 +162,6 @@ def make_plan(
     limit: int,
     prefix: torch.Tensor,
     hits: Sequence[SegmentHit],
-    policy: RecomputePolicy,
     page: int,
 ) -> LinkPlan:
     """Lay out one request.
@@ -173,7 +172,6 @@ def make_plan(
             every request at least one token to compute).
         prefix: int64 [p], slots of an exactly cached prefix, whole pages.
         hits: segments found, in prompt order, disjoint.
-        policy: which tokens of each segment are reused.
         page: tokens per KV page.
 
     Returns:
@@ -185,8 +183,7 @@ def make_plan(
     if covered:
         pieces.append((0, covered, 0, prefix, None))
     for hit in hits:
-        length = hit.end - hit.start
-        core = policy.core(length, page=page, opening=hit.opening)
+        core = hit.core
         first = max(core[0], ceil_to(max(0, covered - hit.start), page))
         last = min(core[1], hit.slots.numel(), floor_to(max(0, limit - hit.start), page))
         if first < last and (hit.state is None or (first, last) == core):

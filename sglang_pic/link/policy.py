@@ -13,7 +13,8 @@ computed could no longer be shared. ``docs/limits.md`` says so.
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 MODES = ("share", "relocate")
 
@@ -39,20 +40,37 @@ def floor_to(n: int, page: int) -> int:
     return n // page * page
 
 
-class RecomputePolicy(Protocol):
-    """Decides which tokens of a segment are reused."""
+class Outline(NamedTuple):
+    """What a policy knows of a segment of a prompt.
 
-    def core(self, length: int, *, page: int, opening: bool) -> tuple[int, int]:
-        """Token range ``[start, end)`` of the core, relative to the segment.
+    Attributes:
+        length: its tokens.
+        opening: it starts the prompt exactly as it was compiled, so nothing that
+            precedes it was missing when it was.
+        in_company: what is held of it was computed in company (``forest.companies``).
+    """
+
+    length: int
+    opening: bool = False
+    in_company: bool = False
+
+
+Core = tuple[int, int]
+
+
+class RecomputePolicy(Protocol):
+    """Decides which tokens of each segment are reused."""
+
+    def cores(self, outlines: Sequence[Outline], *, page: int) -> list[Core]:
+        """The core of every segment of a prompt.
 
         Args:
-            length: tokens in the segment, at least 1.
-            page: tokens per KV page; both bounds are multiples of it.
-            opening: the segment starts the prompt exactly as it was compiled,
-                so nothing that precedes it was missing when it was.
+            outlines: in the prompt's order.
+            page: tokens per KV page; all bounds are multiples of it.
 
         Returns:
-            The range; empty when ``start >= end``.
+            Token ranges ``[start, end)``, each relative to its segment; empty where
+            ``start >= end``.
         """
         ...
 
@@ -65,32 +83,74 @@ class Seam:
     whole pages; the last page is left to the tail, so that a prompt may end in
     a segment and still have a live last token. At page size 1 this is
     LegoLink with k = w; at page size P >= w it is MEPIC's first block.
+
+    Attributes:
+        width: w of a segment that was compiled alone.
+        company_width: of one that was compiled in company: it has seen what stands
+            before it.
     """
 
     width: int
+    company_width: int = 0
 
-    def core(self, length: int, *, page: int, opening: bool) -> tuple[int, int]:
-        head = 0 if opening else ceil_to(self.width, page)
-        return head, floor_to(length - 1, page)
+    def core(self, outline: Outline, *, page: int) -> Core:
+        width = self.company_width if outline.in_company else self.width
+        head = 0 if outline.opening else ceil_to(width, page)
+        return head, floor_to(outline.length - 1, page)
+
+    def cores(self, outlines: Sequence[Outline], *, page: int) -> list[Core]:
+        return [self.core(outline, page=page) for outline in outlines]
+
+
+@dataclasses.dataclass(frozen=True)
+class Graded:
+    """Seams, and what a budget has left spent from the question backwards: the last
+    segments whole, since a token near the question counts for several far from it.
+
+    Few widths, so that a hybrid's pairs are shared: a segment is computed whole, which
+    needs no pair, or behind its seam.
+
+    Attributes:
+        seam: of all segments.
+        share: of the segments' tokens that may be computed, seams included, 0 to 1.
+    """
+
+    seam: Seam
+    share: float
+
+    def cores(self, outlines: Sequence[Outline], *, page: int) -> list[Core]:
+        cores = self.seam.cores(outlines, page=page)
+        reused = [max(0, end - start) for start, end in cores]
+        budget = int(self.share * sum(outline.length for outline in outlines))
+        left = budget - sum(outline.length for outline in outlines) + sum(reused)
+        for i in reversed(range(len(outlines))):
+            left -= reused[i]
+            if left < 0:
+                break
+            cores[i] = (0, 0)
+        return cores
 
 
 @dataclasses.dataclass(frozen=True)
 class Naive:
     """Reuse everything, repair nothing: the lower bound of quality."""
 
-    def core(self, length: int, *, page: int, opening: bool) -> tuple[int, int]:
-        return 0, floor_to(length - 1, page)
+    def cores(self, outlines: Sequence[Outline], *, page: int) -> list[Core]:
+        return [(0, floor_to(outline.length - 1, page)) for outline in outlines]
 
 
 @dataclasses.dataclass(frozen=True)
 class Full:
     """Reuse nothing: every token goes through the linked path. Must equal stock."""
 
-    def core(self, length: int, *, page: int, opening: bool) -> tuple[int, int]:
-        return 0, 0
+    def cores(self, outlines: Sequence[Outline], *, page: int) -> list[Core]:
+        return [(0, 0)] * len(outlines)
 
 
-POLICIES = {"none": Naive, "seam": Seam, "full": Full}
+POLICIES = ("full", "graded", "none", "seam")
+# Whose company a segment may have been computed in: of segments that all stand in the
+# prompt, of any of its tenant, or nobody's; the most careful first.
+COMPANIES = ("off", "subset", "tenant")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +158,11 @@ class LinkOptions:
     """How one request wants to be linked.
 
     Attributes:
-        policy: ``none``, ``seam`` or ``full``.
-        seam: seam width w in tokens, used by ``seam``.
+        policy: ``none``, ``seam``, ``graded`` or ``full``.
+        seam: seam width w in tokens, used by ``seam`` and ``graded``.
+        company: whose company a segment may have been computed in, one of ``COMPANIES``.
+        company_seam: seam width of a segment computed in company.
+        share: of the segments' tokens that ``graded`` may compute.
         mode: ``share`` or ``relocate``.
         require_exact: answer exactly as stock SGLang would; nothing is linked.
         link: ``False`` keeps ordinary prefix caching but runs the request on
@@ -112,6 +175,9 @@ class LinkOptions:
 
     policy: str = "seam"
     seam: int = 16
+    company: str = "subset"
+    company_seam: int = 0
+    share: float = 0.15
     mode: str = "share"
     require_exact: bool = False
     link: bool = True
@@ -125,6 +191,9 @@ class LinkOptions:
         return self.turns and self.mode == "share" and self.ablation is None
 
     def recompute_policy(self) -> RecomputePolicy:
+        seam = Seam(self.seam, self.company_seam)
         if self.policy == "seam":
-            return Seam(self.seam)
+            return seam
+        if self.policy == "graded":
+            return Graded(seam, self.share)
         return Naive() if self.policy == "none" else Full()

@@ -33,6 +33,9 @@ class SegmentReport:
     """One named segment: token range, id (``None`` if it was not looked up),
     and what became of it.
 
+    ``company``: segments of the company that what it reuses was computed in
+    (``forest.companies``); 0 if that was compiled alone, or nothing is reused.
+
     ``hit`` is true when at least one token was reused; ``reason`` is one of the
     constants of this module.
     """
@@ -44,6 +47,7 @@ class SegmentReport:
     reason: str
     tokens_reused: int
     tokens_computed: int
+    company: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +83,8 @@ class LinkReport:
 class Found(NamedTuple):
     """What the planner knew of one named segment.
 
-    ``id`` and ``miss`` as in ``forest.Lookup``, both ``None`` where no lookup
-    was made; ``opening`` as in ``plan.SegmentHit``.
+    ``id``, ``miss``, ``copy`` and ``company`` as in ``forest.Lookup``, the first three
+    ``None`` where no lookup was made; ``opening`` as in ``policy.Outline``.
     """
 
     start: int
@@ -88,6 +92,8 @@ class Found(NamedTuple):
     id: str | None = None
     miss: str | None = None
     opening: bool = False
+    copy: str | None = None
+    company: int = 0
 
 
 def _why(found: Found, options: LinkOptions, reason: str | None, linked: int, total: int) -> str:
@@ -163,6 +169,7 @@ def make_report(
                 reason=_why(found, options, reason, hits, total),
                 tokens_reused=total,
                 tokens_computed=found.end - found.start - total,
+                company=found.company if hits else 0,
             )
         )
     reused = prefix_tokens + sum(span.n_tokens for span in spans)

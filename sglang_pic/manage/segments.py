@@ -121,7 +121,8 @@ def delete(forest: Forest, segment: str, tenant: str | None) -> dict[str, Any]:
         raise PicRefused(409, "the segment is pinned", "id")
     if forest.holder.is_in_use(record):
         raise PicRefused(409, "the segment is in use", "id")
-    return {"id": segment, "freed_tokens": forest.holder.delete(segment)}
+    freed = forest.holder.delete(segment) + forest.assembly.forget_segment(segment)
+    return {"id": segment, "freed_tokens": freed}
 
 
 def flush(forest: Forest, tenant: str | None) -> dict[str, int]:
@@ -132,6 +133,7 @@ def flush(forest: Forest, tenant: str | None) -> dict[str, int]:
         if record.id not in forest.pins and not forest.holder.is_in_use(record):
             freed += forest.holder.delete(record.id)
             count += 1
+    freed += forest.assembly.forget_tenant(forest.segments.namespace(tenant))
     return {"segments": count, "freed_tokens": freed + forest.free_rows(tenant)}
 
 
@@ -187,6 +189,7 @@ def stats(forest: Forest) -> dict[str, Any]:
     return {
         "clock": forest.segments.clock,
         "segments": forest.segments.count,
+        "companies": forest.companies.count,
         "pins": len(forest.pins),
         "page_size": forest.pages.page_size,
         "refusal": forest.refusal,

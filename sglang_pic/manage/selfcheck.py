@@ -14,7 +14,7 @@ from sglang_pic.forest.forest import Forest
 from sglang_pic.forest.keys import owner_of, segment_id
 from sglang_pic.linear.carried import LinearStates
 from sglang_pic.linear.selfcheck import first_layer_check
-from sglang_pic.link.policy import Seam
+from sglang_pic.link.policy import Outline, Seam
 
 
 def selfcheck(scheduler: Any, req: Any, *, at: int, seam: int) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def selfcheck(scheduler: Any, req: Any, *, at: int, seam: int) -> dict[str, Any]
         checks["rotation"] = rotary
     if isinstance(forest.carried, LinearStates):
         length = len(whole) - at
-        first, last = Seam(seam).core(length, page=forest.pages.page_size, opening=False)
+        first, last = Seam(seam).core(Outline(length), page=forest.pages.page_size)
         core = _states(forest, forest.carried, req, whole[at:]).core(first, last, opening=False)
         if core is None:
             raise PicRefused(404, "no state for this seam", "seam")

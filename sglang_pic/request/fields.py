@@ -4,8 +4,11 @@
         "segments": [{"start": 12, "end": 140}, ...],
         "parts": ["text", {"segment": "a document"}, "question"],
         "tokenize": "pieces" | "whole",
-        "policy": "seam" | "none" | "full",
+        "policy": "seam" | "graded" | "none" | "full",
         "seam": 16,
+        "company": "off" | "subset" | "tenant",
+        "company_seam": 0,
+        "share": 0.15,
         "mode": "share" | "relocate",
         "state": "compose" | "last" | "auto",
         "require_exact": false,
@@ -26,7 +29,15 @@ import dataclasses
 from typing import Any
 
 from sglang_pic.errors import PicRequestError
-from sglang_pic.link.policy import ABLATIONS, AUTO, MODES, POLICIES, STATE_POLICIES, LinkOptions
+from sglang_pic.link.policy import (
+    ABLATIONS,
+    AUTO,
+    COMPANIES,
+    MODES,
+    POLICIES,
+    STATE_POLICIES,
+    LinkOptions,
+)
 from sglang_pic.request.base import TokenSpan
 
 # Each costs the scheduler some 50 us before its request runs (``eval.scheduler_cost``).
@@ -41,6 +52,9 @@ _KNOWN = {
     "tokenize",
     "policy",
     "seam",
+    "company",
+    "company_seam",
+    "share",
     "mode",
     "state",
     "ablation",
@@ -141,6 +155,28 @@ def _flag(value: Any, name: str) -> bool:
     return value
 
 
+def _width(value: Any, name: str) -> int:
+    if not _is_int(value) or not 0 <= value <= MAX_SEAM:
+        raise PicRequestError(
+            f"pic.{name}", f"must be an integer from 0 to {MAX_SEAM}, got {value!r:.80}"
+        )
+    return int(value)
+
+
+def _share(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise PicRequestError("pic.share", f"must be a number from 0 to 1, got {value!r:.80}")
+    return float(value)
+
+
+def _company(value: Any, widest: str) -> str:
+    """A request may be more careful than the server, never less."""
+    company = _choice(value, "company", COMPANIES)
+    if COMPANIES.index(company) > COMPANIES.index(widest):
+        raise PicRequestError("pic.company", f"this server allows {widest!r} at most")
+    return company
+
+
 def parse_fields(pic: Any, defaults: LinkOptions) -> PicFields:
     """Validate a ``pic`` object.
 
@@ -165,16 +201,14 @@ def parse_fields(pic: Any, defaults: LinkOptions) -> PicFields:
         text, ranges = join_parts(pic["parts"])
     else:
         ranges = _ranges(pic.get("segments", []))
-    seam = pic.get("seam", defaults.seam)
-    if not _is_int(seam) or not 0 <= seam <= MAX_SEAM:
-        raise PicRequestError(
-            "pic.seam", f"must be an integer from 0 to {MAX_SEAM}, got {seam!r:.80}"
-        )
     return PicFields(
         ranges=ranges,
         options=LinkOptions(
             policy=_choice(pic.get("policy", defaults.policy), "policy", POLICIES),
-            seam=seam,
+            seam=_width(pic.get("seam", defaults.seam), "seam"),
+            company=_company(pic.get("company", defaults.company), defaults.company),
+            company_seam=_width(pic.get("company_seam", defaults.company_seam), "company_seam"),
+            share=_share(pic.get("share", defaults.share)),
             mode=_choice(pic.get("mode", defaults.mode), "mode", MODES),
             require_exact=_flag(pic.get("require_exact", defaults.require_exact), "require_exact"),
             link=_flag(pic.get("link", defaults.link), "link"),

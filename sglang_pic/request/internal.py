@@ -17,8 +17,8 @@ from sglang.srt.managers.kv_hints import KvHintAction, KvHintsEnvelope
 
 from sglang_pic.errors import PicActionError
 from sglang_pic.forest.keys import is_reserved
-from sglang_pic.link.policy import ABLATIONS, MODES, POLICIES, STATE_POLICIES
-from sglang_pic.request.base import LinkRequest
+from sglang_pic.link.policy import ABLATIONS, COMPANIES, MODES, POLICIES, STATE_POLICIES
+from sglang_pic.request.base import LinkRequest, TokenSpan
 from sglang_pic.request.commands import Command
 from sglang_pic.request.fields import MAX_SEAM, MAX_SEGMENTS
 from sglang_pic.request.seal import is_sealed, seal
@@ -30,6 +30,9 @@ COMPILE = "pic.compile"
 COMMAND = "pic.command"
 # Of one compile: a link names one.
 MAX_SEAMS = 16
+# Of one company: its segments, and the tokens of its prefill, which are copied in one go.
+MAX_MEMBERS = 10
+MAX_COMPANY_TOKENS = 8192
 
 _VERSION = "1"
 
@@ -41,10 +44,13 @@ class CompileRequest:
     Attributes:
         seams: the widths in tokens for which links want its linear states (0: no head).
         named: it was asked for by name, no link waits for it.
+        company: where the segments of a company stand in it, which it is the prefill of;
+            empty of one segment's.
     """
 
     seams: tuple[int, ...]
     named: bool
+    company: tuple[TokenSpan, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +87,11 @@ def link_hints(request: LinkRequest) -> KvHintsEnvelope:
     return _envelope(LINK, request)
 
 
-def compile_hints(seams: Sequence[int], *, named: bool = False) -> KvHintsEnvelope:
+def compile_hints(
+    seams: Sequence[int], *, named: bool = False, company: Sequence[TokenSpan] = ()
+) -> KvHintsEnvelope:
     """Mark the request as a ``CompileRequest``."""
-    return _envelope(COMPILE, CompileRequest(tuple(seams), named))
+    return _envelope(COMPILE, CompileRequest(tuple(seams), named, tuple(company)))
 
 
 def command_hints(command: Command) -> KvHintsEnvelope:
@@ -136,6 +144,7 @@ def read_internal(
         seams = made.compile.seams
         if len(seams) > MAX_SEAMS or not all(0 <= seam <= MAX_SEAM for seam in seams):
             raise PicActionError(HTTPStatus.BAD_REQUEST, "kv_hints", f"seams of {seams!r:.80}")
+        _check_company(made.compile.company, tokens)
     return made
 
 
@@ -159,6 +168,7 @@ def _check_link(link: LinkRequest, tokens: int | None, field: str) -> None:
     choices = {
         "policy": (options.policy, POLICIES),
         "mode": (options.mode, MODES),
+        "company": (options.company, COMPANIES),
         "state": (options.state, STATE_POLICIES),
         "ablation": (options.ablation, (None, *ABLATIONS)),
     }
@@ -167,18 +177,34 @@ def _check_link(link: LinkRequest, tokens: int | None, field: str) -> None:
             raise PicActionError(
                 HTTPStatus.BAD_REQUEST, f"{field}.options.{name}", f"unknown: {value!r:.80}"
             )
-    if not 0 <= options.seam <= MAX_SEAM:
-        raise PicActionError(HTTPStatus.BAD_REQUEST, f"{field}.options.seam", "out of range")
+    for name, width in (("seam", options.seam), ("company_seam", options.company_seam)):
+        if not 0 <= width <= MAX_SEAM:
+            raise PicActionError(HTTPStatus.BAD_REQUEST, f"{field}.options.{name}", "out of range")
+    if not 0 <= options.share <= 1:
+        raise PicActionError(HTTPStatus.BAD_REQUEST, f"{field}.options.share", "out of range")
     if len(link.spans) > MAX_SEGMENTS:
         raise PicActionError(HTTPStatus.BAD_REQUEST, f"{field}.spans", "too many")
+    _check_spans(link.spans, tokens, f"{field}.spans")
+
+
+def _check_company(spans: Sequence[TokenSpan], tokens: int | None) -> None:
+    if not spans:
+        return
+    field = "kv_hints.company"
+    if not 2 <= len(spans) <= MAX_MEMBERS:
+        raise PicActionError(HTTPStatus.BAD_REQUEST, field, f"of {len(spans)} segments")
+    _check_spans(spans, tokens, field)
+    if spans[-1].end > MAX_COMPANY_TOKENS:
+        raise PicActionError(HTTPStatus.BAD_REQUEST, field, f"of {spans[-1].end} tokens")
+
+
+def _check_spans(spans: Sequence[TokenSpan], tokens: int | None, field: str) -> None:
     at = 0
-    for i, span in enumerate(link.spans):
+    for i, span in enumerate(spans):
         if not at <= span.start <= span.end:
             raise PicActionError(
-                HTTPStatus.BAD_REQUEST, f"{field}.spans[{i}]", "spans must be sorted and disjoint"
+                HTTPStatus.BAD_REQUEST, f"{field}[{i}]", "spans must be sorted and disjoint"
             )
         at = span.end
     if tokens is not None and at > tokens:
-        raise PicActionError(
-            HTTPStatus.BAD_REQUEST, f"{field}.spans", f"{at} lies outside {tokens} tokens"
-        )
+        raise PicActionError(HTTPStatus.BAD_REQUEST, field, f"{at} lies outside {tokens} tokens")

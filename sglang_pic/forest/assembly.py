@@ -1,0 +1,299 @@
+"""``Assembly``: a company was computed in one order, then in the other; what is kept.
+
+Of each segment the mean of both: V, and K turned back to the segment's own positions.
+It has then seen every other member once in front of it, and stands in a third order. The
+first order waits as pages of its own for the second, and may be evicted meanwhile like
+any others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from sglang_pic.errors import PicIntegrityError
+from sglang_pic.forest.companies import Companies, Company, Owner, Variant
+from sglang_pic.forest.eviction import LINKABLE, InOrder
+from sglang_pic.forest.keys import company_id, company_space, order_key, segment_id
+from sglang_pic.forest.nodes import SEGMENT, NodeIndex
+from sglang_pic.forest.pages import Pages
+from sglang_pic.forest.segments import NAMED_USES
+from sglang_pic.link.policy import floor_to
+from sglang_pic.request.base import TokenSpan
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+# Companies whose first order waits for the second.
+MAX_HALF = 4
+
+
+class Copies(Protocol):
+    """Copies pages within SGLang's pool (``attention.relocate.Relocator``)."""
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor, offset: int) -> None:
+        """K and V of int64 slots, K turned by ``offset`` positions."""
+        ...
+
+    def average(self, target: torch.Tensor, other: torch.Tensor) -> None:
+        """Leave in int64 slots the mean of theirs and others' K and V."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Half:
+    """One order of a company: its owner, and where its pages end."""
+
+    owner: Owner
+    nodes: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Member:
+    """A segment within a row of its company: its tokens, those of its whole pages, and
+    where it starts."""
+
+    segment: str
+    ids: array
+    whole: array
+    start: int
+
+
+class Assembly(Protocol):
+    """Keeps and removes what companies hold.
+
+    ``refused``: orders that were computed and not kept.
+    """
+
+    refused: int
+
+    def keep(self, req: Req, spans: Sequence[TokenSpan]) -> None:
+        """A company's prefill is complete; its segments stand at ``spans``.
+
+        Raises:
+            PicIntegrityError: they are in neither order, or not distinct.
+        """
+        ...
+
+    def use(self, names: Collection[str]) -> None:
+        """A link runs that reuses these variants; other names are ignored."""
+        ...
+
+    def forget_segment(self, segment: str) -> int:
+        """A segment was deleted: what has seen it goes too, as far as nothing runs on
+        it; the tokens freed."""
+        ...
+
+    def forget_tenant(self, space: str) -> int:
+        """A tenant was flushed; the tokens freed."""
+        ...
+
+    def clear(self) -> None:
+        """Everything was flushed."""
+        ...
+
+
+class NoAssembly:
+    """Of a server that makes no companies."""
+
+    def __init__(self) -> None:
+        self.refused = 0
+
+    def keep(self, req: Req, spans: Sequence[TokenSpan]) -> None:
+        self.refused += 1
+
+    def use(self, names: Collection[str]) -> None:
+        pass
+
+    def forget_segment(self, segment: str) -> int:
+        return 0
+
+    def forget_tenant(self, space: str) -> int:
+        return 0
+
+    def clear(self) -> None:
+        pass
+
+
+class BothOrders:
+    """The mean of both orders, over one pool of pages.
+
+    Args:
+        copies: of its pages.
+        rows: SGLang's table of request rows.
+        allocator: SGLang's, of the pool's slots.
+        evict: SGLang's eviction, of so many tokens.
+    """
+
+    def __init__(
+        self,
+        companies: Companies,
+        pages: Pages,
+        nodes: NodeIndex,
+        eviction: InOrder,
+        copies: Copies,
+        rows: torch.Tensor,
+        allocator: Any,
+        evict: Callable[[int], object],
+    ):
+        self._companies = companies
+        self._pages = pages
+        self._nodes = nodes
+        self._eviction = eviction
+        self._copies = copies
+        self._rows = rows
+        self._allocator = allocator
+        self._evict = evict
+        self._halves: OrderedDict[str, _Half] = OrderedDict()
+        self.refused = 0
+
+    # -- compiles -----------------------------------------------------------------------
+
+    def keep(self, req: Req, spans: Sequence[TokenSpan]) -> None:
+        ids = req.origin_input_ids
+        members = [self._member(req, ids[span.start : span.end], span.start) for span in spans]
+        names = frozenset(member.segment for member in members)
+        if len(names) != len(members):
+            raise PicIntegrityError("a company names a segment twice")
+        keys = [order_key(member.ids) for member in members]
+        is_first = keys == sorted(keys)
+        if not is_first and keys != sorted(keys, reverse=True):
+            raise PicIntegrityError("a company was computed in an order of no meaning")
+        opening, owner = ids[: spans[0].start], (req.cache_salt, req.extra_key or "")
+        company = Company(company_id(*owner, opening, names), owner, opening, names)
+        keep = self._keep_first if is_first else self._keep_second
+        self.refused += not keep(req, company, members)
+
+    def _member(self, req: Req, ids: array, start: int) -> _Member:
+        whole = ids[: floor_to(len(ids), self._pages.page_size)]
+        return _Member(segment_id(req.cache_salt, req.extra_key, ids), ids, whole, start)
+
+    def _keep_first(self, req: Req, company: Company, members: Sequence[_Member]) -> bool:
+        made = self._copied(req, members)
+        if made is None:
+            return False
+        self._drop_half(company.id)
+        nodes = self._insert(req, company, members, made, whole=False)
+        self._halves[company.id] = _Half(company.owner, tuple(nodes))
+        while len(self._halves) > MAX_HALF:
+            self._drop_half(next(iter(self._halves)))
+        return True
+
+    def _keep_second(self, req: Req, company: Company, members: Sequence[_Member]) -> bool:
+        half = self._halves.get(company.id)
+        if half is None:
+            return False
+        try:
+            # Room for this order is not made of the other.
+            locked = self._pages.lock(half.nodes)
+        except KeyError:
+            return False
+        try:
+            made = self._copied(req, members)
+            if made is None:
+                return False
+            for member, slots in zip(members, made, strict=True):
+                space = company_space(req.cache_salt, company.id, member.segment, whole=False)
+                held, node = self._pages.find(member.whole, req.extra_key, space)
+                self._copies.average(slots, self._pages.slots(node, held))
+        finally:
+            self._pages.unlock(locked)
+            for node in locked:
+                self._nodes.unlocked(LINKABLE, node)
+        self._drop_half(company.id)
+        self._forget(company.id)
+        nodes = self._insert(req, company, members, made, whole=True)
+        self._publish(req, company, members, nodes)
+        return True
+
+    def _copied(self, req: Req, members: Sequence[_Member]) -> list[torch.Tensor] | None:
+        """int64 slots of each member's whole pages, copied out of its company's row;
+        ``None`` where there is no room."""
+        counts = [len(member.whole) for member in members]
+        wanted = sum(counts)
+        if not self._eviction.make_room(wanted):
+            return None
+        short = wanted - self._allocator.available_size()
+        if short > 0:
+            self._evict(short)
+        fresh = self._allocator.alloc(wanted)
+        if fresh is None:
+            return None
+        fresh = fresh.to(torch.int64)
+        made = list(fresh.split(counts))
+        row = self._rows[req.kv.req_pool_idx]
+        try:
+            for member, slots in zip(members, made, strict=True):
+                source = row[member.start : member.start + len(slots)].to(torch.int64)
+                self._copies.copy(source, slots, -member.start)
+        except BaseException:
+            self._allocator.free(fresh)
+            raise
+        return made
+
+    def _insert(
+        self,
+        req: Req,
+        company: Company,
+        members: Sequence[_Member],
+        made: Sequence[torch.Tensor],
+        *,
+        whole: bool,
+    ) -> list[int]:
+        nodes = []
+        for member, slots in zip(members, made, strict=True):
+            space = company_space(req.cache_salt, company.id, member.segment, whole=whole)
+            node = self._pages.keep(member.whole, req.extra_key, space, slots)
+            self._nodes.note(LINKABLE, node, SEGMENT, space, uses=NAMED_USES)
+            nodes.append(node)
+        return nodes
+
+    def _publish(
+        self, req: Req, company: Company, members: Sequence[_Member], nodes: Sequence[int]
+    ) -> None:
+        variants = []
+        for member, node in zip(members, nodes, strict=True):
+            space = company_space(req.cache_salt, company.id, member.segment, whole=True)
+            name = segment_id(space, req.extra_key, member.ids)
+            size, tokens = len(members), len(member.whole)
+            variants.append(Variant(name, member.segment, company.id, size, space, tokens, node))
+            self._nodes.end_segment(LINKABLE, node, name)
+        for surplus in self._companies.add(company, variants):
+            self._remove(surplus)
+
+    # -- a variant's life ---------------------------------------------------------------
+
+    def use(self, names: Collection[str]) -> None:
+        for name in names:
+            variant = self._companies.use(name)
+            if variant is not None:
+                self._nodes.use(LINKABLE, variant.node, SEGMENT, variant.space)
+
+    def _remove(self, variant: Variant) -> int:
+        self._companies.gone(variant.name)
+        self._nodes.unend_segment(LINKABLE, variant.node, variant.name)
+        return self._nodes.remove_path(LINKABLE, variant.node)
+
+    def _forget(self, company: str) -> int:
+        return sum(map(self._remove, self._companies.held(company)))
+
+    def _drop_half(self, company: str) -> int:
+        half = self._halves.pop(company, None)
+        nodes = half.nodes if half is not None else ()
+        return sum(self._nodes.remove_path(LINKABLE, node) for node in nodes)
+
+    def forget_segment(self, segment: str) -> int:
+        return sum(map(self._forget, self._companies.named_by(segment)))
+
+    def forget_tenant(self, space: str) -> int:
+        halves = [name for name, half in self._halves.items() if half.owner[0] == space]
+        freed = sum(map(self._drop_half, halves))
+        return freed + sum(map(self._forget, self._companies.named_by(space)))
+
+    def clear(self) -> None:
+        self._halves.clear()
