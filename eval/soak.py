@@ -415,7 +415,7 @@ def plot(watch: Watch, grown: dict[str, Growth]) -> Any:
         axes[0].plot(ends, fitted, color=line.get_color(), linestyle=":")
     axes[0].set(xlabel="minutes", ylabel="MiB resident", ylim=(0, None))
     axes[0].legend()
-    for name in ("segment", "turn", "prefix", "pinned"):
+    for name in ("segment", "company", "turn", "prefix", "pinned"):
         axes[1].plot(minutes, [sight.kv[name] / MIB for sight in watch.sights], label=name)
     budget = watch.sights[0].kv["budget"] / MIB
     axes[1].axhline(budget, color="black", linestyle=":", label="budget of segment + turn")

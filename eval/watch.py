@@ -60,7 +60,7 @@ class Sight:
     def over_budget(self) -> str | None:
         """Which budget is exceeded, if one is."""
         for name, held in (("kv", self.kv), ("state", self.state)):
-            if held["segment"] + held["turn"] > held["budget"]:
+            if held["segment"] + held["company"] + held["turn"] > held["budget"]:
                 return f"{name}: {held['segment']} + {held['turn']} bytes of {held['budget']}"
         return None
 

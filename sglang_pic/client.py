@@ -204,13 +204,22 @@ class PicClient:
         input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
         extra_key: str | None = None,
         lora_path: str | None = None,
+        company: bool = False,
+        opening: str | Sequence[int] | None = None,
     ) -> list[Compiled]:
-        """Compile one segment, or a list of them, ahead of their first use."""
+        """Compile one segment, or a list of them, ahead of their first use.
+
+        Args:
+            company: and in each other's company, for prompts that begin with ``opening``
+                and name all of them.
+        """
         body = {
             "text": text,
             "input_ids": input_ids,
             "extra_key": extra_key,
             "lora_path": lora_path,
+            "company": company,
+            "opening": opening,
         }
         answer = self._post("compile", body)
         return [_made(Compiled, segment) for segment in answer["segments"]]

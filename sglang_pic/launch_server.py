@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 
 from sglang_pic.config import AUDIT_ACTIONS, STATE_DTYPES, PicConfig
 from sglang_pic.errors import PicConfigError
-from sglang_pic.link.policy import AUTO, MODES, POLICIES, STATE_POLICIES
+from sglang_pic.link.policy import AUTO, COMPANIES, MODES, POLICIES, STATE_POLICIES
 
 # As like one of our flags as none of SGLang's is.
 ALIKE = 0.86
@@ -44,7 +44,30 @@ def pic_parser() -> argparse.ArgumentParser:
         "--pic-policy",
         choices=sorted(POLICIES),
         default=defaults.policy,
-        help="recompute policy: seam, none (reuse all), full (reuse nothing) (%(default)s)",
+        help="recompute policy: seam, graded (seams, and the last segments whole), none (reuse "
+        "all), full (reuse nothing) (%(default)s)",
+    )
+    parser.add_argument(
+        "--pic-share",
+        type=float,
+        default=defaults.share,
+        metavar="SHARE",
+        help="of the segments' tokens that graded computes, from 0 to 1 (%(default)s)",
+    )
+    parser.add_argument(
+        "--pic-company",
+        choices=COMPANIES,
+        default=defaults.company,
+        help="compile segments that recur together in company too, and link them where the "
+        "whole company stands in the prompt (subset), or wherever its tenant names one of it "
+        "(tenant); off makes none (%(default)s)",
+    )
+    parser.add_argument(
+        "--pic-company-seam",
+        type=int,
+        default=defaults.company_seam,
+        metavar="W",
+        help="seam of segments compiled in company (%(default)s)",
     )
     parser.add_argument(
         "--pic-mode",

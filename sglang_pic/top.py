@@ -23,6 +23,7 @@ from rich.text import Text
 
 from sglang_pic.client import NotFoundError, PicClient, PicServerError, Segment
 
+HELD = ("segment", "company", "turn", "prefix", "free")
 TIMEOUT_S = 10.0
 HOTTEST = 10
 # A frame fits 80 columns.
@@ -32,6 +33,7 @@ UNITS = ("", "k", "M", "G", "T")
 STYLES = {
     "pinned": "magenta",
     "segment": "green",
+    "company": "bright_green",
     "turn": "cyan",
     "prefix": "blue",
     "running": "yellow",
@@ -137,7 +139,7 @@ def _budgets(now: Poll) -> Group:
         suffix = f" {rank}" if len(now.ranks) > 1 else ""
         kv, state = stats["kv"], stats["state"]
         # What running requests compute belongs to nobody yet.
-        running = max(0, kv["capacity"] - sum(kv[k] for k in ("segment", "turn", "prefix", "free")))
+        running = max(0, kv["capacity"] - sum(kv[k] for k in HELD))
         limit = f"budget {_bytes(kv['budget'])} of {_bytes(kv['capacity'])}"
         lines += _bar(f"KV{suffix}", {**kv, "running": running}, kv["capacity"], limit)
         if state["budget"]:

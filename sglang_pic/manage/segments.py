@@ -163,11 +163,13 @@ def budgets(forest: Forest) -> dict[str, Any]:
     pool = forest.cache.token_to_kv_pool_allocator
     linked = forest.pages.tokens
     turn = min(forest.nodes.tokens[TURN], linked)
+    company = min(forest.companies.tokens, linked - turn)
     return {
         "kv": {
             "capacity": pool.size * each,
             "budget": limit.kv,
-            "segment": (linked - turn) * each,
+            "segment": (linked - turn - company) * each,
+            "company": company * each,
             "turn": turn * each,
             "prefix": (forest.total_tokens - linked) * each,
             "pinned": pinned.kv,
@@ -202,6 +204,7 @@ def stats(forest: Forest) -> dict[str, Any]:
             "admission": forest.segments.on_probation_evicted,
             "budget": forest.holder.refused["budget"],
             "quota": forest.holder.refused["quota"],
+            "company": forest.assembly.refused,
         },
         "fallback_evictions": nodes.fallbacks,
         "faults": dict(faults.counts),

@@ -7,6 +7,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from sglang_pic.link.report import HIT
+
 
 @dataclasses.dataclass
 class AuditCounts:
@@ -46,11 +48,14 @@ class Counts:
         answers: answers to requests with segments, by exactness.
         unlinked: those of them that nothing was linked for, by the report's reason.
         segments: segments that requests named, by what became of them.
+        variants: those reused by links, by how they were compiled: ``alone`` or in
+            ``company``.
         tokens_reused, tokens_computed: of those requests' prompts.
         tokens_prefix: those of ``tokens_reused`` from the ordinary prefix cache.
         tokens_compiled: computed ahead of a link, on demand or by ``/pic/compile``.
         tokens_opening: those of ``tokens_compiled`` in text that opens a prompt,
             which then counts as prefix.
+        companies: made, in both orders.
         compiles, compile_failures: segments and opening texts, by outcome.
         compile_timeouts: those that a link did not wait for any longer.
         compiles_refused: those not compiled since too many of their tenant waited.
@@ -64,11 +69,13 @@ class Counts:
     answers: dict[str, int] = dataclasses.field(default_factory=dict)
     unlinked: dict[str, int] = dataclasses.field(default_factory=dict)
     segments: dict[str, int] = dataclasses.field(default_factory=dict)
+    variants: dict[str, int] = dataclasses.field(default_factory=dict)
     tokens_reused: int = 0
     tokens_prefix: int = 0
     tokens_computed: int = 0
     tokens_compiled: int = 0
     tokens_opening: int = 0
+    companies: int = 0
     compiles: int = 0
     compile_failures: int = 0
     compile_timeouts: int = 0
@@ -88,6 +95,8 @@ class Counts:
             _add_one(self.unlinked, report["reason"])
         for segment in report["segments"]:
             _add_one(self.segments, segment["reason"])
+            if segment["reason"] == HIT:
+                _add_one(self.variants, "company" if segment["company"] else "alone")
         self.tokens_reused += report["tokens_reused"]
         self.tokens_prefix += report["prefix_tokens"]
         self.tokens_computed += report["tokens_computed"]

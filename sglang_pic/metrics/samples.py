@@ -73,6 +73,17 @@ FRONT_METRICS = (
         "reason",
     ),
     Metric(
+        PREFIX + "linked_segments_total",
+        "Segments reused by links, by how they were compiled.",
+        lambda front: front["variants"],
+        "variant",
+    ),
+    Metric(
+        PREFIX + "companies_made_total",
+        "Sets of segments computed together, in both orders.",
+        lambda front: front["companies"],
+    ),
+    Metric(
         PREFIX + "prompt_tokens_total",
         "Prompt tokens of requests with segments: reused by a link, from the prefix cache, "
         "or computed.",
@@ -164,11 +175,16 @@ RANK_METRICS = (
         lambda rank: rank["refusal"] is None,
     ),
     Metric(PREFIX + "segments", "Segments known.", lambda rank: rank["segments"]),
+    Metric(
+        PREFIX + "companies",
+        "Sets of segments held as they were computed together.",
+        lambda rank: rank["companies"],
+    ),
     Metric(PREFIX + "pins", "Segments pinned.", lambda rank: rank["pins"]),
     Metric(
         PREFIX + "kv_bytes",
         "KV held, by kind; pinned is part of segment.",
-        lambda rank: _only(rank["kv"], "segment", "turn", "prefix", "pinned", "free"),
+        lambda rank: _only(rank["kv"], "segment", "company", "turn", "prefix", "pinned", "free"),
         "kind",
     ),
     Metric(

@@ -130,6 +130,13 @@ async def interleaved(
             await asyncio.gather(*(stream.aclose() for stream in streams), return_exceptions=True)
 
 
+def report_of(out: Any) -> dict[str, Any] | None:
+    """The report that the scheduler has put into a prompt's output, if it has."""
+    items = out if isinstance(out, list) else [out]
+    values = next((item.get("meta_info", {}).get("pic") for item in items), None)
+    return values[0] if values else None
+
+
 def tidy(
     out: Any,
     exchange: Exchange | None,

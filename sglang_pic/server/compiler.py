@@ -16,6 +16,7 @@ from typing import Any
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sglang_pic.metrics.front import counts
+from sglang_pic.request.base import TokenSpan
 from sglang_pic.request.internal import compile_hints
 from sglang_pic.server.queue import FairQueue
 
@@ -38,6 +39,7 @@ class CompileItem:
     ``segment`` is false for the plain text that opens a prompt: it is computed
     and cached as SGLang's ordinary prefix. ``seams`` and ``named`` as in
     ``compile_hints``. ``rank``: the data-parallel rank it is wanted on, if on one.
+    ``company``: where the segments of a company stand in it, of which it is one order.
     """
 
     ids: tuple[int, ...]
@@ -48,6 +50,7 @@ class CompileItem:
     seams: tuple[int, ...] = ()
     named: bool = False
     rank: int | None = None
+    company: tuple[TokenSpan, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +98,9 @@ def compile_request(item: CompileItem, caller: Caller) -> GenerateReqInput:
         priority=caller.priority,
         routing_key=caller.routing_key,
         no_logs=caller.no_logs,
-        kv_hints=compile_hints(item.seams, named=item.named) if item.segment else None,
+        kv_hints=compile_hints(item.seams, named=item.named, company=item.company)
+        if item.segment
+        else None,
     )
 
 

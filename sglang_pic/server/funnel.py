@@ -19,6 +19,7 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
+from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.runtime_context import get_memory, get_schedule
 
@@ -35,6 +36,7 @@ from sglang_pic.server.answers import (
 from sglang_pic.server.asking import Asking, Generate
 from sglang_pic.server.binding import bind
 from sglang_pic.server.bounds import check_samples
+from sglang_pic.server.companions import Companions, NoCompanions, WhenIdle
 from sglang_pic.server.compiler import Compiler, Job
 from sglang_pic.server.exchange import Exchange, current, noting
 from sglang_pic.server.guards import Guards
@@ -118,7 +120,23 @@ class Funnel:
         self.waiting = Waiting(manager, urgency_of)
         self.guards = Guards(manager, self.config, self.context, unhooked)
         asking = Asking(manager, self.wanted)
-        self.lives = Lives(manager, self.config, self.wanted, asking, self.compiler, self.waiting)
+        self.companions = self._companions(page)
+        self.lives = Lives(
+            manager, self.config, self.wanted, asking, self.compiler, self.waiting, self.companions
+        )
+
+    def _companions(self, page: int) -> Companions:
+        manager = self._manager
+        # What a hybrid's linear layers carry is compiled alone.
+        if self.config.company == "off" or mambaish_config(manager.model_config) is not None:
+            return NoCompanions()
+        shortest = max(self.config.min_segment, page)
+        return WhenIdle(
+            self.compiler,
+            shortest,
+            lambda: manager.max_req_input_len - 1,
+            lambda: not manager.rid_to_state,
+        )
 
     def _queue(self) -> FairQueue[Job]:
         """Compiles fill at most half of the places in SGLang's own queue."""

@@ -11,8 +11,9 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sglang_pic.config import PicConfig
 from sglang_pic.request.base import LinkRequest
-from sglang_pic.server.answers import samples_of
+from sglang_pic.server.answers import report_of, samples_of
 from sglang_pic.server.asking import Asking, Generate
+from sglang_pic.server.companions import Companions
 from sglang_pic.server.compiler import Compiler
 from sglang_pic.server.send import set_link
 from sglang_pic.server.waited import Waited
@@ -33,6 +34,7 @@ class Lives:
         asking: Asking,
         compiler: Compiler,
         waiting: Waiting,
+        companions: Companions,
     ):
         self._manager = manager
         self._config = config
@@ -40,6 +42,7 @@ class Lives:
         self._asking = asking
         self._compiler = compiler
         self._waiting = waiting
+        self._companions = companions
 
     async def live(
         self,
@@ -69,8 +72,12 @@ class Lives:
                 else:
                     set_link(obj, ids, link, strict=False)
                     outputs = generate(self._manager, obj, request)
+        report: Any = None
         async with contextlib.aclosing(outputs):
             async for out in outputs:
+                if report is None and (report := report_of(out)) is not None:
+                    kind = self._wanted.kind(obj, ids, link)
+                    self._companions.saw(kind, ids, link, report)
                 yield out
 
     async def _compile(

@@ -105,6 +105,15 @@ class Resolver:
         )
         return ids[span.start : span.end]
 
+    def opening(self, text: str) -> list[int]:
+        """Token ids of text that opens a prompt of plain text.
+
+        Raises:
+            PicRequestError: it cannot fit the model's context.
+        """
+        check_length(text, self._manager.model_config.context_len, "opening")
+        return self._manager.tokenizer(text)["input_ids"]
+
     def chat(
         self, pieces: Sequence[Piece], ranges: Sequence[Sequence[TokenSpan]], pic: Any
     ) -> tuple[list[int], tuple[TokenSpan, ...]]:

@@ -10,6 +10,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang_pic.config import PicConfig
 from sglang_pic.forest.keys import namespace
 from sglang_pic.request.base import OPENING, LinkRequest
+from sglang_pic.server.companions import Kind
 from sglang_pic.server.compiler import Caller, CompileItem
 
 
@@ -49,6 +50,26 @@ class Wanted:
             made = self.segment(segment, obj.cache_salt, obj.extra_key, obj.lora_path, seam=seam)
             items.append(dataclasses.replace(made, rank=rank))
         return items
+
+    def kind(self, obj: GenerateReqInput, ids: Sequence[int], link: LinkRequest) -> Kind:
+        """What a prompt's segments have in common with others that may be computed in
+        company with them."""
+        opening = ids[: link.spans[0].start] if link.spans else ids
+        return self.kind_of(
+            opening, obj.cache_salt, obj.extra_key, obj.lora_path, rank=rank_of(obj)
+        )
+
+    def kind_of(
+        self,
+        opening: Sequence[int],
+        salt: str | None,
+        extra_key: str | None,
+        lora: str | None = None,
+        *,
+        rank: int | None = None,
+    ) -> Kind:
+        """The kind of prompts of one tenant that begin so."""
+        return Kind(namespace(self.context, salt), extra_key, lora, rank, tuple(opening))
 
     def segment(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
@@ -12,7 +13,7 @@ from sglang_pic.errors import PicRefused, PicRequestError
 from sglang_pic.forest.keys import namespace, segment_id
 from sglang_pic.request.fields import MAX_SEGMENTS
 from sglang_pic.request.tokenize import check_tokenizer
-from sglang_pic.server.compiler import QUEUE_FULL, Caller
+from sglang_pic.server.compiler import QUEUE_FULL, Caller, Made
 from sglang_pic.server.funnel import Funnel, funnel_of
 from sglang_pic.server.routes.base import Answer, ExtraKey, Tenant, manager, pic_router, tell
 from sglang_pic.server.routes.prompts import TokenIds, check_prompt
@@ -48,6 +49,12 @@ class CompileBody(Tenant):
     input_ids: TokenLists | None = None
     extra_key: ExtraKey = None
     lora_path: str | None = Field(None, description="the adapter of those requests")
+    company: bool = Field(
+        False, description="compile them in each other's company too, for prompts that name all"
+    )
+    opening: str | TokenIds | None = Field(
+        None, description="of `company`: what stands in front of the first, as the server sees it"
+    )
 
 
 class CompiledSegment(Answer):
@@ -56,8 +63,14 @@ class CompiledSegment(Answer):
     tokens_computed: int = Field(description="0 if it was there already")
 
 
+class CompiledCompany(Answer):
+    segments: list[str] = Field(description="ids")
+    tokens_computed: int = Field(description="in both orders")
+
+
 class Compiled(Answer):
     segments: list[CompiledSegment]
+    companies: list[CompiledCompany] = Field(description="none unless asked for")
 
 
 @router.post("/compile", response_model=Compiled)
@@ -80,16 +93,12 @@ async def compile_segments(body: CompileBody) -> Any:
     ]
     made = dict(zip(absent, await funnel.compiler.compile(items, Caller(salt)), strict=True))
     for i, one in made.items():
-        if isinstance(one.error, ValueError):
-            raise PicRequestError(f"segments[{i}]", str(one.error)) from one.error
-        if one.error is not None:
-            raise PicRefused(500, str(one.error), f"segments[{i}]") from one.error
-        if one.outcome == QUEUE_FULL:
-            raise PicRefused(503, "too many segments wait to be compiled", f"segments[{i}]")
+        _check(one, f"segments[{i}]")
     ranks = await tell("held", segments=names, cache_salt=salt)
     for i, name in enumerate(names):
         if not any(rank["held"][i] for rank in ranks):
             raise PicRefused(507, f"compiled, and no room to keep it: {name}", f"segments[{i}]")
+    companies = await _companies(body, funnel, segments, names) if body.company else []
     return orjson_response(
         {
             "segments": [
@@ -99,9 +108,44 @@ async def compile_segments(body: CompileBody) -> Any:
                     "tokens_computed": made[i].tokens if i in made else 0,
                 }
                 for i, (name, ids) in enumerate(zip(names, segments, strict=True))
-            ]
+            ],
+            "companies": companies,
         }
     )
+
+
+def _check(made: Made, field: str) -> None:
+    """Raise what a compile ended with, unless it went well."""
+    if isinstance(made.error, ValueError):
+        raise PicRequestError(field, str(made.error)) from made.error
+    if made.error is not None:
+        raise PicRefused(500, str(made.error), field) from made.error
+    if made.outcome == QUEUE_FULL:
+        raise PicRefused(503, "too many segments wait to be compiled", field)
+
+
+async def _companies(
+    body: CompileBody, funnel: Funnel, segments: Sequence[list[int]], names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Compile segments in company, as many companies as it takes."""
+    opening = body.opening or []
+    if isinstance(opening, str):
+        check_tokenizer(manager().tokenizer)
+        opening = funnel.resolver.opening(opening)
+    kind = funnel.wanted.kind_of(opening, body.cache_salt, body.extra_key, body.lora_path)
+    distinct = dict(zip(names, segments, strict=True))
+    ids = {tuple(tokens): name for name, tokens in distinct.items()}
+    made = await funnel.companions.make(kind, list(ids), Caller(body.cache_salt))
+    for _, orders in made:
+        for order in orders:
+            _check(order, "company")
+    return [
+        {
+            "segments": [ids[member] for member in company.members],
+            "tokens_computed": sum(order.tokens for order in orders),
+        }
+        for company, orders in made
+    ]
 
 
 async def _key(body: CompileBody) -> str | None:

@@ -1,0 +1,227 @@
+"""Which companies are worth a prefill in both orders, and when: the front decides.
+
+Segments that came together in two prompts of one tenant, behind the same opening, are
+computed in company (``forest.assembly``) when the server has nothing else to do. What was
+made once and was not there when it was wanted again is made again at longer and longer
+intervals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+from cachetools import LRUCache
+
+from sglang_pic.errors import PicRefused
+from sglang_pic.forest.keys import order_key
+from sglang_pic.link.report import HIT, PREFIX
+from sglang_pic.metrics.front import counts
+from sglang_pic.request.base import LinkRequest, TokenSpan
+from sglang_pic.request.internal import MAX_COMPANY_TOKENS, MAX_MEMBERS
+from sglang_pic.server.compiler import COMPILED, SHARED, Caller, CompileItem, Compiler, Made
+from sglang_pic.server.recurring import Recurring
+
+logger = logging.getLogger(__name__)
+
+# Companies that wait for an idle moment; the oldest gives way.
+MAX_WAITING = 64
+# An idle moment is waited for so long; then one company at a time is made all the same.
+PATIENCE_S = 10.0
+IDLE_POLL_S = 0.05
+# Companies whose making is remembered.
+MAX_KNOWN = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What segments have in common that may be computed together."""
+
+    space: str
+    extra_key: str | None
+    lora_path: str | None
+    rank: int | None
+    opening: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Company:
+    """Segments to compute together, by their tokens, in the first of two orders."""
+
+    kind: Kind
+    members: tuple[tuple[int, ...], ...]
+
+    @property
+    def tokens(self) -> int:
+        """Of one of its two prefills."""
+        return len(self.kind.opening) + sum(map(len, self.members))
+
+    def items(self) -> Iterator[CompileItem]:
+        """Its two prefills."""
+        kind = self.kind
+        for members in (self.members, self.members[::-1]):
+            ids, spans = list(kind.opening), []
+            for member in members:
+                spans.append(TokenSpan(len(ids), len(ids) + len(member)))
+                ids += member
+            yield CompileItem(
+                tuple(ids),
+                kind.space,
+                kind.extra_key,
+                kind.lora_path,
+                rank=kind.rank,
+                company=tuple(spans),
+            )
+
+
+def companies_of(kind: Kind, members: Sequence[Sequence[int]], most_tokens: int) -> list[Company]:
+    """Companies of as many of these segments as one may have, each of two at least.
+
+    Args:
+        most_tokens: of one prefill.
+    """
+    made: list[Company] = []
+    chosen: list[tuple[int, ...]] = []
+    room = most_tokens - len(kind.opening)
+    left = room
+    for member in sorted(map(tuple, members), key=order_key):
+        if len(chosen) == MAX_MEMBERS or len(member) > left:
+            made.append(Company(kind, tuple(chosen)))
+            chosen, left = [], room
+        if len(member) <= left:
+            chosen.append(member)
+            left -= len(member)
+    made.append(Company(kind, tuple(chosen)))
+    return [company for company in made if len(company.members) > 1]
+
+
+class Companions(Protocol):
+    """Decides on companies, and has them made."""
+
+    def saw(self, kind: Kind, ids: Sequence[int], link: LinkRequest, report: Any) -> None:
+        """A prompt was linked, and this is its report."""
+        ...
+
+    async def make(
+        self, kind: Kind, members: Sequence[Sequence[int]], caller: Caller
+    ) -> list[tuple[Company, list[Made]]]:
+        """Compute segments in company now.
+
+        Returns:
+            The companies that they were put into, and what became of the orders of each.
+        """
+        ...
+
+
+class NoCompanions:
+    """Of a server that makes none."""
+
+    def saw(self, kind: Kind, ids: Sequence[int], link: LinkRequest, report: Any) -> None:
+        pass
+
+    async def make(
+        self, kind: Kind, members: Sequence[Sequence[int]], caller: Caller
+    ) -> list[tuple[Company, list[Made]]]:
+        raise PicRefused(409, "this server computes no segments in company", "company")
+
+
+class WhenIdle:
+    """Makes what recurs when there is nothing else to do.
+
+    Args:
+        shortest: tokens of the shortest segment that is held.
+        most_tokens: of one prefill that the server takes.
+        is_idle: whether it has nothing to do.
+    """
+
+    def __init__(
+        self,
+        compiler: Compiler,
+        shortest: int,
+        most_tokens: Callable[[], int],
+        is_idle: Callable[[], bool],
+    ):
+        self._compiler = compiler
+        self._shortest = shortest
+        self._most_tokens = most_tokens
+        self._is_idle = is_idle
+        self._recurring = Recurring()
+        # How often each is wanted until it is made, and how often it will have been the
+        # next time.
+        self._wanted: LRUCache[Company, tuple[int, int]] = LRUCache(MAX_KNOWN)
+        self._waiting: collections.OrderedDict[Company, None] = collections.OrderedDict()
+        self._task: asyncio.Task[None] | None = None
+
+    def most_tokens(self) -> int:
+        """Of one prefill."""
+        return min(MAX_COMPANY_TOKENS, self._most_tokens())
+
+    def saw(self, kind: Kind, ids: Sequence[int], link: LinkRequest, report: Any) -> None:
+        """What of a prompt comes together again, and was not served in company, is to be."""
+        if link.options.company == "off" or report["reason"] or report["turn_tokens"]:
+            return
+        alone: dict[bytes, int] = {}
+        tokens: dict[bytes, tuple[int, ...]] = {}
+        for span, one in zip(link.spans, report["segments"], strict=True):
+            if one["reason"] == PREFIX or span.end - span.start < self._shortest:
+                continue
+            text = tuple(ids[span.start : span.end])
+            tokens[order_key(text)] = text
+            alone[order_key(text)] = one["company"] if one["reason"] == HIT else 0
+        for group in self._recurring.saw(kind, tokens):
+            for company in companies_of(kind, [tokens[n] for n in group], self.most_tokens()):
+                names = map(order_key, company.members)
+                if any(alone[name] < len(company.members) for name in names):
+                    self._want(company)
+
+    def _want(self, company: Company) -> None:
+        seen, until = self._wanted.get(company, (0, 1))
+        seen += 1
+        if seen < until or company in self._waiting:
+            self._wanted[company] = seen, until
+            return
+        self._wanted[company] = 0, 2 * until
+        self._waiting[company] = None
+        if len(self._waiting) > MAX_WAITING:
+            self._waiting.popitem(last=False)
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._work())
+
+    async def _work(self) -> None:
+        while self._waiting:
+            await self._idle()
+            # It is wanted again only when it has been tried.
+            company = next(iter(self._waiting), None)
+            if company is None:
+                break
+            try:
+                await self._make(company)
+            except Exception as error:
+                logger.warning("sglang_pic: a company could not be made: %r", error)
+            self._waiting.pop(company, None)
+
+    async def _idle(self) -> None:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + PATIENCE_S
+        while not self._is_idle() and loop.time() < until:
+            await asyncio.sleep(IDLE_POLL_S)
+
+    async def make(
+        self, kind: Kind, members: Sequence[Sequence[int]], caller: Caller
+    ) -> list[tuple[Company, list[Made]]]:
+        companies = companies_of(kind, members, self.most_tokens())
+        return [(company, await self._make(company, caller)) for company in companies]
+
+    async def _make(self, company: Company, caller: Caller | None = None) -> list[Made]:
+        """Both orders; the second is not begun where the first has failed."""
+        made: list[Made] = []
+        for item in company.items():
+            made += await self._compiler.compile([item], caller)
+            if made[-1].outcome not in (COMPILED, SHARED):
+                return made
+        counts.companies += 1
+        return made
