@@ -29,6 +29,30 @@ def interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, fl
     return float(found.low), float(found.high)
 
 
+def ratio_interval(
+    values: Sequence[float], base: Sequence[float], *, level: float = 0.95
+) -> tuple[float, float]:
+    """The same of the ratio of two means over the same cases, drawn in pairs.
+
+    Raises:
+        ValueError: fewer than two cases.
+    """
+    top, bottom = np.asarray(values, dtype=float), np.asarray(base, dtype=float)
+    if len(top) < 2:
+        raise ValueError("an interval needs at least two values")
+    if np.allclose(top, bottom):
+        return 1.0, 1.0
+    found = stats.bootstrap(
+        (top, bottom),
+        lambda t, b, axis=-1: t.mean(axis) / b.mean(axis),
+        paired=True,
+        vectorized=True,
+        confidence_level=level,
+        **BOOTSTRAP,
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
 def clustered(
     sums: Sequence[float], counts: Sequence[int], *, level: float = 0.95
 ) -> tuple[float, float]:

@@ -17,6 +17,8 @@ from sglang_pic.link.policy import AUTO, COMPANIES, MODES, POLICIES, STATE_POLIC
 
 ENV_NAME = "SGLANG_PIC_CONFIG"
 STATE_DTYPES = ("float32", "float16")
+IDLE = "idle"
+COMPANY_WHEN = (IDLE, "asked")
 AUDIT_ACTIONS = ("log", "off")
 
 
@@ -31,6 +33,8 @@ class PicConfig:
         company: whose company a segment may have been computed in: ``subset``, of
             segments that all stand in the prompt behind the same opening; ``tenant``, of
             any of its tenant behind that; ``off``, none is made.
+        company_when: companies are made of what recurs, when the server is ``idle``, and
+            when they are ``asked`` for.
         company_seam: seam width of a segment that was computed in company.
         share: of the segments' tokens that ``graded`` may compute.
         mode: ``share`` reads one physical copy of a segment's pages for every
@@ -73,6 +77,7 @@ class PicConfig:
     seam: int = 16
     policy: str = "seam"
     company: str = "subset"
+    company_when: str = IDLE
     company_seam: int = 0
     share: float = 0.15
     mode: str = "share"
@@ -104,6 +109,10 @@ class PicConfig:
                 raise PicConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.company not in COMPANIES:
             raise PicConfigError(f"company must be one of {COMPANIES}, got {self.company!r}")
+        if self.company_when not in COMPANY_WHEN:
+            raise PicConfigError(
+                f"company_when must be one of {COMPANY_WHEN}, got {self.company_when!r}"
+            )
         if not 0 <= self.share <= 1:
             raise PicConfigError(f"share must be from 0 to 1, got {self.share}")
         if self.min_segment < 1:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 
-from sglang_pic.config import AUDIT_ACTIONS, STATE_DTYPES, PicConfig
+from sglang_pic.config import AUDIT_ACTIONS, COMPANY_WHEN, STATE_DTYPES, PicConfig
 from sglang_pic.errors import PicConfigError
 from sglang_pic.link.policy import AUTO, COMPANIES, MODES, POLICIES, STATE_POLICIES
 
@@ -61,6 +61,13 @@ def pic_parser() -> argparse.ArgumentParser:
         help="compile segments that recur together in company too, and link them where the "
         "whole company stands in the prompt (subset), or wherever its tenant names one of it "
         "(tenant); off makes none (%(default)s)",
+    )
+    parser.add_argument(
+        "--pic-company-when",
+        choices=COMPANY_WHEN,
+        default=defaults.company_when,
+        help="make companies of what recurs while the server is idle, or only when asked "
+        "for by POST /pic/compile (%(default)s)",
     )
     parser.add_argument(
         "--pic-company-seam",

@@ -184,6 +184,11 @@ class Companies:
         known = self._companies.get(company)
         return list(known.held.values()) if known is not None else []
 
+    def is_whole(self, company: str) -> bool:
+        """Whether all of its segments are held."""
+        known = self._companies.get(company)
+        return known is not None and known.held.keys() == known.members
+
     def named_by(self, key: str) -> list[str]:
         """Companies with a segment of this name, or of this tenant's namespace."""
         return list(self._index.get(key, ()))

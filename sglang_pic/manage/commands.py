@@ -108,6 +108,9 @@ COMMANDS: dict[type, Handler] = {
     asked.Held: lambda scheduler, req, command: {
         "held": segments.held(_forest(scheduler), command.segments, tenant_of(req))
     },
+    asked.Companies: lambda scheduler, req, command: {
+        "held": [_forest(scheduler).companies.is_whole(one) for one in command.companies]
+    },
     asked.Name: lambda scheduler, req, command: {
         "held": segments.name(_forest(scheduler), command.segments, tenant_of(req), command.seam)
     },

@@ -99,6 +99,12 @@ class Held(_Command, tag="held"):
     segments: list[str]
 
 
+class Companies(_Command, tag="companies"):
+    """Of which of these companies all segments are held."""
+
+    companies: list[str]
+
+
 class Name(_Command, tag="name"):
     """Which of these the tenant has with all that links of a seam width need; they
     count as compiled by name."""
@@ -132,6 +138,7 @@ Command = Union[  # noqa: UP007  (msgspec reads it at run time, on Python 3.10 t
     Save,
     Restore,
     Held,
+    Companies,
     Name,
     Selfcheck,
 ]

@@ -19,7 +19,7 @@ from cachetools import LRUCache
 
 from sglang_pic.errors import PicRefused
 from sglang_pic.forest.keys import order_key
-from sglang_pic.link.report import HIT, PREFIX
+from sglang_pic.link.report import PREFIX
 from sglang_pic.metrics.front import counts
 from sglang_pic.request.base import LinkRequest, TokenSpan
 from sglang_pic.request.internal import MAX_COMPANY_TOKENS, MAX_MEMBERS
@@ -99,90 +99,100 @@ def companies_of(kind: Kind, members: Sequence[Sequence[int]], most_tokens: int)
     return [company for company in made if len(company.members) > 1]
 
 
+class Maker:
+    """Has segments computed in company.
+
+    Args:
+        compiler: ``None`` on a server that makes no companies.
+        most_tokens: of one prefill that the server takes.
+    """
+
+    def __init__(self, compiler: Compiler | None, most_tokens: Callable[[], int]):
+        self._compiler = compiler
+        self._most_tokens = most_tokens
+
+    def companies_of(self, kind: Kind, members: Sequence[Sequence[int]]) -> list[Company]:
+        """The companies that segments are to be put into."""
+        return companies_of(kind, members, min(MAX_COMPANY_TOKENS, self._most_tokens()))
+
+    async def make(self, company: Company, caller: Caller | None = None) -> list[Made]:
+        """Compute a company in both orders, whoever waits for it.
+
+        Returns:
+            What became of each; the second is not begun where the first has failed.
+
+        Raises:
+            PicRefused: 409, this server makes none.
+        """
+        if self._compiler is None:
+            raise PicRefused(409, "this server computes no segments in company", "company")
+        made: list[Made] = []
+        for item in company.items():
+            made += await self._compiler.compile([item], caller)
+            if made[-1].outcome not in (COMPILED, SHARED):
+                return made
+        counts.companies += 1
+        return made
+
+
 class Companions(Protocol):
-    """Decides on companies, and has them made."""
+    """Decides which companies are made beside those that are asked for."""
 
     def saw(self, kind: Kind, ids: Sequence[int], link: LinkRequest, report: Any) -> None:
         """A prompt was linked, and this is its report."""
         ...
 
-    async def make(
-        self, kind: Kind, members: Sequence[Sequence[int]], caller: Caller
-    ) -> list[tuple[Company, list[Made]]]:
-        """Compute segments in company now.
 
-        Returns:
-            The companies that they were put into, and what became of the orders of each.
-        """
-        ...
-
-
-class NoCompanions:
-    """Of a server that makes none."""
+class WhenAsked:
+    """None."""
 
     def saw(self, kind: Kind, ids: Sequence[int], link: LinkRequest, report: Any) -> None:
         pass
 
-    async def make(
-        self, kind: Kind, members: Sequence[Sequence[int]], caller: Caller
-    ) -> list[tuple[Company, list[Made]]]:
-        raise PicRefused(409, "this server computes no segments in company", "company")
-
 
 class WhenIdle:
-    """Makes what recurs when there is nothing else to do.
+    """What recurs, when there is nothing else to do.
 
     Args:
         shortest: tokens of the shortest segment that is held.
-        most_tokens: of one prefill that the server takes.
-        is_idle: whether it has nothing to do.
+        is_idle: whether the server has nothing to do.
     """
 
-    def __init__(
-        self,
-        compiler: Compiler,
-        shortest: int,
-        most_tokens: Callable[[], int],
-        is_idle: Callable[[], bool],
-    ):
-        self._compiler = compiler
+    def __init__(self, maker: Maker, shortest: int, is_idle: Callable[[], bool]):
+        self._maker = maker
         self._shortest = shortest
-        self._most_tokens = most_tokens
         self._is_idle = is_idle
         self._recurring = Recurring()
-        # How often each is wanted until it is made, and how often it will have been the
-        # next time.
+        # How often each has been wanted since it was tried last, and how often it must be
+        # to be tried again.
         self._wanted: LRUCache[Company, tuple[int, int]] = LRUCache(MAX_KNOWN)
         self._waiting: collections.OrderedDict[Company, None] = collections.OrderedDict()
         self._task: asyncio.Task[None] | None = None
-
-    def most_tokens(self) -> int:
-        """Of one prefill."""
-        return min(MAX_COMPANY_TOKENS, self._most_tokens())
 
     def saw(self, kind: Kind, ids: Sequence[int], link: LinkRequest, report: Any) -> None:
         """What of a prompt comes together again, and was not served in company, is to be."""
         if link.options.company == "off" or report["reason"] or report["turn_tokens"]:
             return
-        alone: dict[bytes, int] = {}
+        served: dict[bytes, int] = {}
         tokens: dict[bytes, tuple[int, ...]] = {}
         for span, one in zip(link.spans, report["segments"], strict=True):
             if one["reason"] == PREFIX or span.end - span.start < self._shortest:
                 continue
             text = tuple(ids[span.start : span.end])
             tokens[order_key(text)] = text
-            alone[order_key(text)] = one["company"] if one["reason"] == HIT else 0
+            served[order_key(text)] = one["company"]
         for group in self._recurring.saw(kind, tokens):
-            for company in companies_of(kind, [tokens[n] for n in group], self.most_tokens()):
-                names = map(order_key, company.members)
-                if any(alone[name] < len(company.members) for name in names):
+            for company in self._maker.companies_of(kind, [tokens[name] for name in group]):
+                size = len(company.members)
+                if any(served[order_key(member)] < size for member in company.members):
                     self._want(company)
 
     def _want(self, company: Company) -> None:
+        if company in self._waiting:
+            return
         seen, until = self._wanted.get(company, (0, 1))
-        seen += 1
-        if seen < until or company in self._waiting:
-            self._wanted[company] = seen, until
+        if seen + 1 < until:
+            self._wanted[company] = seen + 1, until
             return
         self._wanted[company] = 0, 2 * until
         self._waiting[company] = None
@@ -194,14 +204,12 @@ class WhenIdle:
     async def _work(self) -> None:
         while self._waiting:
             await self._idle()
-            # It is wanted again only when it has been tried.
-            company = next(iter(self._waiting), None)
-            if company is None:
-                break
+            company = next(iter(self._waiting))
             try:
-                await self._make(company)
+                await self._maker.make(company)
             except Exception as error:
                 logger.warning("sglang_pic: a company could not be made: %r", error)
+            # Until now it was not to be wanted again.
             self._waiting.pop(company, None)
 
     async def _idle(self) -> None:
@@ -209,19 +217,3 @@ class WhenIdle:
         until = loop.time() + PATIENCE_S
         while not self._is_idle() and loop.time() < until:
             await asyncio.sleep(IDLE_POLL_S)
-
-    async def make(
-        self, kind: Kind, members: Sequence[Sequence[int]], caller: Caller
-    ) -> list[tuple[Company, list[Made]]]:
-        companies = companies_of(kind, members, self.most_tokens())
-        return [(company, await self._make(company, caller)) for company in companies]
-
-    async def _make(self, company: Company, caller: Caller | None = None) -> list[Made]:
-        """Both orders; the second is not begun where the first has failed."""
-        made: list[Made] = []
-        for item in company.items():
-            made += await self._compiler.compile([item], caller)
-            if made[-1].outcome not in (COMPILED, SHARED):
-                return made
-        counts.companies += 1
-        return made

@@ -23,7 +23,7 @@ from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.runtime_context import get_memory, get_schedule
 
-from sglang_pic.config import PicConfig
+from sglang_pic.config import IDLE, PicConfig
 from sglang_pic.link.policy import floor_to
 from sglang_pic.server.answers import (
     interleaved,
@@ -36,7 +36,7 @@ from sglang_pic.server.answers import (
 from sglang_pic.server.asking import Asking, Generate
 from sglang_pic.server.binding import bind
 from sglang_pic.server.bounds import check_samples
-from sglang_pic.server.companions import Companions, NoCompanions, WhenIdle
+from sglang_pic.server.companions import Companions, Maker, WhenAsked, WhenIdle
 from sglang_pic.server.compiler import Compiler, Job
 from sglang_pic.server.exchange import Exchange, current, noting
 from sglang_pic.server.guards import Guards
@@ -120,22 +120,19 @@ class Funnel:
         self.waiting = Waiting(manager, urgency_of)
         self.guards = Guards(manager, self.config, self.context, unhooked)
         asking = Asking(manager, self.wanted)
-        self.companions = self._companions(page)
-        self.lives = Lives(
-            manager, self.config, self.wanted, asking, self.compiler, self.waiting, self.companions
-        )
-
-    def _companions(self, page: int) -> Companions:
-        manager = self._manager
         # What a hybrid's linear layers carry is compiled alone.
-        if self.config.company == "off" or mambaish_config(manager.model_config) is not None:
-            return NoCompanions()
-        shortest = max(self.config.min_segment, page)
-        return WhenIdle(
-            self.compiler,
-            shortest,
-            lambda: manager.max_req_input_len - 1,
-            lambda: not manager.rid_to_state,
+        has_companies = (
+            self.config.company != "off" and mambaish_config(manager.model_config) is None
+        )
+        self.maker = Maker(
+            self.compiler if has_companies else None, lambda: manager.max_req_input_len - 1
+        )
+        companions: Companions = WhenAsked()
+        if has_companies and self.config.company_when == IDLE:
+            shortest = max(self.config.min_segment, page)
+            companions = WhenIdle(self.maker, shortest, lambda: not manager.rid_to_state)
+        self.lives = Lives(
+            manager, self.config, self.wanted, asking, self.compiler, self.waiting, companions
         )
 
     def _queue(self) -> FairQueue[Job]:

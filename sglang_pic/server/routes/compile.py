@@ -10,7 +10,7 @@ from sglang.srt.utils.auth import AuthLevel, auth_level
 from sglang.srt.utils.json_response import orjson_response
 
 from sglang_pic.errors import PicRefused, PicRequestError
-from sglang_pic.forest.keys import namespace, segment_id
+from sglang_pic.forest.keys import company_id, namespace, segment_id
 from sglang_pic.request.fields import MAX_SEGMENTS
 from sglang_pic.request.tokenize import check_tokenizer
 from sglang_pic.server.compiler import QUEUE_FULL, Caller, Made
@@ -98,7 +98,7 @@ async def compile_segments(body: CompileBody) -> Any:
     for i, name in enumerate(names):
         if not any(rank["held"][i] for rank in ranks):
             raise PicRefused(507, f"compiled, and no room to keep it: {name}", f"segments[{i}]")
-    companies = await _companies(body, funnel, segments, names) if body.company else []
+    companies = await _companies(body, funnel, segments, names, key) if body.company else []
     return orjson_response(
         {
             "segments": [
@@ -125,7 +125,11 @@ def _check(made: Made, field: str) -> None:
 
 
 async def _companies(
-    body: CompileBody, funnel: Funnel, segments: Sequence[list[int]], names: Sequence[str]
+    body: CompileBody,
+    funnel: Funnel,
+    segments: Sequence[list[int]],
+    names: Sequence[str],
+    key: str | None,
 ) -> list[dict[str, Any]]:
     """Compile segments in company, as many companies as it takes."""
     opening = body.opening or []
@@ -135,10 +139,21 @@ async def _companies(
     kind = funnel.wanted.kind_of(opening, body.cache_salt, body.extra_key, body.lora_path)
     distinct = dict(zip(names, segments, strict=True))
     ids = {tuple(tokens): name for name, tokens in distinct.items()}
-    made = await funnel.companions.make(kind, list(ids), Caller(body.cache_salt))
+    caller = Caller(body.cache_salt)
+    made = [
+        (company, await funnel.maker.make(company, caller))
+        for company in funnel.maker.companies_of(kind, list(ids))
+    ]
     for _, orders in made:
         for order in orders:
             _check(order, "company")
+    ids_of = [
+        company_id(kind.space, key or "", opening, [ids[member] for member in company.members])
+        for company, _ in made
+    ]
+    ranks = await tell("companies", companies=ids_of, cache_salt=body.cache_salt)
+    if not all(any(rank["held"][i] for rank in ranks) for i in range(len(made))):
+        raise PicRefused(507, "compiled, and no room to keep it", "company")
     return [
         {
             "segments": [ids[member] for member in company.members],

@@ -1,0 +1,330 @@
+"""Loss against recomputed tokens: every policy, compiled alone and in company.
+
+    python -m eval.pareto [--quick] [--data FILE] [--questions N] [--json FILE] [--plot FILE]
+
+Questions over ten passages, each prompt linked by every method. Stock SGLang computes the
+whole prompt and answers greedily (32 tokens); along that answer, forced token by token, a
+method's next-token distributions are compared with its own: KL(full || method) in nats a
+token, over the 64 tokens that full recompute finds likeliest and all others as one class,
+and top-1, the share of steps at which both would pick the same. A forced token is asked as
+the next turn of the same conversation, which computes it as decode would.
+
+    alone        every segment compiled by itself (EPIC, MEPIC)
+    groups of k  the prompt's segments, k at a time, compiled in each other's company
+    all          all of them in one company
+
+each with seams of several widths, and with ``graded``'s budgets; ``exact prefix`` is the
+control: stock SGLang, the prompt cached, asked the same way. A prompt's segments stand in
+another order than any that they were computed in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import pathlib
+import random
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from sglang_pic.eval.bench import Bench, bench
+from sglang_pic.eval.command import Outcome, deliver, new_figure, parser_of
+from sglang_pic.eval.intervals import interval, ratio_interval
+from sglang_pic.eval.multihop import MUSIQUE, load_examples
+from sglang_pic.eval.passages import PATH
+from sglang_pic.eval.serving import Server
+from sglang_pic.eval.tables import Table
+from sglang_pic.eval.text_quality import TOP, Asked, prepare
+from sglang_pic.link.divergence import kl_with_remainder
+
+WORDS = 64
+ANSWER_TOKENS, QUICK_ANSWER_TOKENS = 32, 8
+QUICK_QUESTIONS = 4
+ALONE, ALL, CONTROL = "alone", "all", "exact prefix"
+# Segments a company; of ``ALL`` as many as the prompt has, if a company may have them.
+GROUPS = {"groups of 2": 2, "groups of 3": 3, "groups of 5": 5, ALL: 10}
+TODAY = "alone, seam 16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One way to link.
+
+    Attributes:
+        compiled: ``alone``, or a name of ``GROUPS``.
+        policy: in words.
+        pic: what it adds to a request's ``pic``.
+        quick: asked in the quick form too.
+    """
+
+    compiled: str
+    policy: str
+    pic: dict[str, Any]
+    quick: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"{self.compiled}, {self.policy}"
+
+
+def _methods() -> Iterator[Method]:
+    pic: dict[str, Any]
+    for width in (0, 4, 16, 32):
+        pic = {"policy": "seam", "seam": width, "company": "off"}
+        yield Method(ALONE, f"seam {width}", pic, quick=width in (0, 16))
+    for share in (0.15, 0.25):
+        pic = {"policy": "graded", "seam": 4, "share": share, "company": "off"}
+        yield Method(ALONE, f"graded {share:.0%}", pic)
+    for compiled in GROUPS:
+        quick = compiled == ALL
+        pic = {"policy": "seam", "company_seam": 0}
+        yield Method(compiled, "nothing", pic, quick)
+        yield Method(compiled, "seam 4", {"policy": "seam", "company_seam": 4})
+        for share in (0.15, 0.25):
+            pic = {"policy": "graded", "company_seam": 0, "share": share}
+            yield Method(compiled, f"graded {share:.0%}", pic, quick and share == 0.15)
+
+
+METHODS = tuple(_methods())
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """One method at one question; means over the answer's tokens."""
+
+    kl: float
+    top1: float
+    share: float  # computed of the segments' tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Stock SGLang's greedy answer to a prompt, with each step's likeliest tokens and
+    their log-probabilities."""
+
+    answer: list[int]
+    steps: list[dict[int, float]]
+
+
+def _greedy(count: int) -> dict[str, Any]:
+    return {"max_new_tokens": count, "temperature": 0, "ignore_eos": True}
+
+
+def refer(stock: Server, asked: Asked, tokens: int, salt: str) -> Reference:
+    """Raises:
+    RuntimeError: part of the prompt was cached.
+    """
+    out = stock.generate(
+        input_ids=asked.ids,
+        sampling_params=_greedy(tokens),
+        cache_salt=salt,
+        return_logprob=True,
+        top_logprobs_num=TOP,
+    )
+    meta = out["meta_info"]
+    if meta["cached_tokens"]:
+        raise RuntimeError(f"the reference found {meta['cached_tokens']} tokens cached")
+    steps = [{token: logprob for logprob, token, *_ in top} for top in meta["output_top_logprobs"]]
+    return Reference([token for _, token, *_ in meta["output_token_logprobs"]], steps)
+
+
+def follow(
+    server: Server, asked: Asked, reference: Reference, salt: str, pic: dict[str, Any] | None
+) -> Score:
+    """Ask for every next token of the reference's answer, one turn a token."""
+    kl, same, share = [], [], 1.0
+    for t, step in enumerate(reference.steps):
+        body: dict[str, Any] = {
+            "input_ids": asked.ids + reference.answer[:t],
+            "cache_salt": salt,
+            "sampling_params": _greedy(1),
+            "return_logprob": True,
+            "token_ids_logprob": sorted(step),
+        }
+        if pic is not None:
+            body["pic"] = {"segments": asked.segments, **pic}
+        meta = server.generate(**body)["meta_info"]
+        listed = {token: logprob for logprob, token, *_ in meta["output_token_ids_logprobs"][0]}
+        kl.append(kl_with_remainder(list(step.values()), [listed[token] for token in step]))
+        same.append(meta["output_token_logprobs"][0][1] == max(step, key=lambda k: step[k]))
+        if pic is not None and t == 0:
+            found = meta["pic"]["segments"]
+            computed = sum(one["tokens_computed"] for one in found)
+            share = computed / sum(one["end"] - one["start"] for one in found)
+    return Score(statistics.fmean(kl), statistics.fmean(same), share)
+
+
+def compile_groups(
+    server: Server, asked: Asked, compiled: str, salt: str, rng: random.Random
+) -> None:
+    """Compile a prompt's segments as a method wants them.
+
+    Raises:
+        RuntimeError: the server made something else of it.
+    """
+    segments = [asked.ids[one["start"] : one["end"]] for one in asked.segments]
+    if compiled == ALONE:
+        server.post("/pic/compile", {"input_ids": segments, "cache_salt": salt}).raise_for_status()
+        return
+    size = GROUPS[compiled]
+    rng.shuffle(segments)
+    groups = [segments[i : i + size] for i in range(0, len(segments), size)]
+    if len(groups[-1]) == 1:
+        groups[-2].extend(groups.pop())
+    opening = asked.ids[: asked.segments[0]["start"]]
+    for group in groups:
+        body = {"input_ids": group, "cache_salt": salt, "company": True, "opening": opening}
+        answer = server.post("/pic/compile", body)
+        answer.raise_for_status()
+        made = [len(one["segments"]) for one in answer.json()["companies"]]
+        if made != [len(group)]:
+            raise RuntimeError(f"of {len(group)} segments companies of {made} were made")
+
+
+def run(
+    pair: Bench,
+    *,
+    quick: bool,
+    data: pathlib.Path = MUSIQUE,
+    count: int | None = None,
+    words: int = WORDS,
+    seed: int = 0,
+) -> Outcome:
+    """Every method at every question."""
+    pair.flush()
+    tokenizer = AutoTokenizer.from_pretrained(pair.model)
+    count = count or (QUICK_QUESTIONS if quick else None)
+    tokens = QUICK_ANSWER_TOKENS if quick else ANSWER_TOKENS
+    asked = [prepare(tokenizer, one) for one in load_examples(data, words, count, seed)]
+    methods = [method for method in METHODS if method.quick or not quick]
+    scores: dict[str, list[Score]] = {CONTROL: [], **{method.label: [] for method in methods}}
+    rng = random.Random(seed)
+    for i, one in enumerate(tqdm(asked, desc="pareto", unit="question")):
+        reference = refer(pair.stock, one, tokens, f"pareto-{i}")
+        scores[CONTROL].append(follow(pair.stock, one, reference, f"pareto-{i}", None))
+        for compiled in dict.fromkeys(method.compiled for method in methods):
+            salt = f"pareto-{i}-{compiled}"
+            compile_groups(pair.ours, one, compiled, salt, rng)
+            for method in methods:
+                if method.compiled == compiled:
+                    found = follow(pair.ours, one, reference, salt, method.pic)
+                    scores[method.label].append(found)
+            pair.ours.post("/pic/flush", {"cache_salt": salt}).raise_for_status()
+    rows = [row_of(label, scores[label], scores[TODAY], methods) for label in scores]
+    config = {
+        **pair.config,
+        "data": data.name if data.exists() else "the project's own passages",
+        "data_sha256": hashlib.sha256((data if data.exists() else PATH).read_bytes()).hexdigest(),
+        "words_a_passage": words,
+        "questions": len(asked),
+        "prompt_tokens": statistics.fmean(len(one.ids) for one in asked),
+        "segment_tokens": statistics.fmean(
+            s["end"] - s["start"] for one in asked for s in one.segments
+        ),
+        "classes": TOP + 1,
+        "answer_tokens": tokens,
+        "seed": seed,
+    }
+    return Outcome(config, rows, [table_of(rows, config)], plot(rows))
+
+
+def row_of(
+    label: str, scores: Sequence[Score], today: Sequence[Score], methods: Sequence[Method]
+) -> dict[str, Any]:
+    """One method over all questions, with bootstrap intervals of 95 %; its ratio to
+    today's default is of the same questions, drawn in pairs."""
+    method = next((one for one in methods if one.label == label), None)
+    kl, base = [one.kl for one in scores], [one.kl for one in today]
+    low, high = interval(kl)
+    ratio_low, ratio_high = ratio_interval(kl, base)
+    top1 = [one.top1 for one in scores]
+    top1_low, top1_high = interval(top1)
+    return {
+        "method": label,
+        "compiled": method.compiled if method is not None else None,
+        "policy": method.policy if method is not None else None,
+        "questions": len(scores),
+        "kl": statistics.fmean(kl),
+        "kl_low": low,
+        "kl_high": high,
+        "ratio": statistics.fmean(kl) / statistics.fmean(base),
+        "ratio_low": ratio_low,
+        "ratio_high": ratio_high,
+        "top1": statistics.fmean(top1),
+        "top1_low": top1_low,
+        "top1_high": top1_high,
+        "share": statistics.fmean(one.share for one in scores),
+        "kl_by_question": kl,
+    }
+
+
+def table_of(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> Table:
+    return Table(
+        f"{config['questions']} questions over ten passages of {config['segment_tokens']:.0f} "
+        f"tokens ({config['data']})",
+        ("method", "computed", "KL (nats a token)", f"of {TODAY}", "top-1, %"),
+        [
+            (
+                row["method"],
+                f"{row['share']:.0%}",
+                f"{row['kl']:.2g} [{row['kl_low']:.2g}, {row['kl_high']:.2g}]",
+                f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]",
+                f"{100 * row['top1']:.1f}",
+            )
+            for row in rows
+        ],
+        f"Along {config['answer_tokens']} tokens of the greedy answer of full recompute; "
+        "bootstrap intervals of 95 % over questions, ratios in pairs. Computed: of the "
+        "segments' tokens.",
+    )
+
+
+def plot(rows: Sequence[dict[str, Any]]) -> Any:
+    """KL against the share of segment tokens computed, one line a way of compiling."""
+    figure, axes = new_figure(1)
+    axis = axes[0]
+    for compiled in (ALONE, *GROUPS):
+        points = sorted(
+            (100 * row["share"], row["kl"]) for row in rows if row["compiled"] == compiled
+        )
+        if points:
+            (line,) = axis.plot(*zip(*points, strict=True), marker="o")
+            axis.annotate(
+                compiled, points[-1], textcoords="offset points", xytext=(6, 0), va="center",
+                color=line.get_color(),
+            )  # fmt: skip
+    axis.set(xlabel="segment tokens computed, %", ylabel="KL(full || method), nats a token")
+    axis.set(ylim=(0, None), xlim=(-1, None))
+    axis.margins(x=0.25)
+    return figure
+
+
+def main() -> None:
+    parser = parser_of(__doc__, f"{QUICK_QUESTIONS} questions, the methods that matter most")
+    parser.add_argument("--data", type=pathlib.Path, default=MUSIQUE, help="MuSiQue (%(default)s)")
+    parser.add_argument(
+        "--model", default="smollm2", help="a directory; prompts are in ChatML (SmolLM2-135M)"
+    )
+    parser.add_argument("--questions", type=int, help="how many, at least 2 (all)")
+    parser.add_argument("--words", type=int, default=WORDS, help="of a passage (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="order of passages (%(default)s)")
+    args = parser.parse_args()
+    # Of what recurs among the methods nothing is to be made.
+    with bench(args.model, ours=("--pic-company-when=asked",)) as pair:
+        outcome = run(
+            pair,
+            quick=args.quick,
+            data=args.data,
+            count=args.questions,
+            words=args.words,
+            seed=args.seed,
+        )
+    deliver(outcome, args)
+
+
+if __name__ == "__main__":
+    main()
