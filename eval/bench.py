@@ -29,6 +29,10 @@ WITHOUT_US = {"SGLANG_PLUGINS": "sglang_pic_cpu"}
 COMMON = ("--load-snapshot-publish-interval=1",)
 
 
+# Of what recurs among the methods that are compared nothing is to be made.
+COMPANIES_ASKED = "--pic-company-when=asked"
+
+
 @dataclasses.dataclass(frozen=True)
 class Bench:
     """Two servers with one model and the same flags.
@@ -116,7 +120,9 @@ def bench(
         stock = stack.enter_context(
             serve(model, logs / "stock.log", *common, module=STOCK_MODULE, env=env)
         )
-        linking = stack.enter_context(serve(model, logs / "ours.log", *common, *ours))
+        linking = stack.enter_context(
+            serve(model, logs / "ours.log", *common, COMPANIES_ASKED, *ours)
+        )
         print(f"up after {stock.start_s:.0f} s and {linking.start_s:.0f} s", flush=True)
         print(f"parts of ours in stock: {', '.join(stock.parts) or 'none'}", flush=True)
         yield Bench(
@@ -136,5 +142,6 @@ def further(name: str, model: pathlib.Path, *flags: str) -> Iterator[Server]:
     with tempfile.TemporaryDirectory() as logs:
         print(f"starting the {name} server ...", flush=True)
         log = pathlib.Path(logs) / f"{name}.log"
-        with serve(model, log, f"--max-total-tokens={POOL_TOKENS}", *flags) as server:
+        pool = f"--max-total-tokens={POOL_TOKENS}"
+        with serve(model, log, pool, COMPANIES_ASKED, *flags) as server:
             yield server

@@ -313,8 +313,7 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=WORDS, help="of a passage (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="order of passages (%(default)s)")
     args = parser.parse_args()
-    # Of what recurs among the methods nothing is to be made.
-    with bench(args.model, ours=("--pic-company-when=asked",)) as pair:
+    with bench(args.model) as pair:
         outcome = run(
             pair,
             quick=args.quick,

@@ -33,6 +33,8 @@ TINY = (
     "--pic-min-segment=1",
     "--max-total-tokens=8192",
     "--max-running-requests=16",
+    # What one test makes recur must not be made for another.
+    "--pic-company-when=asked",
 )
 
 
@@ -83,6 +85,7 @@ def page16(tiny_path: pathlib.Path, logs: pathlib.Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def smollm(logs: pathlib.Path) -> Iterator[Server]:
-    """SmolLM2-135M with its tokenizer and chat template, flags at their defaults."""
-    with serve(ensure_model(), logs / "smollm.log", "--max-total-tokens=16384") as server:
+    """SmolLM2-135M with its tokenizer and chat template; companies when asked for."""
+    flags = ("--max-total-tokens=16384", "--pic-company-when=asked")
+    with serve(ensure_model(), logs / "smollm.log", *flags) as server:
         yield server

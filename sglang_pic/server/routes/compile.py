@@ -136,6 +136,9 @@ async def _companies(
     if isinstance(opening, str):
         check_tokenizer(manager().tokenizer)
         opening = funnel.resolver.opening(opening)
+    if opening:
+        model = manager().model_config
+        check_prompt(opening, "opening", limit=model.context_len, vocabulary=model.vocab_size)
     kind = funnel.wanted.kind_of(opening, body.cache_salt, body.extra_key, body.lora_path)
     distinct = dict(zip(names, segments, strict=True))
     ids = {tuple(tokens): name for name, tokens in distinct.items()}
