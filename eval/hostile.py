@@ -177,7 +177,8 @@ class Forger:
             case 1 if isinstance(value, list):
                 value.insert(key, copy.deepcopy(value[key]))
             case 1 if isinstance(value, dict):
-                value[str(key) + rng.choice(["", "s", " ", "\x00"])] = rng.choice(JUNK)
+                name = str(key) + rng.choice(["", "s", " ", "\x00"])
+                value[name] = copy.deepcopy(rng.choice(JUNK))
             case _:
                 value[key] = self._mutate(value[key])
         return value

@@ -708,3 +708,24 @@ def test_a_forest_that_is_trusted_no_more_hands_out_no_plan() -> None:
     driver.forest.contained.refusal = "in this test"
     assert driver.start(req)
     assert req.customized_info["pic"][0]["reason"] == "in this test"
+
+
+@pytest.mark.parametrize("page", [1, 4])
+def test_a_turn_is_remembered_as_long_as_its_pages(page: int) -> None:
+    driver = Driver(page, 512, _config())
+    segment = _tokens(1, 40)
+    driver.compile(segment)
+    ids = [*_tokens(2, 8), *segment, *_tokens(3, 16)]
+    for more in (0, 12, 24):
+        req = driver.link([*ids, *_tokens(4, more)], [(8, 48)])
+        assert driver.start(req)
+        driver.finish(req)
+    turns = driver.forest.conversations._turns
+    assert len(turns._turns) == 1
+    # A path that grew goes leaf by leaf.
+    for _ in range(200):
+        driver.cache.evict(EvictParams(num_tokens=page))
+        held = driver.forest.nodes.tokens["turn"]
+        assert bool(turns) == (held > 0)
+        driver.check()
+    assert not turns

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -52,6 +53,8 @@ class Conversations:
         self._eviction = eviction
         self._rows = rows
         self._turns = Turns()
+        # In models without states: nodes that ended a path of a turn, by its namespace.
+        self._parts: Counter[str] = Counter()
         # Nodes that end with a state, by its name.
         self._ends: dict[str, int] = {}
 
@@ -156,14 +159,22 @@ class Conversations:
         first = next((core.segment for core in link.cores if core.segment is not None), None)
         self._turns.add(turn, first)
         self._nodes.note(LINKABLE, node, TURN, req.cache_salt or None)
+        if not self._carried.keeps_states:
+            self._parts[turn.salt] += self._nodes.end_segment(LINKABLE, node, turn.salt)
         name = self._carried.keep_turn(req, turn, len(tokens))
         if name is not None:
             self._ends[name] = node
             self._nodes.end_segment(LINKABLE, node, name)
 
     def evicted(self, name: str) -> None:
-        """The pages that ended with a state went for want of memory."""
+        """The pages that ended with a state, or a turn, went for want of memory."""
         self._ends.pop(name, None)
+        if name in self._parts:
+            self._parts[name] -= 1
+            if not self._parts[name]:
+                # None of its pages is left: nothing to remember it for.
+                del self._parts[name]
+                self._turns.remove(name)
 
     def remove(self, name: str) -> None:
         """A turn's state went for want of memory: free what is of no use without it."""
@@ -175,4 +186,5 @@ class Conversations:
     def clear(self) -> None:
         """Everything was flushed."""
         self._turns.forget()
+        self._parts.clear()
         self._ends.clear()

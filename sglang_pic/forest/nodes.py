@@ -131,9 +131,12 @@ class NodeIndex:
         if key not in self._held_back:
             self._order.offer(key)
 
-    def end_segment(self, tree: int, node: int, segment: str) -> None:
-        """A segment's pages end with this node."""
-        self._nodes[NodeKey(tree, node)].ends.add(segment)
+    def end_segment(self, tree: int, node: int, segment: str) -> bool:
+        """A segment's pages end with this node; whether that was not known."""
+        ends = self._nodes[NodeKey(tree, node)].ends
+        is_new = segment not in ends
+        ends.add(segment)
+        return is_new
 
     def ends_on_path(self, tree: int, node: int, until: int) -> Iterator[tuple[int, set[str]]]:
         """Nodes of a path up to position ``until`` with which segments end, the

@@ -20,7 +20,7 @@ from sglang_pic.forest.keys import namespace, owner_of, segment_id
 
 # Segments remembered that are held no longer: for what they had been used, and why a
 # lookup does not find them.
-MAX_FORMER = 8192
+MAX_FORMER = 4096
 # Such a link that has not come after so many others will not come.
 FRESH_TICKS = 256
 # Compiled by name, a segment begins as if it had been used twice.

@@ -133,6 +133,10 @@ class Turns:
                 assert cores[0].segment is not None
                 self._prefixes[turn.whose, cores[0].segment] = prefix
 
+    def remove(self, salt: str) -> None:
+        """Nothing is held of a turn any more."""
+        self._turns.pop(salt, None)
+
     def version(self, whose: tuple[str, ...], first: str | None) -> int:
         """Changes whenever a turn is added that began with this segment."""
         return self._versions.get((whose, first), 0)
