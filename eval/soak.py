@@ -141,6 +141,8 @@ def material_of(server: Server, vocabulary: range, seed: int) -> Material:
         opening = rng.choice([[], *openings])
         chosen = rng.sample(held, 2) if kind == PINNED else draw(rng, documents, rng.randint(1, 3))
         body = link_of(opening, chosen, tokens(4, 24)) | asking(rng.randint(4, 24))
+        # Companies come and go.
+        body["pic"]["company"] = "off"
         if kind == EXACT:
             body["pic"]["require_exact"] = True
         else:

@@ -231,7 +231,7 @@ class Client:
         body["pic"] |= {
             "seam": rng.choice([8, 16, 16]),
             "mode": rng.choice(["share", "share", "share", "relocate"]),
-            "policy": rng.choice(["seam", "seam", "seam", "none"]),
+            "policy": rng.choice(["seam", "seam", "seam", "graded", "none"]),
             "turns": rng.choice([True, False]),
         }
         return {
@@ -335,6 +335,17 @@ class Client:
     async def compile(self) -> None:
         body = {"input_ids": self._documents(2), "cache_salt": self._rng.choice(TENANTS)}
         await self._send("compile", "pic/compile", body, may=(200, 507))
+
+    async def meet(self) -> None:
+        """Have segments compiled in company, and ask for them together."""
+        opening, documents = self._opening(), self._documents(4)
+        salt = self._rng.choice(TENANTS)
+        body = {"input_ids": documents, "opening": opening, "company": True, "cache_salt": salt}
+        await self._send("meet", "pic/compile", body, may=(200, 507))
+        self._rng.shuffle(documents)
+        linked = link_of(opening, documents, self._tokens(1, 24))
+        linked |= {"sampling_params": self._sampling(), "cache_salt": salt}
+        await self._send("link", "generate", {**linked, "rid": next(self._rids)})
 
     async def explain(self) -> None:
         body = self._linked()
@@ -472,6 +483,7 @@ DEEDS: dict[str, tuple[Deed, float]] = {
     "ordinary": (Client.ordinary, 3),
     "exact": (Client.exact, 1),
     "compile": (Client.compile, 1),
+    "meet": (Client.meet, 1),
     "explain": (Client.explain, 1),
     "manage": (Client.manage, 3),
     "flush": (Client.flush, 0.2),
