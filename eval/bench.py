@@ -29,8 +29,9 @@ WITHOUT_US = {"SGLANG_PLUGINS": "sglang_pic_cpu"}
 COMMON = ("--load-snapshot-publish-interval=1",)
 
 
-# Of what recurs among the methods that are compared nothing is to be made.
-COMPANIES_ASKED = "--pic-company-when=asked"
+# Of what recurs among the methods that are compared nothing is to be made, and what is
+# asked once is linked.
+AS_ASKED = ("--pic-company-when=asked", "--pic-cold=link")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +121,7 @@ def bench(
         stock = stack.enter_context(
             serve(model, logs / "stock.log", *common, module=STOCK_MODULE, env=env)
         )
-        linking = stack.enter_context(
-            serve(model, logs / "ours.log", *common, COMPANIES_ASKED, *ours)
-        )
+        linking = stack.enter_context(serve(model, logs / "ours.log", *common, *AS_ASKED, *ours))
         print(f"up after {stock.start_s:.0f} s and {linking.start_s:.0f} s", flush=True)
         print(f"parts of ours in stock: {', '.join(stock.parts) or 'none'}", flush=True)
         yield Bench(
@@ -143,5 +142,5 @@ def further(name: str, model: pathlib.Path, *flags: str) -> Iterator[Server]:
         print(f"starting the {name} server ...", flush=True)
         log = pathlib.Path(logs) / f"{name}.log"
         pool = f"--max-total-tokens={POOL_TOKENS}"
-        with serve(model, log, pool, COMPANIES_ASKED, *flags) as server:
+        with serve(model, log, pool, *AS_ASKED, *flags) as server:
             yield server

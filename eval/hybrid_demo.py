@@ -125,7 +125,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         logs = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         say("starting our server and plain SGLang with the shipped hybrid")
-        ours = stack.enter_context(serve(model, logs / "ours.log", *common))
+        ours = stack.enter_context(serve(model, logs / "ours.log", *common, "--pic-cold=link"))
         module = "sglang.launch_server"
         stock = stack.enter_context(serve(model, logs / "stock.log", *common, module=module))
         say(f"up after {ours.start_s:.0f} s and {stock.start_s:.0f} s; asking")

@@ -76,6 +76,8 @@ HARD = (
     "--enable-mixed-chunk",
     "--max-running-requests=16",
     "--skip-tokenizer-init",
+    # So that requests wait for compiles.
+    "--pic-cold=link",
 )
 STRICT = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",

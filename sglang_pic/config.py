@@ -17,6 +17,8 @@ from sglang_pic.link.policy import AUTO, COMPANIES, MODES, POLICIES, STATE_POLIC
 
 ENV_NAME = "SGLANG_PIC_CONFIG"
 STATE_DTYPES = ("float32", "float16")
+EXACT = "exact"
+COLD = (EXACT, "link")
 IDLE = "idle"
 COMPANY_WHEN = (IDLE, "asked")
 AUDIT_ACTIONS = ("log", "off")
@@ -44,6 +46,8 @@ class PicConfig:
             empty compiles a segment from nothing.
         min_segment: a segment shorter than this many tokens is computed, not
             compiled.
+        cold: what a request gets that would wait for more than it gains, since none or
+            little of it is compiled: an ``exact`` answer at once, or a ``link``.
         compile_timeout_s: how long a link waits for its segments to be compiled
             whatever it costs; from then on it waits for what is sooner compiled than
             computed anew.
@@ -83,6 +87,7 @@ class PicConfig:
     mode: str = "share"
     compile_context: tuple[int, ...] = ()
     min_segment: int = 32
+    cold: str = EXACT
     compile_timeout_s: float = 60.0
     compile_limit_s: float = 300.0
     compiles: int = 64
@@ -109,6 +114,8 @@ class PicConfig:
                 raise PicConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.company not in COMPANIES:
             raise PicConfigError(f"company must be one of {COMPANIES}, got {self.company!r}")
+        if self.cold not in COLD:
+            raise PicConfigError(f"cold must be one of {COLD}, got {self.cold!r}")
         if self.company_when not in COMPANY_WHEN:
             raise PicConfigError(
                 f"company_when must be one of {COMPANY_WHEN}, got {self.company_when!r}"

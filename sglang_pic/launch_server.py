@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 
-from sglang_pic.config import AUDIT_ACTIONS, COMPANY_WHEN, STATE_DTYPES, PicConfig
+from sglang_pic.config import AUDIT_ACTIONS, COLD, COMPANY_WHEN, STATE_DTYPES, PicConfig
 from sglang_pic.errors import PicConfigError
 from sglang_pic.link.policy import AUTO, COMPANIES, MODES, POLICIES, STATE_POLICIES
 
@@ -101,6 +101,13 @@ def pic_parser() -> argparse.ArgumentParser:
         default=defaults.min_segment,
         metavar="TOKENS",
         help="shorter segments are computed, not compiled (%(default)s)",
+    )
+    parser.add_argument(
+        "--pic-cold",
+        choices=COLD,
+        default=defaults.cold,
+        help="a request over documents that are not compiled gets an exact answer, and they "
+        "are compiled behind it; or waits for them, and links (%(default)s)",
     )
     parser.add_argument(
         "--pic-compile-timeout",

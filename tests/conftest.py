@@ -35,6 +35,8 @@ TINY = (
     "--max-running-requests=16",
     # What one test makes recur must not be made for another.
     "--pic-company-when=asked",
+    # A test asks once.
+    "--pic-cold=link",
 )
 
 
@@ -85,7 +87,8 @@ def page16(tiny_path: pathlib.Path, logs: pathlib.Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def smollm(logs: pathlib.Path) -> Iterator[Server]:
-    """SmolLM2-135M with its tokenizer and chat template; companies when asked for."""
-    flags = ("--max-total-tokens=16384", "--pic-company-when=asked")
+    """SmolLM2-135M with its tokenizer and chat template; companies when asked for,
+    documents linked the first time."""
+    flags = ("--max-total-tokens=16384", "--pic-company-when=asked", "--pic-cold=link")
     with serve(ensure_model(), logs / "smollm.log", *flags) as server:
         yield server

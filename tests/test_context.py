@@ -22,7 +22,7 @@ CONTEXT = GIVEN[:20]  # whole pages of it
 
 @pytest.fixture(scope="module")
 def contextual(tiny_path: pathlib.Path, logs: pathlib.Path) -> Iterator[Server]:
-    config = {"compile_context": GIVEN, "min_segment": 1}
+    config = {"compile_context": GIVEN, "min_segment": 1, "cold": "link"}
     args = [arg for arg in TINY if not arg.startswith("--pic")]
     args += ["--radix-cache-backend=pic", f"--page-size={PAGE}"]
     env = {**CHECKS, "SGLANG_PIC_CONFIG": json.dumps(config)}

@@ -85,6 +85,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, logs: pathlib.Path) -> Iter
     save_tokenizer(model)
     paths = [f"{name}={save_adapter(folder / name, seed)}" for name, seed in ADAPTERS.items()]
     flags = ("--pic-min-segment=1", "--max-total-tokens=8192", "--served-model-name=tiny")
+    flags += ("--pic-company-when=asked", "--pic-cold=link")
     # No backend is named: the default, which is made of Triton kernels, gives way.
     args = (*flags, "--enable-lora", "--lora-paths", *paths)
     with serve(model, logs / "lora.log", *args, env=CHECKS) as running:

@@ -23,6 +23,7 @@ from sglang_pic.link.report import PREFIX
 from sglang_pic.metrics.front import counts
 from sglang_pic.request.base import LinkRequest, TokenSpan
 from sglang_pic.request.internal import MAX_COMPANY_TOKENS, MAX_MEMBERS
+from sglang_pic.server.cold import FIRST_TIME
 from sglang_pic.server.compiler import COMPILED, SHARED, Caller, CompileItem, Compiler, Made
 from sglang_pic.server.recurring import Recurring
 
@@ -171,7 +172,9 @@ class WhenIdle:
 
     def saw(self, kind: Kind, ids: Sequence[int], link: LinkRequest, report: Any) -> None:
         """What of a prompt comes together again, and was not served in company, is to be."""
-        if link.options.company == "off" or report["reason"] or report["turn_tokens"]:
+        if link.options.company == "off" or report["turn_tokens"]:
+            return
+        if report["reason"] not in (None, FIRST_TIME):
             return
         served: dict[bytes, int] = {}
         tokens: dict[bytes, tuple[int, ...]] = {}

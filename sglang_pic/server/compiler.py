@@ -183,6 +183,10 @@ class Compiler:
             logger.warning("sglang_pic: %d segments not compiled in time: not waited for", late)
         return made
 
+    def is_under_way(self, item: CompileItem) -> bool:
+        """Whether somebody waits for it already."""
+        return item in self._jobs
+
     def _join(
         self, items: Sequence[CompileItem], caller: Caller
     ) -> tuple[list[Job | None], set[Job | None]]:

@@ -23,7 +23,7 @@ from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.runtime_context import get_memory, get_schedule
 
-from sglang_pic.config import IDLE, PicConfig
+from sglang_pic.config import EXACT, IDLE, PicConfig
 from sglang_pic.link.policy import floor_to
 from sglang_pic.server.answers import (
     interleaved,
@@ -36,6 +36,7 @@ from sglang_pic.server.answers import (
 from sglang_pic.server.asking import Asking, Generate
 from sglang_pic.server.binding import bind
 from sglang_pic.server.bounds import check_samples
+from sglang_pic.server.cold import Cold
 from sglang_pic.server.companions import Companions, Maker, WhenAsked, WhenIdle
 from sglang_pic.server.compiler import Compiler, Job
 from sglang_pic.server.exchange import Exchange, current, noting
@@ -131,8 +132,9 @@ class Funnel:
         if has_companies and self.config.company_when == IDLE:
             shortest = max(self.config.min_segment, page)
             companions = WhenIdle(self.maker, shortest, lambda: not manager.rid_to_state)
+        cold = Cold(self.compiler, allowed=self.config.cold == EXACT)
         self.lives = Lives(
-            manager, self.config, self.wanted, asking, self.compiler, self.waiting, companions
+            manager, self.config, self.wanted, asking, self.compiler, self.waiting, cold, companions
         )
 
     def _queue(self) -> FairQueue[Job]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -13,8 +14,9 @@ from sglang_pic.config import PicConfig
 from sglang_pic.request.base import LinkRequest
 from sglang_pic.server.answers import report_of, samples_of
 from sglang_pic.server.asking import Asking, Generate
+from sglang_pic.server.cold import FIRST_TIME, Cold
 from sglang_pic.server.companions import Companions
-from sglang_pic.server.compiler import Compiler
+from sglang_pic.server.compiler import CompileItem, Compiler
 from sglang_pic.server.send import set_link
 from sglang_pic.server.waited import Waited
 from sglang_pic.server.waiting import EndedError, Waiting, ended
@@ -34,6 +36,7 @@ class Lives:
         asking: Asking,
         compiler: Compiler,
         waiting: Waiting,
+        cold: Cold,
         companions: Companions,
     ):
         self._manager = manager
@@ -42,6 +45,7 @@ class Lives:
         self._asking = asking
         self._compiler = compiler
         self._waiting = waiting
+        self._cold = cold
         self._companions = companions
 
     async def live(
@@ -55,38 +59,45 @@ class Lives:
     ) -> AsyncGenerator[Any, None]:
         """Outputs of a prompt. ``waited[index]`` is told before the first."""
         ids, link = prompt
-        with self._waiting.stay(obj) as stay:
-            outputs, missing = await self._asking.ask(generate, obj, request, ids, link)
-            if missing:
-                work = self._compile(obj, ids, link, missing)
-                try:
-                    waited[index] = await self._waiting.until(stay, obj, request, work)
-                except Exception as error:
-                    samples = samples_of(obj)
-                    if samples > 1:
-                        # Its endpoint looks for what SGLang would have made of it.
-                        obj.normalize_batch_and_arguments()
-                    if not isinstance(error, EndedError):
-                        raise
-                    outputs = ended(error, samples, stream=obj.stream)
-                else:
-                    set_link(obj, ids, link, strict=False)
+        with contextlib.ExitStack() as behind:
+            with self._waiting.stay(obj) as stay:
+                outputs, missing = await self._asking.ask(generate, obj, request, ids, link)
+                items = self._wanted.items(obj, ids, link, missing)
+                if missing and self._cold.is_cheaper(ids, link, missing, items):
+                    behind.enter_context(self._cold.answered(items, caller_of(obj)))
+                    now = dataclasses.replace(link, off=FIRST_TIME)
+                    set_link(obj, ids, now, strict=False)
                     outputs = generate(self._manager, obj, request)
-        report: Any = None
-        async with contextlib.aclosing(outputs):
-            async for out in outputs:
-                if report is None and (report := report_of(out)) is not None:
-                    kind = self._wanted.kind(obj, ids, link)
-                    self._companions.saw(kind, ids, link, report)
-                yield out
+                elif missing:
+                    work = self._compile(obj, missing, items)
+                    try:
+                        waited[index] = await self._waiting.until(stay, obj, request, work)
+                    except Exception as error:
+                        samples = samples_of(obj)
+                        if samples > 1:
+                            # Its endpoint looks for what SGLang would have made of it.
+                            obj.normalize_batch_and_arguments()
+                        if not isinstance(error, EndedError):
+                            raise
+                        outputs = ended(error, samples, stream=obj.stream)
+                    else:
+                        set_link(obj, ids, link, strict=False)
+                        outputs = generate(self._manager, obj, request)
+            report: Any = None
+            async with contextlib.aclosing(outputs):
+                async for out in outputs:
+                    if report is None and (report := report_of(out)) is not None:
+                        kind = self._wanted.kind(obj, ids, link)
+                        self._companions.saw(kind, ids, link, report)
+                    yield out
 
     async def _compile(
-        self, obj: GenerateReqInput, ids: list[int], link: LinkRequest, missing: Sequence[int]
+        self, obj: GenerateReqInput, missing: Sequence[int], items: Sequence[CompileItem]
     ) -> Waited:
         """Compile what is missing, as far as there is time."""
         start = time.monotonic()
         made = await self._compiler.compile(
-            self._wanted.items(obj, ids, link, missing),
+            items,
             caller_of(obj),
             timeout_s=self._config.compile_timeout_s,
             limit_s=self._config.compile_limit_s,

@@ -1,0 +1,73 @@
+"""The first request over documents that nobody has asked about: computed in one piece.
+
+Compiling them first would take as long as the prompt itself, and the answer would be a
+composed one. So it is answered exactly, and its segments are compiled when it is done. Who
+asks about the same documents meanwhile has them compiled at once, and links.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from sglang_pic.request.base import OPENING, LinkRequest
+from sglang_pic.server.compiler import Caller, CompileItem, Compiler
+
+# Why such a request is answered exactly.
+FIRST_TIME = "first_time"
+
+
+class Cold:
+    """Decides for one tokenizer manager.
+
+    Args:
+        allowed: whether anything is answered so.
+    """
+
+    def __init__(self, compiler: Compiler, *, allowed: bool):
+        self._compiler = compiler
+        self._allowed = allowed
+        # What will be compiled behind requests that run now.
+        self._coming: Counter[CompileItem] = Counter()
+        self._tasks: set[asyncio.Task[object]] = set()
+
+    def is_cheaper(
+        self,
+        ids: Sequence[int],
+        link: LinkRequest,
+        missing: Sequence[int],
+        items: Sequence[CompileItem],
+    ) -> bool:
+        """Whether a prompt is sooner computed in one piece than compiled and linked, and
+        nobody has what it lacks compiled already.
+
+        Args:
+            missing, items: what it lacks, and what compiles that.
+        """
+        if not self._allowed or any(
+            item in self._coming or self._compiler.is_under_way(item) for item in items
+        ):
+            return False
+        seam = 0 if link.options.policy == "none" else link.options.seam
+        compiled = sum(len(item.ids) for item in items)
+        opening = link.spans[0].start if link.spans and OPENING not in missing else 0
+        named = sum(span.end - span.start for span in link.spans)
+        linked = len(ids) - opening - named + seam * len(link.spans)
+        return compiled + linked >= len(ids) - opening
+
+    @contextlib.contextmanager
+    def answered(self, items: Sequence[CompileItem], caller: Caller) -> Iterator[None]:
+        """Around the answer to such a request: what it lacks is compiled behind it,
+        unless it ends before its time."""
+        self._coming.update(items)
+        try:
+            yield
+        finally:
+            self._coming.subtract(items)
+            self._coming += Counter()
+        work = self._compiler.compile(items, caller)
+        task: asyncio.Task[object] = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
