@@ -12,6 +12,7 @@ def rank_stats(**changes: Any) -> dict[str, Any]:
     return {
         "clock": 90,
         "segments": 12,
+        "companies": 2,
         "pins": 1,
         "page_size": 16,
         "refusal": None,
@@ -19,15 +20,16 @@ def rank_stats(**changes: Any) -> dict[str, Any]:
             "capacity": 100 * MIB,
             "budget": 75 * MIB,
             "segment": 40 * MIB,
+            "company": 4 * MIB,
             "turn": 5 * MIB,
             "prefix": 10 * MIB,
             "pinned": 8 * MIB,
-            "free": 30 * MIB,
+            "free": 26 * MIB,
         },
         "state": {"budget": 64 * MIB, "segment": 16 * MIB, "turn": 0, "pinned": 4 * MIB},
         "quota": {"pinned_share": 0.5},
         "evicted": {"segment": 700, "prefix": 20, "turn": 3, "state": 5},
-        "refused": {"admission": 6, "budget": 1, "quota": 2},
+        "refused": {"admission": 6, "budget": 1, "quota": 2, "company": 3},
         "fallback_evictions": 4,
         "faults": {"match": 1},
         **changes,
@@ -36,7 +38,14 @@ def rank_stats(**changes: Any) -> dict[str, Any]:
 
 def report(**changes: Any) -> dict[str, Any]:
     """The report of an answer that linked one segment and computed another."""
-    segment = {"start": 0, "end": 60, "id": "a", "tokens_reused": 40, "tokens_computed": 20}
+    segment = {
+        "start": 0,
+        "end": 60,
+        "id": "a",
+        "tokens_reused": 40,
+        "tokens_computed": 20,
+        "company": 0,
+    }
     return {
         "exactness": "composed",
         "reason": None,

@@ -20,6 +20,8 @@ from sglang_pic.request.internal import read_internal
 from sglang_pic.server import asking as asking_module
 from sglang_pic.server import waiting as waiting_module
 from sglang_pic.server.asking import Asking
+from sglang_pic.server.cold import Cold
+from sglang_pic.server.companions import WhenAsked
 from sglang_pic.server.compiler import Compiler
 from sglang_pic.server.funnel import Funnel
 from sglang_pic.server.guards import Guards
@@ -105,7 +107,8 @@ class Front:
         made.compiler = Compiler(self.scheduler.compile, FairQueue(8, 8, 8))
         made.waiting = Waiting(self.manager, lambda priority: 0)
         asking = Asking(self.manager, made.wanted)
-        parts = (made.wanted, asking, made.compiler, made.waiting)
+        cold = Cold(made.compiler, allowed=False)
+        parts = (made.wanted, asking, made.compiler, made.waiting, cold, WhenAsked())
         made.lives = Lives(self.manager, made.config, *parts)
         monkeypatch.setattr(asking_module, "command", self.scheduler.command)
 
