@@ -177,6 +177,14 @@ def samples_of(obj: GenerateReqInput) -> int:
     return 1 if is_beam else params.get("n", 1)
 
 
+def most_tokens_of(obj: GenerateReqInput) -> int | None:
+    """How many tokens a prompt's answer may have; ``None`` if the request does not say."""
+    params = obj.sampling_params
+    if isinstance(params, list):
+        params = params[0] if params else None
+    return params.get("max_new_tokens") if isinstance(params, dict) else None
+
+
 class Answered:
     """Offers an answer to calibration and audit, when it is complete and was linked.
 

@@ -12,7 +12,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sglang_pic.config import PicConfig
 from sglang_pic.request.base import LinkRequest
-from sglang_pic.server.answers import report_of, samples_of
+from sglang_pic.server.answers import most_tokens_of, report_of, samples_of
 from sglang_pic.server.asking import Asking, Generate
 from sglang_pic.server.cold import FIRST_TIME, Cold
 from sglang_pic.server.companions import Companions
@@ -63,7 +63,8 @@ class Lives:
             with self._waiting.stay(obj) as stay:
                 outputs, missing = await self._asking.ask(generate, obj, request, ids, link)
                 items = self._wanted.items(obj, ids, link, missing)
-                if missing and self._cold.is_cheaper(ids, link, missing, items):
+                is_answered = most_tokens_of(obj) != 0
+                if missing and is_answered and self._cold.is_cheaper(ids, link, missing, items):
                     behind.enter_context(self._cold.answered(items, caller_of(obj)))
                     now = dataclasses.replace(link, off=FIRST_TIME)
                     set_link(obj, ids, now, strict=False)
