@@ -7,6 +7,7 @@ Takes every flag of ``sglang serve`` and a few of its own, starting with
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import os
 import pathlib
@@ -267,31 +268,14 @@ def read_config(args: argparse.Namespace) -> PicConfig:
                 f"--pic-compile-context needs the tokenizer of {args.model_path}: {error}"
             ) from error
         context = tuple(tokenizer(text)["input_ids"])
+    given = {name.removeprefix("pic_"): value for name, value in vars(args).items()}
+    given |= {"compile_context": context}
+    for name in ("model_path", "compile_context_file"):
+        del given[name]
+    # A setting in seconds says so, its flag in its help.
+    settings = {field.name for field in dataclasses.fields(PicConfig)}
     return PicConfig(
-        seam=args.pic_seam,
-        policy=args.pic_policy,
-        mode=args.pic_mode,
-        compile_context=context,
-        min_segment=args.pic_min_segment,
-        compile_timeout_s=args.pic_compile_timeout,
-        compile_limit_s=args.pic_compile_limit,
-        compiles=args.pic_compiles,
-        tenant_compiles=args.pic_tenant_compiles,
-        compile_queue=args.pic_compile_queue,
-        kv_mib=args.pic_kv_mib,
-        pin_share=args.pic_pin_share,
-        store=args.pic_store,
-        tenants=args.pic_tenants,
-        state=args.pic_state,
-        state_dtype=args.pic_state_dtype,
-        state_mib=args.pic_state_mib,
-        operator_threshold=args.pic_operator_threshold,
-        decode_graphs=args.pic_decode_graphs,
-        canary_kl=args.pic_canary_kl,
-        canary_timeout_s=args.pic_canary_timeout,
-        audit_rate=args.pic_audit_rate,
-        audit_kl=args.pic_audit_kl,
-        audit_action=args.pic_audit_action,
+        **{name if name in settings else f"{name}_s": value for name, value in given.items()}
     )
 
 

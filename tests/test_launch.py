@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from sglang_pic import launch_server
-from sglang_pic.config import ENV_NAME
+from sglang_pic.config import ENV_NAME, PicConfig
 from sglang_pic.errors import PicConfigError
 
 # Each case in one process that has imported nothing large.
@@ -107,3 +108,28 @@ def test_tenants_without_the_admins_key_are_refused_before_the_model_is_loaded(
     assert not ran
     launch_server.main([*flags, "--admin-api-key", "a-key-of-the-operators"])
     assert len(ran) == 1
+
+
+def test_every_flag_reaches_its_setting() -> None:
+    defaults = PicConfig()
+    reached = set()
+    for action in launch_server.pic_parser()._actions:
+        flag = action.option_strings[-1]
+        name = flag.removeprefix("--pic-").replace("-", "_")
+        if not flag.startswith("--pic-") or name in ("compile_context", "compile_context_file"):
+            continue
+        name = name if hasattr(defaults, name) else f"{name}_s"
+        before = getattr(defaults, name)
+        words = [flag]
+        if action.nargs != 0:
+            other: Any = next((c for c in action.choices or () if c != before), None)
+            if other is None:
+                kind = action.type or str
+                other = kind(before / 2 if before else 1) if kind is not str else "path"  # type: ignore
+            words.append(str(other))
+        args = launch_server.pic_parser().parse_args(["--model-path", "model", *words])
+        found = getattr(launch_server.read_config(args), name)
+        assert found != before, flag
+        assert len(words) == 1 or str(found) == words[1], flag
+        reached.add(name)
+    assert reached == {f.name for f in dataclasses.fields(PicConfig)} - {"compile_context"}

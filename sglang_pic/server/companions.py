@@ -79,7 +79,12 @@ class Company:
             )
 
 
-def companies_of(kind: Kind, members: Sequence[Sequence[int]], most_tokens: int) -> list[Company]:
+def companies_of(
+    kind: Kind,
+    members: Sequence[Sequence[int]],
+    most_tokens: int,
+    most_members: int = MAX_MEMBERS,
+) -> list[Company]:
     """Companies of as many of these segments as one may have, each of two at least.
 
     Args:
@@ -90,7 +95,7 @@ def companies_of(kind: Kind, members: Sequence[Sequence[int]], most_tokens: int)
     room = most_tokens - len(kind.opening)
     left = room
     for member in sorted(map(tuple, members), key=order_key):
-        if len(chosen) == MAX_MEMBERS or len(member) > left:
+        if len(chosen) == most_members or len(member) > left:
             made.append(Company(kind, tuple(chosen)))
             chosen, left = [], room
         if len(member) <= left:
@@ -98,6 +103,18 @@ def companies_of(kind: Kind, members: Sequence[Sequence[int]], most_tokens: int)
             left -= len(member)
     made.append(Company(kind, tuple(chosen)))
     return [company for company in made if len(company.members) > 1]
+
+
+def is_worth_making(served: Sequence[int]) -> bool:
+    """Whether a company of segments that were served so is worth its two prefills: at
+    least half of them had less than half of it for company.
+
+    Args:
+        served: of each of its segments the size of the company that it was served in; 0
+            alone.
+    """
+    lacking = sum(2 * size < len(served) for size in served)
+    return 2 * lacking >= len(served)
 
 
 class Maker:
@@ -186,8 +203,7 @@ class WhenIdle:
             served[order_key(text)] = one["company"]
         for group in self._recurring.saw(kind, tokens):
             for company in self._maker.companies_of(kind, [tokens[name] for name in group]):
-                size = len(company.members)
-                if any(served[order_key(member)] < size for member in company.members):
+                if is_worth_making([served[order_key(one)] for one in company.members]):
                     self._want(company)
 
     def _want(self, company: Company) -> None:
