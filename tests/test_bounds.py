@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,6 +62,8 @@ OUTSIDE += [
         "structural_tag": json.dumps({"type": "structural_tag", "format": {"pattern": DEEP}}),
     }.items()
 ]
+# Of a single prompt SGLang's front looks.
+EMPTY = [("input_ids", {"input_ids": [[], [1, 2]]})]
 # Only where there is a tokenizer.
 OF_TEXT: list[tuple[str, dict[str, Any]]] = [
     ("sampling_params.stop_regex", sampling(stop_regex=pattern))
@@ -114,7 +117,7 @@ def front() -> Any:
     set_global_server_args_for_scheduler(ServerArgs(model_path="dummy"))
     manager = object.__new__(TokenizerManager)
     stats = SimpleNamespace(set_tokenize_finish_time=lambda: None)
-    manager.rid_to_state = {"r": SimpleNamespace(time_stats=stats)}
+    manager.rid_to_state = defaultdict(lambda: SimpleNamespace(time_stats=stats))
     manager.preferred_sampling_params = None
     manager.tokenizer = SimpleNamespace(encode=lambda *_, **__: [])
     manager.sampling_params_class = SamplingParams
@@ -127,14 +130,15 @@ def stock(request: dict[str, Any]) -> Any:
     """What stock's front sends to its scheduler."""
     obj = GenerateReqInput(**{"input_ids": [1, 2, 3], "rid": "r", **copy.deepcopy(request)})
     obj.normalize_batch_and_arguments()
-    return front()._create_tokenized_object(obj, None, obj.input_ids)
+    one = obj if obj.is_single else obj[0]
+    return front()._create_tokenized_object(one, None, one.input_ids)
 
 
 def ids(cases: list[tuple[str, Any]]) -> list[str]:
     return [f"{i}-{field}" for i, (field, _) in enumerate(cases)]
 
 
-ALL = OUTSIDE + OF_TEXT + UNREADABLE
+ALL = OUTSIDE + EMPTY + OF_TEXT + UNREADABLE
 
 
 @pytest.mark.parametrize(("field", "request_"), ALL, ids=ids(ALL))
@@ -163,6 +167,8 @@ def test_what_the_scheduler_would_compute() -> None:
     assert math.isinf(torch.tensor([1e300]).item())
     with pytest.raises(IndexError):
         torch.zeros(3, 2)[torch.tensor([3])]
+    with pytest.raises(RuntimeError):
+        torch.zeros(0, 16).view(0, -1, 16)
     began = time.perf_counter()
     assert re.search("(.+)+Q", "a" * 12) is None
     short = time.perf_counter() - began
@@ -227,6 +233,14 @@ def test_a_server_refuses_it_and_goes_on(
         own = any(words in response.text for words in ("invalid type", "unknown field"))
         assert own or field in response.text
         assert page1.generate(input_ids=[1, 2], **sampling())
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("prompts", [[[]], [[1, 2], []], []])
+def test_an_empty_prompt_ends_its_request_alone(page1: Server, prompts: list[Any]) -> None:
+    response = page1.post("/generate", {"input_ids": prompts, **sampling()})
+    assert response.status_code == 400 and "empty" in response.text, response.text
+    assert page1.generate(input_ids=[1, 2], **sampling())
 
 
 @pytest.mark.server

@@ -53,6 +53,12 @@ class Bound:
     reason: str
 
 
+def _empty(sent: TokenizedGenerateReqInput, vocabulary: int) -> str | None:
+    if sent.input_ids or sent.input_embeds is not None or sent.mm_inputs is not None:
+        return None
+    return "must not be empty"
+
+
 def _token_ids(sent: TokenizedGenerateReqInput, vocabulary: int) -> str | None:
     # The places of images and the like hold numbers of their own.
     if not sent.input_ids or sent.mm_inputs is not None:
@@ -142,6 +148,7 @@ def _repeats_repeats(part: Any, *, inside: bool) -> bool:
 
 
 BOUNDS = (
+    Bound("input_ids", _empty, "a row of no length, of which attention makes no shape"),
     Bound("input_ids", _token_ids, "an index outside the embedding"),
     Bound("logprob_start_len", _logprob_start, "a slice of a negative length"),
     Bound("top_logprobs_num", _top_logprobs, "more of the best than there are"),
