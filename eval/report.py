@@ -23,6 +23,8 @@ from sglang_pic.eval import (
     hybrid_quality,
     load,
     memory,
+    pareto,
+    recurrence,
     scheduler_cost,
     steady_state,
     text_quality,
@@ -56,6 +58,7 @@ def _part(title: str, module: Any, flags: str = "", name: str = "", **options: A
 
 ON_SMOLLM2 = (
     _part("Quality on real text", text_quality),
+    _part("Loss against recomputed tokens", pareto),
     _part("Time to first token", ttft),
     _part("Under load", load),
     _part("Memory", memory),
@@ -67,6 +70,12 @@ ALONE = (
         "python -m eval.scheduler_cost --quick",
         lambda _: scheduler_cost.run(quick=True),
         "scheduler_cost",
+    ),
+    Part(
+        "Do sets of segments recur?",
+        "python -m eval.recurrence --quick",
+        lambda _: recurrence.run(quick=True),
+        "recurrence",
     ),
 )
 _HYBRID = f" --hybrid --seam {HYBRID_SEAM}"

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from sglang_pic.eval import hybrid_quality, multihop, text_quality
+from sglang_pic.eval import hybrid_quality, multihop, pareto, recurrence, text_quality
 from sglang_pic.eval.bench import Bench
-from sglang_pic.eval.intervals import clustered, interval
+from sglang_pic.eval.intervals import clustered, interval, ratio_interval
 from sglang_pic.eval.models.hybrid import task
 from sglang_pic.eval.models.smollm2 import ensure_model
 from sglang_pic.eval.passages import load_passages, prompt_pieces
@@ -193,6 +193,76 @@ def test_text_quality_is_right_about_itself_and_reproducible(
                 pytest.approx(value, abs=1e-3) if type(value) is float else value
             )
     assert once.tables[0].rows and once.figure is not None
+
+
+def test_a_ratio_is_of_pairs() -> None:
+    base = np.random.default_rng(0).lognormal(size=100)
+    low, high = ratio_interval((base / 2).tolist(), base.tolist())
+    assert (low, high) == (pytest.approx(0.5), pytest.approx(0.5))
+    assert ratio_interval([1.0, 2.0], [1.0, 2.0]) == (1.0, 1.0)
+    other = np.random.default_rng(1).lognormal(size=100)
+    low, high = ratio_interval(other.tolist(), base.tolist())
+    assert low < other.mean() / base.mean() < high and high - low > 0.1
+    with pytest.raises(ValueError, match="two values"):
+        ratio_interval([1.0], [1.0])
+
+
+@pytest.mark.server
+def test_pareto_is_right_about_itself(
+    smollm: Server, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours stands in for stock SGLang, which it is for a request without ``pic``."""
+    monkeypatch.setattr(pareto, "QUICK_ANSWER_TOKENS", 3)
+    pair = Bench(ensure_model(), "smollm2", smollm, smollm, range(1500, 47000), 8192, 16384)
+    outcome = pareto.run(pair, quick=True, data=tmp_path / "absent", count=2, seed=3)
+    rows = {row["method"]: row for row in outcome.rows}
+    kept = [method.label for method in pareto.METHODS if method.quick]
+    assert list(rows) == [pareto.CONTROL, *kept]
+    assert rows[pareto.CONTROL]["kl"] < 1e-4 and rows[pareto.CONTROL]["top1"] == 1
+    assert rows[pareto.TODAY]["ratio"] == 1 and rows[pareto.TODAY]["kl"] > 1e-3
+    # Nothing but the last token of each segment is computed.
+    assert rows["all, nothing"]["share"] < 0.02 < rows[pareto.TODAY]["share"] < 0.25
+    assert 0.1 < rows["all, graded 15%"]["share"] <= 0.15 + 1e-9
+    assert rows["all, nothing"]["kl"] < rows["alone, seam 0"]["kl"]
+    assert outcome.tables[0].rows and outcome.figure is not None
+
+
+# -- what recurs ---------------------------------------------------------------------
+
+
+def test_what_recurs_is_served_from_then_on() -> None:
+    server = recurrence.Simulated("subset", 10, 10_000)
+    a, b, c, d = ((i, *range(50)) for i in range(4))
+    assert server.ask([a, b, c]) == 0
+    assert server.ask([c, a, d]) == 0
+    assert server.ask([a, c]) == 1
+    assert server.built == 2 * (51 + 51) and server.held == 2 * 51
+    assert server.ask([a, b]) == 0
+    tenant = recurrence.Simulated("tenant", 10, 10_000)
+    for request in ([a, b, c], [a, b, c]):
+        tenant.ask(request)
+    assert tenant.ask([d, b]) == pytest.approx(0.5)
+
+
+def test_companies_keep_to_their_budget() -> None:
+    server = recurrence.Simulated("subset", 10, 250)
+    pairs = [[(i, *range(50)), (100 + i, *range(50))] for i in range(5)]
+    for pair in (*pairs, *pairs):
+        server.ask(pair)
+        assert server.held <= 250
+    # The last made are there.
+    assert server.ask(pairs[-1]) == 1 and server.ask(pairs[0]) == 0
+
+
+def test_recurrence_tells_of_every_kind(tmp_path: pathlib.Path) -> None:
+    recurrence_of = recurrence.run(quick=True, data=tmp_path / "absent")
+    kinds = {(row["traffic"], row["rule"], row["most"]) for row in recurrence_of.rows}
+    assert kinds == {(kind, *rule) for kind in recurrence.TRAFFIC for rule in recurrence.RULES}
+    shares = {(r["traffic"], r["rule"], r["most"]): r["share"] for r in recurrence_of.rows}
+    assert all(0 <= share <= 1 for share in shares.values())
+    for kind in recurrence.TRAFFIC:
+        assert shares[kind, "tenant", 10] >= shares[kind, "subset", 10]
+    assert recurrence_of.tables[0].rows and recurrence_of.figure is not None
 
 
 # -- the hybrid --------------------------------------------------------------------
