@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -228,3 +229,21 @@ def test_a_server_that_makes_none_says_so() -> None:
     with pytest.raises(PicRefused) as refused:
         asyncio.run(maker.make(Company(KIND, (A, B))))
     assert refused.value.status == 409
+
+
+def test_what_is_remembered_holds_no_tokens() -> None:
+    """A front remembers thousands of companies; a token takes 36 bytes."""
+
+    async def go() -> None:
+        front = Front()
+        front.is_idle = False
+        for _ in range(2):
+            front.see(A, B)
+        assert [len(key) for key in front.companions._wanted] == [16]
+        assert [len(key) for key in front.companions._recurring._kinds] == [16]  # type: ignore
+
+    asyncio.run(go())
+    other = dataclasses.replace(KIND, rank=1)
+    assert KIND.key != other.key != dataclasses.replace(KIND, opening=(1, 3)).key
+    companies = [Company(KIND, (A, B)), Company(KIND, (A, C)), Company(other, (A, B))]
+    assert len({company.key for company in companies}) == 3

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -48,6 +49,11 @@ class Kind:
     rank: int | None
     opening: tuple[int, ...]
 
+    @property
+    def key(self) -> bytes:
+        """16 bytes that stand for it where many are remembered."""
+        return _digest(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class Company:
@@ -55,6 +61,11 @@ class Company:
 
     kind: Kind
     members: tuple[tuple[int, ...], ...]
+
+    @property
+    def key(self) -> bytes:
+        """16 bytes that stand for it where many are remembered."""
+        return _digest(self.kind.key, *map(order_key, self.members))
 
     @property
     def tokens(self) -> int:
@@ -77,6 +88,10 @@ class Company:
                 rank=kind.rank,
                 company=tuple(spans),
             )
+
+
+def _digest(*parts: object) -> bytes:
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
 
 
 def companies_of(
@@ -183,7 +198,7 @@ class WhenIdle:
         self._recurring = Recurring()
         # How often each has been wanted since it was tried last, and how often it must be
         # to be tried again.
-        self._wanted: LRUCache[Company, tuple[int, int]] = LRUCache(MAX_KNOWN)
+        self._wanted: LRUCache[bytes, tuple[int, int]] = LRUCache(MAX_KNOWN)
         self._waiting: collections.OrderedDict[Company, None] = collections.OrderedDict()
         self._task: asyncio.Task[None] | None = None
 
@@ -201,7 +216,7 @@ class WhenIdle:
             text = tuple(ids[span.start : span.end])
             tokens[order_key(text)] = text
             served[order_key(text)] = one["company"]
-        for group in self._recurring.saw(kind, tokens):
+        for group in self._recurring.saw(kind.key, tokens):
             for company in self._maker.companies_of(kind, [tokens[name] for name in group]):
                 if is_worth_making([served[order_key(one)] for one in company.members]):
                     self._want(company)
@@ -209,11 +224,12 @@ class WhenIdle:
     def _want(self, company: Company) -> None:
         if company in self._waiting:
             return
-        seen, until = self._wanted.get(company, (0, 1))
+        key = company.key
+        seen, until = self._wanted.get(key, (0, 1))
         if seen + 1 < until:
-            self._wanted[company] = seen + 1, until
+            self._wanted[key] = seen + 1, until
             return
-        self._wanted[company] = 0, 2 * until
+        self._wanted[key] = 0, 2 * until
         self._waiting[company] = None
         if len(self._waiting) > MAX_WAITING:
             self._waiting.popitem(last=False)

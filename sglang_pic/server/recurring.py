@@ -17,7 +17,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 # Tenants, with adapter and opening; prompts of one of them; segments of a prompt: with
 # more it is left out, since all of this is looked at whenever one comes.
-MAX_KINDS, MAX_PROMPTS, MAX_SEGMENTS = 256, 64, 64
+MAX_KINDS, MAX_PROMPTS, MAX_SEGMENTS = 128, 64, 64
 Group = frozenset[bytes]
 
 
