@@ -133,6 +133,7 @@ class ExplainedSegment:
     reason: str
     tokens_reused: int
     tokens_computed: int
+    company: int
 
 
 @dataclasses.dataclass(frozen=True)
