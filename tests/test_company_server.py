@@ -133,3 +133,5 @@ def test_what_is_wrong_with_a_company_is_said(page1: Server) -> None:
         )
         assert answer.status_code == status, answer.text
         assert "opening" in answer.text
+    stray = page1.post("/pic/compile", {"input_ids": [segment], "opening": [1]})
+    assert stray.status_code == 400 and "opening" in stray.text

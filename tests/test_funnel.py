@@ -56,7 +56,8 @@ class Scheduler:
         one = obj if obj.is_single else obj[0]
         link = read_internal(one.kv_hints).link
         assert link is not None
-        self.asked.append(("strict" if link.strict else "link", one.input_ids[0]))
+        kind = "strict" if link.strict else link.off or "link"
+        self.asked.append((kind, one.input_ids[0]))
         if link.strict and self.missing(one.input_ids):
             if obj.stream:
                 reason = {"type": "abort", "message": f"{MISSING}[0]"}
@@ -160,6 +161,34 @@ def test_a_prompt_asks_by_its_link(monkeypatch: pytest.MonkeyPatch, stream: bool
         assert (told(cold), told(warm)) == ((2, 1), (0, 0))
         assert front.scheduler.asked == [("strict", 1), ("link", 1), ("strict", 1)]
         assert front.scheduler.compiles == [1]
+
+    run(monkeypatch, test)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_new_documents_are_compiled_behind_an_exact_answer(
+    monkeypatch: pytest.MonkeyPatch, samples: int, stream: bool
+) -> None:
+    async def test(front: Front) -> None:
+        front.funnel.lives._cold = Cold(front.funnel.compiler, allowed=True)
+        params = {"n": samples, "max_new_tokens": 4}
+        outs = await front.ask([1, 2, 3], stream=stream, sampling_params=params)
+        each = outs if stream or samples == 1 else outs[0]
+        assert [told(out) for out in each] == [(0, 0)] * samples
+        assert [kind for kind, _ in front.scheduler.asked][1:] == ["first_time"]
+        # Who comes next has what is under way, and links.
+        after = asyncio.ensure_future(front.ask([1, 2, 3], sampling_params=params))
+        await asyncio.sleep(0.02)
+        assert front.scheduler.compiles == [1] and not after.done()
+        front.scheduler.go.set()
+        (answer,) = await after
+        for out in answer if samples > 1 else [answer]:
+            assert told(out) == (0, 1)
+        assert front.scheduler.asked[-1] == ("link", 1)
+        # Whoever wants no token wants it compiled.
+        (out,) = await front.ask([5, 2, 3], sampling_params={"max_new_tokens": 0})
+        assert told(out) == (2, 1) and front.scheduler.asked[-1] == ("link", 5)
 
     run(monkeypatch, test)
 

@@ -64,6 +64,14 @@ def paged(request: pytest.FixtureRequest) -> tuple[Server, int]:
     return request.getfixturevalue(f"hybrid{request.param}"), request.param
 
 
+def test_a_hybrid_makes_no_companies(paged: tuple[Server, int]) -> None:
+    server, _ = paged
+    texts = {"input_ids": [ids_of(31, 40), ids_of(32, 40)], "cache_salt": fresh_salt()}
+    refused = server.post("/pic/compile", {**texts, "company": True})
+    assert refused.status_code == 409 and "company" in refused.text
+    assert server.post("/pic/compile", texts).json()["companies"] == []
+
+
 def test_a_healthy_start_says_nothing_alarming(paged: tuple[Server, int]) -> None:
     assert start_log.unexpected(paged[0].log) == []
 

@@ -148,6 +148,16 @@ class Maker:
         """The companies that segments are to be put into."""
         return companies_of(kind, members, min(MAX_COMPANY_TOKENS, self._most_tokens()))
 
+    def check(self) -> Compiler:
+        """What computes them.
+
+        Raises:
+            PicRefused: 409, this server makes none.
+        """
+        if self._compiler is None:
+            raise PicRefused(409, "this server computes no segments in company", "company")
+        return self._compiler
+
     async def make(self, company: Company, caller: Caller | None = None) -> list[Made]:
         """Compute a company in both orders, whoever waits for it.
 
@@ -157,11 +167,10 @@ class Maker:
         Raises:
             PicRefused: 409, this server makes none.
         """
-        if self._compiler is None:
-            raise PicRefused(409, "this server computes no segments in company", "company")
+        compiler = self.check()
         made: list[Made] = []
         for item in company.items():
-            made += await self._compiler.compile([item], caller)
+            made += await compiler.compile([item], caller)
             if made[-1].outcome not in (COMPILED, SHARED):
                 return made
         counts.companies += 1

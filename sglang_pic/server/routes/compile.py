@@ -78,6 +78,10 @@ class Compiled(Answer):
 async def compile_segments(body: CompileBody) -> Any:
     """Compile segments ahead of their first use; one entry a segment."""
     funnel = funnel_of(manager())
+    if body.company:
+        funnel.maker.check()
+    elif body.opening is not None:
+        raise PicRequestError("opening", "is of segments compiled in 'company'")
     segments = _read(body, funnel)
     salt, extra_key, lora_path = body.cache_salt, body.extra_key, body.lora_path
     key = await _key(body)
