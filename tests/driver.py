@@ -43,10 +43,10 @@ class Copies:
     def __init__(self, driver: Driver):
         self._driver = driver
 
-    def copy(self, source: torch.Tensor, target: torch.Tensor, offset: int) -> None:
+    def copy(self, source: torch.Tensor, target: torch.Tensor, offsets: torch.Tensor) -> None:
         keys, values = self._driver.pool.k_buffer[0], self._driver.pool.v_buffer[0]
         keys[target] = keys[source]
-        keys[target, 0, 1] += offset
+        keys[target, 0, 1] += offsets
         values[target] = values[source]
         for one, other in zip(target.tolist(), source.tolist(), strict=True):
             self._driver.touched[one] = self._driver.touched[other]

@@ -32,14 +32,11 @@ class Relocator:
     def __call__(self, plan: LinkPlan, private: torch.Tensor) -> None:
         """Fill ``private`` (int64 [plan.reused]) from ``plan.slots``."""
         offsets = [torch.full((span.n_tokens,), span.offset) for span in plan.spans]
-        self._copy(plan.slots, private, torch.cat(offsets))
+        self.copy(plan.slots, private, torch.cat(offsets))
 
-    def copy(self, source: torch.Tensor, target: torch.Tensor, offset: int) -> None:
-        """Fill ``target`` from ``source``, int64 [n] slots each, K turned by ``offset``
+    def copy(self, source: torch.Tensor, target: torch.Tensor, offsets: torch.Tensor) -> None:
+        """Fill ``target`` from ``source``, int64 [n] slots each, K turned by int64 [n]
         positions."""
-        self._copy(source, target, torch.full((source.numel(),), offset))
-
-    def _copy(self, source: torch.Tensor, target: torch.Tensor, offsets: torch.Tensor) -> None:
         _wait(source)
         offsets = offsets.to(source.device)
         for layer_id, rope in self._ropes.items():

@@ -36,8 +36,8 @@ MAX_HALF = 4
 class Copies(Protocol):
     """Copies pages within SGLang's pool (``attention.relocate.Relocator``)."""
 
-    def copy(self, source: torch.Tensor, target: torch.Tensor, offset: int) -> None:
-        """K and V of int64 slots, K turned by ``offset`` positions."""
+    def copy(self, source: torch.Tensor, target: torch.Tensor, offsets: torch.Tensor) -> None:
+        """K and V of int64 [n] slots, K turned by int64 [n] positions."""
         ...
 
     def average(self, target: torch.Tensor, other: torch.Tensor) -> None:
@@ -197,10 +197,12 @@ class BothOrders:
             made = self._copied(req, members)
             if made is None:
                 return False
-            for member, slots in zip(members, made, strict=True):
+            other = []
+            for member in members:
                 space = company_space(req.cache_salt, company.id, member.segment, whole=False)
                 held, node = self._pages.find(member.whole, req.extra_key, space)
-                self._copies.average(slots, self._pages.slots(node, held))
+                other.append(self._pages.slots(node, held))
+            self._copies.average(torch.cat(made), torch.cat(other))
         finally:
             self._pages.unlock(locked)
             for node in locked:
@@ -225,16 +227,18 @@ class BothOrders:
         if fresh is None:
             return None
         fresh = fresh.to(torch.int64)
-        made = list(fresh.split(counts))
         row = self._rows[req.kv.req_pool_idx]
+        places = [torch.arange(m.start, m.start + len(m.whole)) for m in members]
+        offsets = torch.repeat_interleave(
+            torch.tensor([-member.start for member in members]), torch.tensor(counts)
+        )
         try:
-            for member, slots in zip(members, made, strict=True):
-                source = row[member.start : member.start + len(slots)].to(torch.int64)
-                self._copies.copy(source, slots, -member.start)
+            source = row[torch.cat(places).to(row.device)].to(torch.int64)
+            self._copies.copy(source, fresh, offsets)
         except BaseException:
             self._allocator.free(fresh)
             raise
-        return made
+        return list(fresh.split(counts))
 
     def _insert(
         self,

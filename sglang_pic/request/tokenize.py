@@ -124,10 +124,15 @@ def _with_empty(ranges: Sequence[TokenSpan], spans: Sequence[TokenSpan]) -> list
     return placed
 
 
-def check_tokenizer(tokenizer: Any) -> None:
-    """Raise ``PicRequestError`` on a server that cannot read text."""
+def check_tokenizer(tokenizer: Any, field: str = "text", instead: str = "'input_ids'") -> None:
+    """Raise ``PicRequestError`` on a server that cannot read text.
+
+    Args:
+        field: what is a text.
+        instead: what to give.
+    """
     if tokenizer is None:
-        raise PicRequestError("text", "this server has no tokenizer: give 'input_ids'")
+        raise PicRequestError(field, f"this server has no tokenizer: give {instead}")
 
 
 def encode_marked(

@@ -138,7 +138,7 @@ async def _companies(
     """Compile segments in company, as many companies as it takes."""
     opening = body.opening or []
     if isinstance(opening, str):
-        check_tokenizer(manager().tokenizer)
+        check_tokenizer(manager().tokenizer, "opening", "token ids")
         opening = funnel.resolver.opening(opening)
     if opening:
         model = manager().model_config
