@@ -166,7 +166,9 @@ def compile_groups(
     Raises:
         RuntimeError: the server made something else of it.
     """
-    segments = [asked.ids[one["start"] : one["end"]] for one in asked.segments]
+    # A passage may stand in a prompt twice.
+    texts = {tuple(asked.ids[one["start"] : one["end"]]) for one in asked.segments}
+    segments = [list(text) for text in sorted(texts)]
     if compiled == ALONE:
         server.post("/pic/compile", {"input_ids": segments, "cache_salt": salt}).raise_for_status()
         return

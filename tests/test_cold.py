@@ -94,11 +94,18 @@ def test_behind_an_exact_answer_its_documents_are_compiled() -> None:
         compiler = Compiler()
         cold, caller = cold_of(compiler), object()
         items = [item(0, 100), item(1, 100)]
-        with cold.answered(items, caller):  # type: ignore[arg-type]
+        with cold.answered(items, caller) as see:  # type: ignore[arg-type]
+            see({"meta_info": {"finish_reason": None}})
             # Who comes now does not compute the same a second time.
             assert not is_cheaper(cold, 0, [100, 100], 20, [0, 1])
             assert is_cheaper(cold, 0, [90], 20, [0])
+            await asyncio.sleep(0)
             assert compiler.items == []
+            # The last output, behind which nobody may ask for more.
+            see([{"meta_info": {"finish_reason": {"type": "stop"}}}])
+            await asyncio.sleep(0)
+            assert compiler.items == items
+            see({"meta_info": {"finish_reason": {"type": "stop"}}})
         await asyncio.sleep(0)
         assert compiler.items == items
         assert is_cheaper(cold, 0, [100, 100], 20, [0, 1])
@@ -106,6 +113,8 @@ def test_behind_an_exact_answer_its_documents_are_compiled() -> None:
         for error in (GeneratorExit, ValueError):
             with pytest.raises(error), cold.answered(items, caller):  # type: ignore[arg-type]
                 raise error
+        with cold.answered(items, caller) as see:  # type: ignore[arg-type]
+            see({"meta_info": {"finish_reason": {"type": "abort"}}})
         await asyncio.sleep(0)
         assert compiler.items == items and not cold._coming
 

@@ -294,3 +294,11 @@ def test_a_segment_is_in_no_more_companies_than_said() -> None:
         companies.check()
     # The least recently used go.
     assert surplus == ["c1/s", "c2/s", "c0/s"]
+
+
+def test_nothing_is_looked_up_for_a_full_recompute() -> None:
+    driver = driver_of()
+    driver.company([A, B], OPENING)
+    report = ask(driver, A, B, policy="full")
+    assert [one["reason"] for one in report["segments"]] == ["policy_full"] * 2
+    assert report["tokens_reused"] == 0

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+
+from sglang_pic.config import ENV_NAME
 
 pytestmark = pytest.mark.server
 
@@ -67,8 +71,9 @@ def test_engine_links_and_obeys_nobody(tiny_path: pathlib.Path, tmp_path: pathli
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     out = subprocess.run(
-        [sys.executable, program, tiny_path], capture_output=True, text=True, timeout=600
-    )
+        [sys.executable, program, tiny_path], capture_output=True, text=True, timeout=600,
+        env={**os.environ, ENV_NAME: json.dumps({"cold": "link"})},
+    )  # fmt: skip
     assert "REPORTS" in out.stdout, out.stderr[-3000:]
     assert out.stdout.count('"reason": "hit"') == 4
     assert out.stdout.count('"tokens_reused": 150') == 2

@@ -78,6 +78,9 @@ class Planning:
 
     def found(self, req: Req, link: LinkState) -> list[Lookup | None]:
         """One lookup a segment; those made before, while nothing has changed."""
+        if link.request.options.policy == "full":
+            link.found = [None] * len(link.request.spans)
+            return link.found
         version = self._companies.version(self.owner(req))
         is_still = link.version == version and all(map(self._is_still, link.found or ()))
         if link.found is None or not is_still:
@@ -126,8 +129,6 @@ class Planning:
             self._opens_at(ids),
             self._pages.page_size,
         )
-        if options.policy == "full":
-            link.found = [None] * len(row.spans)
         made = self._arranged(row, self.found(req, link), req, link, prefix)
         in_company = any(one is not None and one.company for one in link.found or ())
         if made.chain is None and in_company and options.reuses_turns:

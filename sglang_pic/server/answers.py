@@ -177,6 +177,13 @@ def samples_of(obj: GenerateReqInput) -> int:
     return 1 if is_beam else params.get("n", 1)
 
 
+def is_complete(out: Any) -> bool:
+    """Whether an output ends an answer, well."""
+    items = out if isinstance(out, list) else [out]
+    reasons = [item.get("meta_info", {}).get("finish_reason") for item in items]
+    return any(reason and reason["type"] != "abort" for reason in reasons)
+
+
 def most_tokens_of(obj: GenerateReqInput) -> int | None:
     """How many tokens a prompt's answer may have; ``None`` if the request does not say."""
     params = obj.sampling_params

@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from sglang_pic.request.base import OPENING, LinkRequest
+from sglang_pic.server.answers import is_complete
 from sglang_pic.server.compiler import Caller, CompileItem, Compiler
 
 # Why such a request is answered exactly.
@@ -58,16 +60,32 @@ class Cold:
         return compiled + linked >= len(ids) - opening
 
     @contextlib.contextmanager
-    def answered(self, items: Sequence[CompileItem], caller: Caller) -> Iterator[None]:
-        """Around the answer to such a request: what it lacks is compiled behind it,
-        unless it ends before its time."""
+    def answered(
+        self, items: Sequence[CompileItem], caller: Caller
+    ) -> Iterator[Callable[[Any], None]]:
+        """Around the answer to such a request, whose outputs are to be shown to what this
+        yields before they are handed on, since nobody asks a generator for more than it
+        needs. Behind the last what it lacks is compiled; who leaves before has nothing
+        compiled."""
+        is_coming = True
         self._coming.update(items)
+
+        def comes_no_more() -> bool:
+            nonlocal is_coming
+            was, is_coming = is_coming, False
+            if was:
+                self._coming.subtract(items)
+                self._coming += Counter()
+            return was
+
+        def see(out: Any) -> None:
+            if is_complete(out) and comes_no_more():
+                work = self._compiler.compile(items, caller)
+                task: asyncio.Task[object] = asyncio.get_running_loop().create_task(work)
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
         try:
-            yield
+            yield see
         finally:
-            self._coming.subtract(items)
-            self._coming += Counter()
-        work = self._compiler.compile(items, caller)
-        task: asyncio.Task[object] = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+            comes_no_more()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from sglang.srt.managers.io_struct import GenerateReqInput
@@ -23,6 +23,10 @@ from sglang_pic.server.waiting import EndedError, Waiting, ended
 from sglang_pic.server.wanted import Wanted, caller_of
 
 Prompt = tuple[list[int], LinkRequest]
+
+
+def _overlook(out: Any) -> None:
+    pass
 
 
 class Lives:
@@ -59,13 +63,14 @@ class Lives:
     ) -> AsyncGenerator[Any, None]:
         """Outputs of a prompt. ``waited[index]`` is told before the first."""
         ids, link = prompt
+        see: Callable[[Any], None] = _overlook
         with contextlib.ExitStack() as behind:
             with self._waiting.stay(obj) as stay:
                 outputs, missing = await self._asking.ask(generate, obj, request, ids, link)
                 items = self._wanted.items(obj, ids, link, missing)
                 is_answered = most_tokens_of(obj) != 0
                 if missing and is_answered and self._cold.is_cheaper(ids, link, missing, items):
-                    behind.enter_context(self._cold.answered(items, caller_of(obj)))
+                    see = behind.enter_context(self._cold.answered(items, caller_of(obj)))
                     now = dataclasses.replace(link, off=FIRST_TIME)
                     set_link(obj, ids, now, strict=False)
                     outputs = generate(self._manager, obj, request)
@@ -90,6 +95,7 @@ class Lives:
                     if report is None and (report := report_of(out)) is not None:
                         kind = self._wanted.kind(obj, ids, link)
                         self._companions.saw(kind, ids, link, report)
+                    see(out)
                     yield out
 
     async def _compile(
