@@ -44,6 +44,7 @@ COMMANDS: tuple[dict[str, Any], ...] = (
     {"do": "unpin", "id": "0" * 32},
     {"do": "delete", "id": "0" * 32},
     {"do": "held", "segments": ["0" * 32]},
+    {"do": "companies", "companies": ["0" * 32]},
     {"do": "name", "segments": ["0" * 32], "seam": 8},
     {"do": "missing"},
     {"do": "key"},

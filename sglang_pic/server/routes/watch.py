@@ -79,7 +79,8 @@ class KvBytes(Answer):
 
     capacity: int
     budget: int = Field(description="that segments may hold")
-    segment: int = Field(description="held by segments")
+    segment: int = Field(description="held by segments compiled alone")
+    company: int = Field(description="held by segments compiled in company")
     turn: int = Field(description="held by composed conversations")
     prefix: int = Field(description="held by ordinary prefixes")
     pinned: int
@@ -112,6 +113,7 @@ class Budgets(Answer):
 class RankStats(RankBudgets):
     clock: int
     segments: int
+    companies: int
     pins: int
     page_size: int
     refusal: str | None = Field(description="why this server does not link at all")
