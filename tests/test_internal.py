@@ -34,6 +34,8 @@ from sglang_pic.request.internal import (
     COMMAND,
     COMPILE,
     LINK,
+    MAX_COMPANY_TOKENS,
+    MAX_MEMBERS,
     NOTHING,
     CompileRequest,
     command_hints,
@@ -64,11 +66,34 @@ def test_what_the_front_sends_is_read() -> None:
     assert read_internal(link_hints(link), salt="us", tokens=9).link == link
     made = read_internal(compile_hints([0, 16], named=True), salt=SPACE).compile
     assert made == CompileRequest((0, 16), named=True)
+    spans = (TokenSpan(1, 5), TokenSpan(5, 9))
+    made = read_internal(compile_hints((), company=spans), salt=SPACE, tokens=9).compile
+    assert made == CompileRequest((), False, spans)
     for kind in commands.Command.__args__:
         values = {"id": "a", "tokens": [1], "segments": ["a"], "at": 1, "seam": 2, "on": True}
+        values["companies"] = ["a"]
         command = kind(**{name: values[name] for name in kind.__struct_fields__})
         assert read_internal(command_hints(command)).command == command
     assert read_internal(None) == read_internal(pic_hints(seam=3)) == NOTHING
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [(0, 4)],
+        [(i, i + 1) for i in range(MAX_MEMBERS + 1)],
+        [(4, 8), (0, 4)],
+        [(0, 5), (4, 8)],
+        [(0, 4), (4, 99)],
+        [(0, 4), (4, MAX_COMPANY_TOKENS + 1)],
+    ],
+)
+def test_a_company_is_within_its_bounds(spans: list[tuple[int, int]]) -> None:
+    hints = compile_hints((), company=[TokenSpan(*span) for span in spans])
+    tokens = MAX_COMPANY_TOKENS + 1 if spans[-1][1] > MAX_COMPANY_TOKENS else 90
+    with pytest.raises(PicActionError) as refused:
+        read_internal(hints, salt=SPACE, tokens=tokens)
+    assert refused.value.status == HTTPStatus.BAD_REQUEST and "company" in str(refused.value)
 
 
 # -- what it has not sent ---------------------------------------------------------------
