@@ -60,8 +60,9 @@ class Sight:
     def over_budget(self) -> str | None:
         """Which budget is exceeded, if one is."""
         for name, held in (("kv", self.kv), ("state", self.state)):
-            if held["segment"] + held["company"] + held["turn"] > held["budget"]:
-                return f"{name}: {held['segment']} + {held['turn']} bytes of {held['budget']}"
+            linked = sum(held.get(kind, 0) for kind in ("segment", "company", "turn"))
+            if linked > held["budget"]:
+                return f"{name}: {linked} bytes of {held['budget']}"
         return None
 
 

@@ -93,7 +93,15 @@ def test_only_answers_of_the_same_plan_are_compared() -> None:
 
 
 def _sight(s: float, rss: int = 0, segment: int = 5) -> Sight:
-    kv = {"budget": 10, "segment": segment, "turn": 2, "prefix": 0, "pinned": 0, "free": 1}
+    kv = {
+        "budget": 10,
+        "segment": segment,
+        "company": 1,
+        "turn": 2,
+        "prefix": 0,
+        "pinned": 0,
+        "free": 1,
+    }
     state = {"budget": 0, "segment": 0, "turn": 0, "pinned": 0}
     return Sight(s, {"front": Memory(MIB, 0), "scheduler": Memory(rss, 0)}, kv, state, 0)
 
@@ -153,8 +161,8 @@ def test_each_process_must_come_to_rest() -> None:
 
 
 def test_a_budget_exceeded_is_named() -> None:
-    assert _sight(0).over_budget is None and _sight(0, segment=8).over_budget is None
-    assert _sight(0, segment=9).over_budget == "kv: 9 + 2 bytes of 10"
+    assert _sight(0).over_budget is None and _sight(0, segment=7).over_budget is None
+    assert _sight(0, segment=9).over_budget == "kv: 12 bytes of 10"
 
 
 def test_growth_is_that_of_the_last_half_and_of_each_process() -> None:
