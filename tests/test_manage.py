@@ -264,6 +264,7 @@ class FakeSchedulers:
                         "reason": "hit",
                         "tokens_reused": 8,
                         "tokens_computed": 2,
+                        "company": 0,
                     }
                     for span in fields["link"].spans
                 ],
