@@ -201,6 +201,19 @@ class Course:
     held: float
 
 
+def measure(
+    requests: Sequence[Sequence[Segment]], rule: str, most: int, distinct: int, title: str
+) -> Course:
+    """One rule over some traffic, with progress under a title.
+
+    Args:
+        distinct: tokens of all its segments.
+    """
+    server = Simulated(rule, most, int(BUDGET * distinct))
+    shares = [server.ask(request) for request in tqdm(requests, desc=title, unit="request")]
+    return Course(shares, server.built / server.asked, server.held / distinct)
+
+
 def run(*, quick: bool, data: pathlib.Path = MUSIQUE, seed: int = 0) -> Outcome:
     """All kinds of traffic under all rules."""
     count = QUICK_REQUESTS if quick else REQUESTS
@@ -211,10 +224,8 @@ def run(*, quick: bool, data: pathlib.Path = MUSIQUE, seed: int = 0) -> Outcome:
         requests = [next(traffic) for _ in range(count)]
         distinct = sum(map(len, {one for request in requests for one in request}))
         for rule, most in RULES:
-            server = Simulated(rule, most, int(BUDGET * distinct))
-            bar = tqdm(requests, desc=f"{kind}, {rule} of {most}", unit="request")
-            shares = [server.ask(request) for request in bar]
-            course = Course(shares, server.built / server.asked, server.held / distinct)
+            course = measure(requests, rule, most, distinct, f"{kind}, {rule} of {most}")
+            shares = course.shares
             courses[kind, rule, most] = course
             rows.append(
                 {
