@@ -247,13 +247,14 @@ def test_an_order_of_no_meaning_is_contained() -> None:
         driver.forest.assembly.keep(req, spans)
 
 
-def test_a_failed_copy_leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", ["copy", "average"])
+def test_a_failed_copy_leaks_nothing(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     driver = driver_of()
 
     def fail(*args: Any) -> None:
         raise RuntimeError("no")
 
-    monkeypatch.setattr(Copies, "copy", fail)
+    monkeypatch.setattr(Copies, step, fail)
     driver.company([A, B], OPENING)
     driver.check()
     assert driver.forest.companies.count == 0

@@ -77,7 +77,7 @@ def test_companies_are_within_their_bounds(lengths: list[int], opening: int) -> 
     made = companies_of(kind, members, MAX_COMPANY_TOKENS)
     for company in made:
         assert 2 <= len(company.members) <= MAX_MEMBERS
-        assert company.tokens <= MAX_COMPANY_TOKENS
+        assert all(len(item.ids) <= MAX_COMPANY_TOKENS for item in company.items())
         assert list(company.members) == sorted(company.members, key=order_key)
     put = [member for company in made for member in company.members]
     assert len(put) == len(set(put)) and set(put) <= set(map(tuple, members))

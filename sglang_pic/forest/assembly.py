@@ -202,7 +202,12 @@ class BothOrders:
                 space = company_space(req.cache_salt, company.id, member.segment, whole=False)
                 held, node = self._pages.find(member.whole, req.extra_key, space)
                 other.append(self._pages.slots(node, held))
-            self._copies.average(torch.cat(made), torch.cat(other))
+            fresh = torch.cat(made)
+            try:
+                self._copies.average(fresh, torch.cat(other))
+            except BaseException:
+                self._allocator.free(fresh)
+                raise
         finally:
             self._pages.unlock(locked)
             for node in locked:

@@ -67,11 +67,6 @@ class Company:
         """16 bytes that stand for it where many are remembered."""
         return _digest(self.kind.key, *map(order_key, self.members))
 
-    @property
-    def tokens(self) -> int:
-        """Of one of its two prefills."""
-        return len(self.kind.opening) + sum(map(len, self.members))
-
     def items(self) -> Iterator[CompileItem]:
         """Its two prefills."""
         kind = self.kind

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Hashable
-from typing import TypeVar
 
 from cachetools import LRUCache
-
-Name = TypeVar("Name", bound=Hashable)
 
 # Tenants, with adapter and opening; prompts of one of them; segments of a prompt: with
 # more it is left out, since all of this is looked at whenever one comes.
