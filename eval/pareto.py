@@ -1,6 +1,7 @@
 """Loss against recomputed tokens: every policy, compiled alone and in company.
 
-    python -m eval.pareto [--quick] [--data FILE] [--questions N] [--json FILE] [--plot FILE]
+    python -m eval.pareto [--quick] [--data FILE] [--questions N] [--kept FILE]
+                               [--json FILE] [--plot FILE]
 
 Questions over ten passages, each prompt linked by every method. Stock SGLang computes the
 whole prompt and answers greedily (32 tokens); along that answer, forced token by token, a
@@ -10,22 +11,26 @@ and top-1, the share of steps at which both would pick the same. A forced token 
 the next turn of the same conversation, which computes it as decode would.
 
     alone        every segment compiled by itself (EPIC, MEPIC)
+    guests       each behind three passages that ship with the project
     groups of k  the prompt's segments, k at a time, compiled in each other's company
     all          all of them in one company
 
 each with seams of several widths, and with ``graded``'s budgets; ``exact prefix`` is the
 control: stock SGLang, the prompt cached, asked the same way. A prompt's segments stand in
-another order than any that they were computed in.
+another order than any that they were computed in. The full form takes hours: with ``--kept``
+one that was cut off goes on where it was.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import random
 import statistics
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tqdm import tqdm
@@ -34,8 +39,10 @@ from transformers import AutoTokenizer
 from sglang_pic.eval.bench import Bench, bench
 from sglang_pic.eval.command import Outcome, deliver, new_figure, parser_of
 from sglang_pic.eval.intervals import interval, ratio_interval
+from sglang_pic.eval.kept import Kept
 from sglang_pic.eval.multihop import MUSIQUE, load_examples
 from sglang_pic.eval.passages import PATH
+from sglang_pic.eval.results import versions
 from sglang_pic.eval.serving import Server
 from sglang_pic.eval.tables import Table
 from sglang_pic.eval.text_quality import TOP, Asked, prepare
@@ -44,7 +51,7 @@ from sglang_pic.link.divergence import kl_with_remainder
 WORDS = 64
 ANSWER_TOKENS, QUICK_ANSWER_TOKENS = 32, 8
 QUICK_QUESTIONS = 4
-ALONE, ALL, CONTROL = "alone", "all", "exact prefix"
+ALONE, AMONG, ALL, CONTROL = "alone", "guests", "all", "exact prefix"
 # Segments a company; of ``ALL`` as many as the prompt has, if a company may have them.
 GROUPS = {"groups of 2": 2, "groups of 3": 3, "groups of 5": 5, ALL: 10}
 TODAY = "alone, seam 16"
@@ -55,7 +62,7 @@ class Method:
     """One way to link.
 
     Attributes:
-        compiled: ``alone``, or a name of ``GROUPS``.
+        compiled: ``alone``, among ``guests``, or a name of ``GROUPS``.
         policy: in words.
         pic: what it adds to a request's ``pic``.
         quick: asked in the quick form too.
@@ -79,11 +86,17 @@ def _methods() -> Iterator[Method]:
     for share in (0.15, 0.25):
         pic = {"policy": "graded", "seam": 4, "share": share, "company": "off"}
         yield Method(ALONE, f"graded {share:.0%}", pic)
+    for width in (0, 4, 16):
+        yield Method(AMONG, f"seam {width}", {"policy": "seam", "seam": width}, quick=width == 16)
+    for share in (0.15, 0.25):
+        pic = {"policy": "graded", "seam": 4, "share": share}
+        yield Method(AMONG, f"graded {share:.0%}", pic)
     for compiled in GROUPS:
         quick = compiled == ALL
         pic = {"policy": "seam", "company_seam": 0}
         yield Method(compiled, "nothing", pic, quick)
         yield Method(compiled, "seam 4", {"policy": "seam", "company_seam": 4})
+        yield Method(compiled, "seam 16", {"policy": "seam", "company_seam": 16})
         for share in (0.15, 0.25):
             pic = {"policy": "graded", "company_seam": 0, "share": share}
             yield Method(compiled, f"graded {share:.0%}", pic, quick and share == 0.15)
@@ -172,10 +185,10 @@ def compile_groups(
     if compiled == ALONE:
         server.post("/pic/compile", {"input_ids": segments, "cache_salt": salt}).raise_for_status()
         return
-    size = GROUPS[compiled]
+    size = GROUPS.get(compiled, 1)
     rng.shuffle(segments)
     groups = [segments[i : i + size] for i in range(0, len(segments), size)]
-    if len(groups[-1]) == 1:
+    if compiled != AMONG and len(groups[-1]) == 1:
         groups[-2].extend(groups.pop())
     opening = asked.ids[: asked.segments[0]["start"]]
     for group in groups:
@@ -187,6 +200,25 @@ def compile_groups(
             raise RuntimeError(f"of {len(group)} segments companies of {made} were made")
 
 
+def score(
+    pair: Bench, asked: Asked, methods: Sequence[Method], tokens: int, name: str, rng: random.Random
+) -> dict[str, Score]:
+    """Every method, and the control, at one question."""
+    reference = refer(pair.stock, asked, tokens, name)
+    scores = {CONTROL: follow(pair.stock, asked, reference, name, None)}
+    for compiled in dict.fromkeys(method.compiled for method in methods):
+        salt = f"{name}-{compiled}"
+        compile_groups(pair.ours, asked, compiled, salt, rng)
+        ways = [method for method in methods if method.compiled == compiled]
+        # In one batch, which costs little more than one of them.
+        with ThreadPoolExecutor(len(ways)) as threads:
+            asking = functools.partial(follow, pair.ours, asked, reference, salt)
+            found = list(threads.map(asking, [method.pic for method in ways]))
+        scores.update(zip((method.label for method in ways), found, strict=True))
+        pair.ours.post("/pic/flush", {"cache_salt": salt}).raise_for_status()
+    return scores
+
+
 def run(
     pair: Bench,
     *,
@@ -195,41 +227,54 @@ def run(
     count: int | None = None,
     words: int = WORDS,
     seed: int = 0,
+    path: pathlib.Path | None = None,
 ) -> Outcome:
-    """Every method at every question."""
+    """Every method at every question.
+
+    Args:
+        path: where the scores of each question are kept as they come.
+
+    Raises:
+        ValueError: what is kept there is of another run.
+    """
     pair.flush()
     tokenizer = AutoTokenizer.from_pretrained(pair.model)
     count = count or (QUICK_QUESTIONS if quick else None)
     tokens = QUICK_ANSWER_TOKENS if quick else ANSWER_TOKENS
     asked = [prepare(tokenizer, one) for one in load_examples(data, words, count, seed)]
     methods = [method for method in METHODS if method.quick or not quick]
-    scores: dict[str, list[Score]] = {CONTROL: [], **{method.label: [] for method in methods}}
-    rng = random.Random(seed)
-    for i, one in enumerate(tqdm(asked, desc="pareto", unit="question")):
-        reference = refer(pair.stock, one, tokens, f"pareto-{i}")
-        scores[CONTROL].append(follow(pair.stock, one, reference, f"pareto-{i}", None))
-        for compiled in dict.fromkeys(method.compiled for method in methods):
-            salt = f"pareto-{i}-{compiled}"
-            compile_groups(pair.ours, one, compiled, salt, rng)
-            for method in methods:
-                if method.compiled == compiled:
-                    found = follow(pair.ours, one, reference, salt, method.pic)
-                    scores[method.label].append(found)
-            pair.ours.post("/pic/flush", {"cache_salt": salt}).raise_for_status()
-    rows = [row_of(label, scores[label], scores[TODAY], methods) for label in scores]
-    config = {
-        **pair.config,
+    settled = {
+        "model": pair.name,
         "data": data.name if data.exists() else "the project's own passages",
         "data_sha256": hashlib.sha256((data if data.exists() else PATH).read_bytes()).hexdigest(),
         "words_a_passage": words,
+        "classes": TOP + 1,
+        "answer_tokens": tokens,
+        "seed": seed,
+    }
+    kept = Kept(path, {**settled, "methods": [method.label for method in methods]})
+    commit = versions().get("commit")
+    scores: dict[str, list[Score]] = {CONTROL: [], **{method.label: [] for method in methods}}
+    commits = set()
+    for i, one in enumerate(tqdm(asked, desc="pareto", unit="question")):
+        row = kept.get(i)
+        if row is None:
+            made = score(pair, one, methods, tokens, f"pareto-{i}", random.Random(seed + i))
+            row = {"commit": commit, **{k: dataclasses.astuple(v) for k, v in made.items()}}
+            kept.put(i, row)
+        commits.add(row["commit"])
+        for label in scores:
+            scores[label].append(Score(*row[label]))
+    rows = [row_of(label, scores[label], scores[TODAY], methods) for label in scores]
+    config = {
+        **pair.config,
+        **settled,
+        "commits": sorted(commit for commit in commits if commit),
         "questions": len(asked),
         "prompt_tokens": statistics.fmean(len(one.ids) for one in asked),
         "segment_tokens": statistics.fmean(
             s["end"] - s["start"] for one in asked for s in one.segments
         ),
-        "classes": TOP + 1,
-        "answer_tokens": tokens,
-        "seed": seed,
     }
     return Outcome(config, rows, [table_of(rows, config)], plot(rows))
 
@@ -289,7 +334,7 @@ def plot(rows: Sequence[dict[str, Any]]) -> Any:
     """KL against the share of segment tokens computed, one line a way of compiling."""
     figure, axes = new_figure(1)
     axis = axes[0]
-    for compiled in (ALONE, *GROUPS):
+    for compiled in (ALONE, AMONG, *GROUPS):
         points = sorted(
             (100 * row["share"], row["kl"]) for row in rows if row["compiled"] == compiled
         )
@@ -314,6 +359,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, help="how many, at least 2 (all)")
     parser.add_argument("--words", type=int, default=WORDS, help="of a passage (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="order of passages (%(default)s)")
+    parser.add_argument("--kept", type=pathlib.Path, help="keep each question's scores here")
     args = parser.parse_args()
     with bench(args.model) as pair:
         outcome = run(
@@ -323,6 +369,7 @@ def main() -> None:
             count=args.questions,
             words=args.words,
             seed=args.seed,
+            path=args.kept,
         )
     deliver(outcome, args)
 

@@ -165,10 +165,10 @@ class Simulated:
             self._drop(old)
         self.built += 2 * sum(map(len, members.values()))
         variants = [
-            Variant(f"{name}/{key.hex()}", key.hex(), name, len(members), "", len(member), 0)
+            Variant(f"{name}/{key.hex()}", key.hex(), name, len(members), 0, "", len(member), 0)
             for key, member in members.items()
         ]
-        company = Held(name, ("tenant", ""), array("q"), names)
+        company = Held(name, ("tenant", ""), array("q"), names, names)
         for surplus in self._companies.add(company, variants):
             self._drop(surplus)
         self._used.update(dict.fromkeys(variant.name for variant in variants))

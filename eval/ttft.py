@@ -4,7 +4,7 @@
 
 Of SmolLM2-135M or, with ``--hybrid``, of the shipped hybrid.
 
-Methods, interleaved within each repetition, on fresh random documents:
+Methods, interleaved within each repetition, on fresh random documents and empty caches:
 
     stock            stock SGLang as installed, nothing cached
     stock_prefix     the same documents in the same order, another question
@@ -12,31 +12,51 @@ Methods, interleaved within each repetition, on fresh random documents:
     unlinked_prefix  the same, prefix cached
     cold             linked, every segment compiled first (compile included)
     linked           linked, the same documents in another order, segments warm
+    in_company       the same, compiled in each other's company: nothing is recomputed
 
 Quote ``unlinked`` as the baseline: stock's CPU attention pads every query to
-the whole prefix, which flatters whoever avoids it.
+the whole prefix, which flatters whoever avoids it. A cached prefix is the limit: it
+computes the question alone.
 """
 
 from __future__ import annotations
 
+import functools
 import random
 import statistics
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
 from tqdm import tqdm
+from transformers import AutoConfig
 
-from sglang_pic.eval.bench import Bench, bench
+from sglang_pic.eval.bench import POOL_TOKENS, Bench, bench, linear_layers
 from sglang_pic.eval.command import Outcome, deliver, new_figure, parser_of
+from sglang_pic.eval.serving import Server
 from sglang_pic.eval.tables import Table
 from sglang_pic.eval.workloads import QUESTION_TOKENS, Prompt
 
-METHODS = ("stock", "stock_prefix", "unlinked", "unlinked_prefix", "cold", "linked")
-MAX_TOKENS = 7500
+METHODS = (
+    "stock", "stock_prefix", "unlinked", "unlinked_prefix", "cold", "linked", "in_company",
+)  # fmt: skip
+MAX_TOKENS = 7700
 SEAM = 16
 REPEATS, QUICK_REPEATS = 5, 3
-QUICK = [(2, 64), (4, 128), (16, 64), (8, 256)]
-FULL = [(s, t) for t in (64, 128, 256, 512) for s in (1, 2, 4, 8, 16) if s * t <= MAX_TOKENS]
+QUICK = [(segments, 256) for segments in (2, 4, 8, 16)]
+FULL = [
+    *((s, t) for t in (64, 128, 256, 512) for s in (1, 2, 4, 8, 16) if s * t <= MAX_TOKENS),
+    (4, 1900),
+]
+# Held at once: segments alone, a company's first order, its second, and what is kept of
+# both.
+PROMPTS_HELD = 4.2
+
+
+def pool_of(grid: Sequence[tuple[int, int]]) -> int:
+    """Tokens of a pool in which no point of a grid evicts what it measures."""
+    largest = max(segments * length for segments, length in grid) + QUESTION_TOKENS
+    return max(POOL_TOKENS, int(PROMPTS_HELD * largest))
 
 
 def _body(ids: list[int], salt: str, pic: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -48,38 +68,88 @@ def _body(ids: list[int], salt: str, pic: dict[str, Any] | None = None) -> dict[
     return body if pic is None else {**body, "pic": pic}
 
 
+def most_computed(method: str, segments: int, length: int, seam: int, page: int) -> int:
+    """Tokens that a method may compute of a prompt, its compiles included; more, and
+    something that it should have found was not there."""
+    total = segments * length + QUESTION_TOKENS
+    if method in ("stock", "unlinked"):
+        return total
+    if method in ("stock_prefix", "unlinked_prefix"):
+        return QUESTION_TOKENS + page
+    width = 0 if method == "in_company" else seam
+    # Whole pages are reused, and the last token's never.
+    edges = segments * (width + 2 * page) + QUESTION_TOKENS + page
+    return edges + (segments * length if method == "cold" else 0)
+
+
 def measure(
-    pair: Bench, rng: random.Random, segments: int, length: int, seam: int
+    pair: Bench,
+    rng: random.Random,
+    segments: int,
+    length: int,
+    seam: int,
+    *,
+    page: int,
+    company: bool,
 ) -> dict[str, tuple[float, int, int]]:
-    """One repetition: (seconds to first token, tokens reused, computed) by method."""
+    """One repetition: (seconds to first token, tokens reused, computed) by method.
+
+    Args:
+        page: tokens a page.
+        company: whether the server makes companies.
+
+    Raises:
+        RuntimeError: a method computed more than it should.
+    """
     documents = [pair.tokens(rng, length) for _ in range(segments)]
     shuffled = rng.sample(documents, segments)
     while segments > 1 and shuffled == documents:
         shuffled = rng.sample(documents, segments)
-    stock, unlinked, linked = (f"{rng.random()}" for _ in range(3))
+    # Nothing is found that another method, or another run, has left.
+    salts = {
+        method: f"ttft-{uuid.uuid4()}" for method in ("stock", "unlinked", "linked", "company")
+    }
 
     def body(documents: list[list[int]], salt: str, pic: Any = None) -> dict[str, Any]:
         prompt = Prompt(documents, pair.tokens(rng, QUESTION_TOKENS))
-        if pic == "link":
-            pic = {"segments": prompt.ranges, "seam": seam, "turns": False}
-        return _body(prompt.ids, salt, pic)
+        if pic is not None and "link" not in pic:
+            pic = {"segments": prompt.ranges, "seam": seam, "turns": False, **pic}
+        return _body(prompt.ids, salts[salt], pic)
 
+    off = {"link": False}
     calls = {
-        "stock": (pair.stock, body(documents, stock)),
-        "unlinked": (pair.ours, body(documents, unlinked, {"link": False})),
-        "cold": (pair.ours, body(documents, linked, "link")),
-        "stock_prefix": (pair.stock, body(documents, stock)),
-        "unlinked_prefix": (pair.ours, body(documents, unlinked, {"link": False})),
-        "linked": (pair.ours, body(shuffled, linked, "link")),
+        "stock": (pair.stock, body(documents, "stock")),
+        "unlinked": (pair.ours, body(documents, "unlinked", off)),
+        "cold": (pair.ours, body(documents, "linked", {})),
+        "stock_prefix": (pair.stock, body(documents, "stock")),
+        "unlinked_prefix": (pair.ours, body(documents, "unlinked", off)),
+        "linked": (pair.ours, body(shuffled, "linked", {})),
     }
     results = {}
+    pair.flush()
     for method, (server, asked) in calls.items():
-        seconds, first = server.first_token(**asked)
-        meta = first["meta_info"]
-        reused = meta["cached_tokens"]
-        compiled = meta.get("pic", {}).get("tokens_compiled", 0)
-        results[method] = seconds, reused, len(asked["input_ids"]) - reused + compiled
+        results[method] = _ask(server, asked)
+    if segments > 1 and company:
+        pair.flush()
+        named = {"input_ids": documents, "company": True, "cache_salt": salts["company"]}
+        pair.ours.post("/pic/compile", named, timeout=600).raise_for_status()
+        results["in_company"] = _ask(pair.ours, body(shuffled, "company", {"company_seam": 0}))
+    for method, (_, _, computed) in results.items():
+        most = most_computed(method, segments, length, seam, page)
+        if computed > most:
+            raise RuntimeError(
+                f"{method} computed {computed} tokens of {segments} x {length}, {most} at most: "
+                "the pool is too small"
+            )
     return results
+
+
+def _ask(server: Server, asked: dict[str, Any]) -> tuple[float, int, int]:
+    seconds, first = server.first_token(**asked)
+    meta = first["meta_info"]
+    reused = meta["cached_tokens"]
+    compiled = meta.get("pic", {}).get("tokens_compiled", 0)
+    return seconds, reused, len(asked["input_ids"]) - reused + compiled
 
 
 def run(
@@ -92,19 +162,22 @@ def run(
 ) -> Outcome:
     """Measure the grid; one row a method and point."""
     rng = random.Random(seed)
+    page = pair.ours.get("/server_info").json()["page_size"]
     repeats = repeats or (QUICK_REPEATS if quick else REPEATS)
     room = pair.context - QUESTION_TOKENS
-    grid = [(segments, length) for segments, length in (QUICK if quick else FULL)]
-    grid = [(segments, length) for segments, length in grid if segments * length < room]
-    measure(pair, rng, 1, 64, seam)  # first calls pay for lazy set-up
+    grid = [point for point in (QUICK if quick else FULL) if point[0] * point[1] <= room]
+    # Of models with linear layers none are made.
+    company = not linear_layers(AutoConfig.from_pretrained(pair.model))
+    once = functools.partial(measure, pair, rng, seam=seam, page=page, company=company)
+    once(1, 64)  # first calls pay for lazy set-up
     rows = []
     with tqdm(total=len(grid) * repeats, desc="ttft", unit="rep") as bar:
         for segments, length in grid:
             reps = []
             for _ in range(repeats):
-                reps.append(measure(pair, rng, segments, length, seam))
+                reps.append(once(segments, length))
                 bar.update()
-            rows += [_row(reps, method, segments, length, seam) for method in METHODS]
+            rows += [_row(reps, method, segments, length, seam) for method in reps[0]]
     config = {
         **pair.config,
         "question_tokens": QUESTION_TOKENS,
@@ -137,59 +210,97 @@ def _row(
 
 
 def table_of(rows: Sequence[dict[str, Any]], model: str) -> Table:
-    """One line a point: seconds by method, and what linking gains."""
+    """One line a point: seconds by method, what linking gains, and what a cached prefix
+    of the same length takes."""
     points: dict[tuple[int, int], dict[str, Any]] = {}
     for row in rows:
         points.setdefault((row["segments"], row["segment_tokens"]), {})[row["method"]] = row
+    methods = [method for method in METHODS if any(method in found for found in points.values())]
     lines = []
     for (segments, length), found in points.items():
-        full, linked = found["unlinked"], found["linked"]
+        best = found[_best(found)]
+        full, limit = found["unlinked"], found["unlinked_prefix"]
         lines.append(
             (
                 f"{segments} x {length}",
-                *(f"{found[method]['ttft_s']:.2f}" for method in METHODS),
-                f"{full['ttft_s'] / linked['ttft_s']:.1f}x",
-                f"{full['tokens_computed']} → {linked['tokens_computed']}",
+                *(
+                    f"{found[method]['ttft_s']:.2f}" if method in found else ""
+                    for method in methods
+                ),
+                f"{full['ttft_s'] / best['ttft_s']:.1f}x",
+                f"{best['ttft_s'] / limit['ttft_s']:.2f}",
+                f"{full['tokens_computed']} → {best['tokens_computed']}",
             )
         )
     return Table(
         f"Seconds to first token ({model}), median",
         (
             "segments x tokens",
-            *(method.replace("_", " ") for method in METHODS),
-            "unlinked / linked",
+            *(method.replace("_", " ") for method in methods),
+            f"unlinked / {methods[-1].replace('_', ' ')}",
+            "of a cached prefix",
             "tokens computed",
         ),
         lines,
         "Random documents, linked in shuffled order. Compare linked with unlinked: stock's CPU "
-        "attention pads every query to the whole cached prefix.",
+        "attention pads every query to the whole cached prefix. A company of one is none: its "
+        "segment is compared as compiled alone.",
     )
 
 
+def _best(found: dict[str, Any]) -> str:
+    """What a set of documents that was met before is served as."""
+    return "in_company" if "in_company" in found else "linked"
+
+
+LABELS = {
+    "stock": "stock",
+    "unlinked_prefix": "prefix cached",
+    "linked": "linked",
+    "in_company": "linked, in company",
+}
+
+
 def plot(rows: Sequence[dict[str, Any]]) -> Any:
-    """Seconds over number of segments, one panel a segment length; of what was
-    measured at one length alone, one point."""
-    lengths = sorted({row["segment_tokens"] for row in rows})
-    figure, axes = new_figure(len(lengths), width=4)
-    for axis, length in zip(axes, lengths, strict=True):
-        for method in METHODS:
-            line = sorted(
-                (row["segments"], row["ttft_s"], row["ttft_s_min"], row["ttft_s_max"])
-                for row in rows
-                if row["method"] == method and row["segment_tokens"] == length
-            )
-            x, y, low, high = zip(*line, strict=True)
-            axis.plot(x, y, marker="o", label=method)
-            axis.fill_between(x, low, high, alpha=0.15)
-        axis.set(title=f"{length} tokens a segment", xlabel="segments", yscale="log")
-        axis.sharey(axes[0])
-    axes[0].set_ylabel("seconds to first token")
-    axes[-1].legend()
+    """Seconds over number of segments, of the length with most points; the gain at the
+    end of each line."""
+    lengths = [row["segment_tokens"] for row in rows]
+    length = max(lengths, key=lambda one: (lengths.count(one), one))
+    figure, axes = new_figure(width=7)
+    axis = axes[0]
+    lines = {
+        method: sorted(
+            (row["segments"], row["ttft_s"], row["ttft_s_min"], row["ttft_s_max"])
+            for row in rows
+            if row["method"] == method and row["segment_tokens"] == length
+        )
+        for method in LABELS
+    }
+    for method, line in lines.items():
+        if not line:
+            continue
+        x, y, low, high = zip(*line, strict=True)
+        (drawn,) = axis.plot(x, y, marker="o")
+        axis.fill_between(x, low, high, alpha=0.15)
+        gain = lines["stock"][-1][1] / y[-1]
+        axis.annotate(
+            LABELS[method] + (f"  {gain:.0f}x" if method != "stock" else ""),
+            (x[-1], y[-1]), textcoords="offset points", xytext=(8, 0), va="center",
+            color=drawn.get_color(),
+        )  # fmt: skip
+    axis.set(
+        title=f"documents of {length} tokens in a new order",
+        xlabel="documents in the prompt",
+        ylabel="seconds to first token",
+        yscale="log",
+    )
+    axis.margins(x=0.02)
+    axis.set_xlim(right=axis.get_xlim()[1] * 1.3)
     return figure
 
 
 def main() -> None:
-    parser = parser_of(__doc__, "four points, three repetitions")
+    parser = parser_of(__doc__, "one length of document, three repetitions")
     parser.add_argument("--seam", type=int, default=SEAM, help="in tokens (%(default)s)")
     parser.add_argument("--page-size", type=int, default=1, help="tokens a page (%(default)s)")
     parser.add_argument("--repeats", type=int, help=f"repetitions ({REPEATS})")
@@ -199,7 +310,8 @@ def main() -> None:
     which.add_argument("--hybrid", action="store_true", help="the shipped hybrid")
     args = parser.parse_args()
     name = "hybrid" if args.hybrid else args.model
-    with bench(name, f"--page-size={args.page_size}") as pair:
+    pool = pool_of(QUICK if args.quick else FULL)
+    with bench(name, f"--page-size={args.page_size}", pool=pool) as pair:
         outcome = run(pair, quick=args.quick, seam=args.seam, repeats=args.repeats, seed=args.seed)
     outcome.config["page_size"] = args.page_size
     deliver(outcome, args)

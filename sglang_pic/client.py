@@ -134,6 +134,7 @@ class ExplainedSegment:
     tokens_reused: int
     tokens_computed: int
     company: int
+    guests: int
 
 
 @dataclasses.dataclass(frozen=True)

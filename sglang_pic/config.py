@@ -21,6 +21,8 @@ EXACT = "exact"
 COLD = (EXACT, "link")
 IDLE = "idle"
 COMPANY_WHEN = (IDLE, "asked")
+ON, OFF = "on", "off"
+GUESTS = (ON, OFF)
 AUDIT_ACTIONS = ("log", "off")
 
 
@@ -37,6 +39,8 @@ class PicConfig:
             any of its tenant behind that; ``off``, none is made.
         company_when: companies are made of what recurs, when the server is ``idle``, and
             when they are ``asked`` for.
+        guests: whether a segment that has been linked as compiled alone is computed
+            behind passages of its kind as well (``server.guests``): ``on`` or ``off``.
         company_seam: seam width of a segment that was computed in company.
         share: of the segments' tokens that ``graded`` may compute.
         mode: ``share`` reads one physical copy of a segment's pages for every
@@ -82,6 +86,7 @@ class PicConfig:
     policy: str = "seam"
     company: str = "subset"
     company_when: str = IDLE
+    guests: str = ON
     company_seam: int = 0
     share: float = 0.15
     mode: str = "share"
@@ -116,6 +121,8 @@ class PicConfig:
             raise PicConfigError(f"company must be one of {COMPANIES}, got {self.company!r}")
         if self.cold not in COLD:
             raise PicConfigError(f"cold must be one of {COLD}, got {self.cold!r}")
+        if self.guests not in GUESTS:
+            raise PicConfigError(f"guests must be one of {GUESTS}, got {self.guests!r}")
         if self.company_when not in COMPANY_WHEN:
             raise PicConfigError(
                 f"company_when must be one of {COMPANY_WHEN}, got {self.company_when!r}"

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 
-from sglang_pic.config import AUDIT_ACTIONS, COLD, COMPANY_WHEN, STATE_DTYPES, PicConfig
+from sglang_pic.config import AUDIT_ACTIONS, COLD, COMPANY_WHEN, GUESTS, STATE_DTYPES, PicConfig
 from sglang_pic.errors import PicConfigError
 from sglang_pic.link.policy import AUTO, COMPANIES, MODES, POLICIES, STATE_POLICIES
 
@@ -69,6 +69,14 @@ def pic_parser() -> argparse.ArgumentParser:
         default=defaults.company_when,
         help="make companies of what recurs while the server is idle, or only when asked "
         "for by POST /pic/compile (%(default)s)",
+    )
+    parser.add_argument(
+        "--pic-guests",
+        choices=GUESTS,
+        default=defaults.guests,
+        help="compile a segment that has no company behind passages of its kind too, with "
+        "its ordinary seam: the project's own, or the tenant's with --pic-company tenant "
+        "(%(default)s)",
     )
     parser.add_argument(
         "--pic-company-seam",

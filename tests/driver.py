@@ -97,6 +97,8 @@ class Driver:
         self.forest = plant(self.cache, config, PrefillCost(1e6, 10.0, 16), copies=copies)
         # Of each slot, the tokens that have had a part in what it holds, as bits.
         self.touched = [0] * (size + page)
+        # Tokens of guests that ship with the project.
+        self.nobodys = 0
         self.running: list[Req] = []
 
     # -- requests -----------------------------------------------------------------------
@@ -129,18 +131,25 @@ class Driver:
         opening: Sequence[int] = (),
         salt: str | None = None,
         *,
+        guests: Sequence[Sequence[int]] = (),
+        shipped: bool = True,
         between: Any = lambda: None,
     ) -> bool:
-        """Run both orders of a company from start to end; whether they could run at
-        all. ``between`` runs between the two."""
+        """Run both orders of a company from start to end, or the one behind guests;
+        whether they could run at all. ``between`` runs between the two."""
         space = namespace(self.forest.segments.context, salt)
         order = sorted(parts, key=order_key)
-        for i, arranged in enumerate((order, order[::-1])):
+        for guest in guests if shipped else ():
+            for token in guest:
+                self.nobodys |= 1 << token
+        behind = [*sorted(guests, key=order_key), *order]
+        for i, arranged in enumerate([behind] if guests else [order, order[::-1]]):
             ids, spans = list(opening), []
             for part in arranged:
                 spans.append(TokenSpan(len(ids), len(ids) + len(part)))
                 ids += part
-            req = self.request(ids, space, compile_hints((), company=spans))
+            hints = compile_hints((), company=spans, guests=len(guests), shipped=shipped)
+            req = self.request(ids, space, hints)
             if not self.start(req):
                 return False
             self.finish(req)
@@ -230,9 +239,9 @@ class Driver:
 
     def _check_touched(self, req: Req, row: torch.Tensor) -> None:
         """No token that the prompt does not contain has had a part in what it reuses,
-        but the compile context's."""
-        own = 0
-        for token in (*req.origin_input_ids, *req.output_ids, *self.forest.segments.context):
+        but the compile context's, and those that are nobody's."""
+        own, context = self.nobodys, self.forest.segments.context
+        for token in (*req.origin_input_ids, *req.output_ids, *context):
             own |= 1 << token
         assert not any(self.touched[slot] & ~own for slot in row.tolist())
 

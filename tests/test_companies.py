@@ -18,7 +18,7 @@ from sglang_pic.forest.keys import namespace, order_key, segment_id
 from sglang_pic.manage import segments
 from sglang_pic.request.base import OPENING as OPENING_TEXT
 from sglang_pic.request.base import TokenSpan
-from sglang_pic.request.internal import compile_hints
+from sglang_pic.request.internal import CompileRequest, compile_hints
 
 OPENING = [900, 901, 902]
 A, B, C, D = (list(range(at, at + 24)) for at in (100, 200, 300, 400))
@@ -244,7 +244,7 @@ def test_an_order_of_no_meaning_is_contained() -> None:
     driver.check()
     assert driver.forest.companies.count == 0
     with pytest.raises(PicIntegrityError):
-        driver.forest.assembly.keep(req, spans)
+        driver.forest.assembly.keep(req, CompileRequest((), False, tuple(spans)))
 
 
 @pytest.mark.parametrize("step", ["copy", "average"])
@@ -276,8 +276,49 @@ def test_what_is_kept_is_the_mean_of_both_orders() -> None:
 # -- the index ------------------------------------------------------------------------
 
 
+def test_a_segment_among_guests_has_its_ordinary_seam() -> None:
+    driver = driver_of()
+    assert driver.company([A], OPENING, guests=[C, D])
+    driver.check()
+    driver.compile(B)
+    report = ask(driver, B, A, seam=4)
+    assert [(one["company"], one["guests"]) for one in report["segments"]] == [(0, 0), (3, 2)]
+    assert [one["tokens_reused"] for one in report["segments"]] == [16, 16]
+    assert report["exactness"] == "composed"
+    (listed,) = driver.forest.companies.to_json()
+    assert listed["guests"] == 2 and len(listed["segments"]) == 1
+    assert driver.forest.companies.is_whole(listed["id"])
+    # Of the guests nothing is kept.
+    assert missing(driver, C, D) == [0, 1]
+
+
+def test_company_goes_before_guests() -> None:
+    driver = driver_of()
+    driver.company([A], OPENING, guests=[C, D])
+    driver.company([A, B], OPENING)
+    assert [one["guests"] for one in ask(driver, A, B)["segments"]] == [0, 0]
+    assert sizes(ask(driver, A)) == [3]
+
+
+def test_a_tenants_own_guests_serve_where_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = driver_of(company="tenant")
+    driver.company([A], OPENING, guests=[C, D], shipped=False)
+    driver.compile(A)
+    assert sizes(ask(driver, A, company="subset")) == [0]
+    driver.compile(C)
+    driver.compile(D)
+    assert sizes(ask(driver, A, C, D, company="subset", turns=False)) == [3, 0, 0]
+    monkeypatch.setattr(driver, "_check_touched", lambda req, row: None)
+    assert sizes(ask(driver, A, company="tenant", turns=False)) == [3]
+    # It goes with a guest that is deleted.
+    name = segment_id(namespace((), None), None, C)
+    segments.delete(driver.forest, name, None)
+    driver.check()
+    assert driver.forest.companies.count == 0
+
+
 def variant_of(company: str, segment: str) -> Variant:
-    return Variant(f"{company}/{segment}", segment, company, 2, "", 16, 0)
+    return Variant(f"{company}/{segment}", segment, company, 2, 0, "", 16, 0)
 
 
 def test_a_segment_is_in_no_more_companies_than_said() -> None:
@@ -285,7 +326,7 @@ def test_a_segment_is_in_no_more_companies_than_said() -> None:
     surplus = []
     for i in range(MAX_OF_SEGMENT + 3):
         members = frozenset(["s", f"other {i}"])
-        company = Company(f"c{i}", ("t", ""), array("q"), members)
+        company = Company(f"c{i}", ("t", ""), array("q"), members, members)
         made = companies.add(company, [variant_of(company.id, name) for name in members])
         surplus += [one.name for one in made]
         for one in made:

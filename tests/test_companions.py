@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import inspect
+import json
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from sglang_pic.errors import PicRefused
+from sglang_pic.eval.models.smollm2 import ensure_model
+from sglang_pic.eval.passages import load_passages
 from sglang_pic.forest.keys import order_key
 from sglang_pic.link.policy import LinkOptions
 from sglang_pic.request.base import LinkRequest, TokenSpan
@@ -19,6 +25,7 @@ from sglang_pic.request.internal import MAX_COMPANY_TOKENS, MAX_MEMBERS
 from sglang_pic.server import companions as module
 from sglang_pic.server.companions import Company, Kind, Maker, WhenIdle, companies_of
 from sglang_pic.server.compiler import COMPILED, FAILED, CompileItem, Made
+from sglang_pic.server.guests import NO_GUESTS, Guests, Inviting, Nobody, Own, Shipped
 from sglang_pic.server.recurring import MAX_PROMPTS, Recurring
 
 KIND = Kind("space", None, None, None, (1, 2))
@@ -110,21 +117,22 @@ class Compiler:
 class Front:
     """A front that sees prompts of these segments."""
 
-    def __init__(self) -> None:
+    def __init__(self, inviting: Inviting | None = None) -> None:
         self.compiler = Compiler()
         self.is_idle = True
-        maker: Any = Maker(self.compiler, lambda: 1000)  # type: ignore[arg-type]
+        compiler: Any = self.compiler
+        maker = Maker(compiler, lambda: 1000, inviting or Nobody())
         self.companions = WhenIdle(maker, 16, lambda: self.is_idle)
 
     def see(
-        self, *members: Sequence[int], company: int = 0, turn: int = 0, reason: Any = None,
-        why: str = "hit", rule: str = "subset",
+        self, *members: Sequence[int], company: int = 0, guests: int = 0, turn: int = 0,
+        reason: Any = None, why: str = "hit", rule: str = "subset",
     ) -> None:  # fmt: skip
         ids, spans = list(KIND.opening), []
         for member in members:
             spans.append(TokenSpan(len(ids), len(ids) + len(member)))
             ids += member
-        segments = [{"reason": why, "company": company} for _ in spans]
+        segments = [{"reason": why, "company": company, "guests": guests} for _ in spans]
         report = {"reason": reason, "turn_tokens": turn, "segments": segments}
         link = LinkRequest(tuple(spans), LinkOptions(company=rule))
         self.companions.saw(KIND, ids, link, report)
@@ -224,8 +232,92 @@ def test_the_second_order_is_not_begun_where_the_first_has_failed() -> None:
     asyncio.run(go())
 
 
+# -- guests ---------------------------------------------------------------------------------
+
+
+class Three:
+    """Everybody's guests are the same."""
+
+    texts = tuple(sorted(((7,) * 10, (8,) * 10, (9,) * 10), key=order_key))
+
+    def saw(self, kind: bytes, text: tuple[int, ...]) -> None:
+        pass
+
+    def of(self, kind: bytes, text: tuple[int, ...]) -> Guests:
+        return Guests(self.texts, shipped=True)
+
+
+def test_what_was_linked_alone_is_computed_among_guests() -> None:
+    async def go() -> None:
+        front = Front(Three())
+        front.see(A, B, why="not_compiled", reason="first_time")
+        assert await front.made() == []
+        # A and B come together again: they are company enough.
+        front.see(A, B, C)
+        pair = (TokenSpan(2, 22), TokenSpan(22, 42))
+        among = (*(TokenSpan(at, at + 10) for at in (2, 12, 22)), TokenSpan(32, 52))
+        assert await front.made() == [pair, pair, among]
+        front.see(C, company=4, guests=3)
+        assert await front.made() == []
+        # Strangers are no company of its own.
+        front.see(C, D, company=4, guests=3)
+        front.see(C, D, company=4, guests=3)
+        assert await front.made() == [pair, pair]
+
+    asyncio.run(go())
+
+
+def test_guests_stand_in_front() -> None:
+    (item,) = Company(KIND, (A,), Guests((B, C), shipped=True)).items()
+    assert item.ids == (1, 2, *B, *C, *A)
+    assert item.guests == 2 and item.shipped
+    assert len({Company(KIND, (A,), one).key for one in (NO_GUESTS, Three().of(b"", A))}) == 2
+
+
+def test_there_is_room_for_guests_or_there_are_none() -> None:
+    compiler: Any = Compiler()
+    for most, fits in ((2 + 30 + 20, True), (2 + 30 + 19, False)):
+        maker = Maker(compiler, lambda most=most: most, Three())  # type: ignore[misc]
+        assert (maker.among_guests(KIND, A) is not None) == fits
+    assert Maker(compiler, lambda: 1000, Nobody()).among_guests(KIND, A) is None
+
+
+def test_the_projects_guests_are_of_the_nearest_kind() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(ensure_model())
+    shipped = Shipped(tokenizer)
+    for kind, texts in shipped._kinds.items():
+        assert len(texts) == 3
+        for text in texts:
+            assert shipped.nearest(text) == kind
+            guests = shipped.of(b"", text)
+            assert set(guests.texts) == set(texts) - {text} and guests.shipped
+            assert list(guests.texts) == sorted(guests.texts, key=order_key)
+    examples = {
+        "encyclopaedia": load_passages()[0].document,
+        "documentation": pathlib.Path("docs/using/server.md").read_text()[:2000],
+        "code": inspect.getsource(Maker),
+        "schema": json.dumps({"name": "add", "parameters": {"type": "object", "properties": {}}}),
+        "dialogue": "Ann: Where were you?\nBen: At home. I was ill.\nAnn: Are you well now?\n",
+    }
+    for kind, example in examples.items():
+        assert shipped.nearest(tuple(tokenizer.encode(example))) == kind
+
+
+def test_a_tenants_own_guests_are_fixed_once_and_its_own() -> None:
+    own = Own(Three())
+    for text in (A, A, (1,) * 600, B):
+        own.saw(b"kind", text)
+    assert own.of(b"kind", D).texts == Three.texts
+    own.saw(b"kind", C)
+    own.saw(b"kind", D)
+    invited = own.of(b"kind", D)
+    assert invited.texts == tuple(sorted((A, B, C), key=order_key)) and not invited.shipped
+    assert set(own.of(b"kind", A).texts) == {B, C}
+    assert own.of(b"other", D).texts == Three.texts
+
+
 def test_a_server_that_makes_none_says_so() -> None:
-    maker = Maker(None, lambda: 1000)
+    maker = Maker(None, lambda: 1000, Nobody())
     with pytest.raises(PicRefused) as refused:
         asyncio.run(maker.make(Company(KIND, (A, B))))
     assert refused.value.status == 409

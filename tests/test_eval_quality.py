@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from sglang_pic.eval import hybrid_quality, multihop, pareto, recurrence, text_quality
 from sglang_pic.eval.bench import Bench
 from sglang_pic.eval.intervals import clustered, interval, ratio_interval
+from sglang_pic.eval.kept import Kept
 from sglang_pic.eval.models.hybrid import task
 from sglang_pic.eval.models.smollm2 import ensure_model
 from sglang_pic.eval.passages import load_passages, prompt_pieces
@@ -214,7 +215,8 @@ def test_pareto_is_right_about_itself(
     """Ours stands in for stock SGLang, which it is for a request without ``pic``."""
     monkeypatch.setattr(pareto, "QUICK_ANSWER_TOKENS", 3)
     pair = Bench(ensure_model(), "smollm2", smollm, smollm, range(1500, 47000), 8192, 16384)
-    outcome = pareto.run(pair, quick=True, data=tmp_path / "absent", count=2, seed=3)
+    data, path = tmp_path / "absent", tmp_path / "kept.jsonl"
+    outcome = pareto.run(pair, quick=True, data=data, count=2, seed=3, path=path)
     rows = {row["method"]: row for row in outcome.rows}
     kept = [method.label for method in pareto.METHODS if method.quick]
     assert list(rows) == [pareto.CONTROL, *kept]
@@ -224,7 +226,34 @@ def test_pareto_is_right_about_itself(
     assert rows["all, nothing"]["share"] < 0.02 < rows[pareto.TODAY]["share"] < 0.25
     assert 0.1 < rows["all, graded 15%"]["share"] <= 0.15 + 1e-9
     assert rows["all, nothing"]["kl"] < rows["alone, seam 0"]["kl"]
+    assert rows["guests, seam 16"]["share"] == rows[pareto.TODAY]["share"]
+    assert rows["guests, seam 16"]["kl"] != rows[pareto.TODAY]["kl"]
     assert outcome.tables[0].rows and outcome.figure is not None
+    monkeypatch.setattr(pareto, "score", None)
+    again = pareto.run(pair, quick=True, data=data, count=2, seed=3, path=path)
+    assert again.rows == outcome.rows
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "new" / "kept.jsonl"
+    first = Kept(path, {"seed": 0, "sizes": (1, 2)})
+    assert first.get(0) is None
+    first.put(0, {"kl": 0.5})
+    first.put(2, [1, 2])
+    with path.open("a") as file:
+        file.write('{"number": 3, "ro')
+    second = Kept(path, {"seed": 0, "sizes": (1, 2)})
+    assert [second.get(i) for i in range(4)] == [{"kl": 0.5}, None, [1, 2], None]
+    second.put(3, "whole")
+    assert Kept(path, {"seed": 0, "sizes": (1, 2)}).get(3) == "whole"
+    with pytest.raises(ValueError, match="another configuration"):
+        Kept(path, {"seed": 1, "sizes": (1, 2)})
+    path.write_text("[]\n[]\n")
+    with pytest.raises(ValueError, match="no rows"):
+        Kept(path, {"seed": 0})
+    without = Kept(None, {})
+    without.put(0, 1)
+    assert without.get(0) == 1
 
 
 # -- what recurs ---------------------------------------------------------------------

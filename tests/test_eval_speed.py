@@ -100,9 +100,20 @@ def test_ttft_counts_tokens(pair: Bench, monkeypatch: pytest.MonkeyPatch) -> Non
     for method in ("stock_prefix", "unlinked_prefix"):
         assert rows[3, method]["tokens_reused"] >= 120
     assert rows[3, "linked"]["tokens_computed"] <= 3 * 4 + workloads.QUESTION_TOKENS
+    assert rows[3, "in_company"]["tokens_computed"] <= 3 + workloads.QUESTION_TOKENS
     # Compiled first: all of it, then the seams and the question once more.
     assert rows[3, "cold"]["tokens_computed"] >= 120 + workloads.QUESTION_TOKENS
     assert len(found.tables[0].rows) == 2 and found.figure is not None
+
+
+@pytest.mark.server
+def test_ttft_says_when_something_was_not_there(
+    pair: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ttft, "QUICK", [(2, 32)])
+    monkeypatch.setattr(ttft, "most_computed", lambda method, *point: 5)
+    with pytest.raises(RuntimeError, match=r"computed \d+ tokens of 1 x 64, 5 at most"):
+        ttft.run(pair, quick=True, seam=4, repeats=1)
 
 
 @pytest.mark.server

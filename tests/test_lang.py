@@ -75,7 +75,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.bodies.append(body)
-        if "refuse" in str(body.get("text")):
+        if self.path == "/pic/compile":
+            companies = [{"segments": ["id"] * len(body["text"]), "tokens_computed": 7}]
+            self._send(200, {"segments": [], "companies": companies})
+        elif "refuse" in str(body.get("text")):
             self._send(400, {"error": {"message": "pic.segments: refused"}})
         elif body.get("stream"):
             self._stream(body)
@@ -430,6 +433,26 @@ def test_plain_server(plain_server):
     assert state["answer"] == "".join(ANSWER)
     assert report_of(state, "answer") is None
     assert backend.last_report is None
+
+
+def test_a_states_segments_are_compiled_in_company(server):
+    @sgl.function
+    def program(s):
+        s += sgl.user("Read. " + pic_segment("one") + pic_segment("") + pic_segment("two") + "!")
+        s += sgl.assistant(sgl.gen("answer"))
+
+    backend = endpoint(server, cache_salt="us", company="subset")
+    state = program.run(backend=backend)
+    state.sync()
+    assert server.bodies[-1]["pic"]["company"] == "subset"
+    assert backend.compile_company(state) == [{"segments": ["id"] * 2, "tokens_computed": 7}]
+    opening = state.text()[: state.text().index("one")]
+    assert opening.endswith("Read. ")
+    assert server.bodies[-1] == {
+        "text": ["one", "two"], "opening": opening, "company": True, "cache_salt": "us"
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="without segments"):
+        backend.compile_company(sgl.function(lambda s: s.__iadd__("text")).run(backend=backend))
 
 
 def test_any_backend_sees_plain_text():

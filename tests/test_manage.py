@@ -265,6 +265,7 @@ class FakeSchedulers:
                         "tokens_reused": 8,
                         "tokens_computed": 2,
                         "company": 0,
+                        "guests": 0,
                     }
                     for span in fields["link"].spans
                 ],

@@ -532,6 +532,13 @@ def test_frontend_language(smollm: Server) -> None:
     )
     text = "".join(streamed.text_iter(var_name="answer"))
     assert text == states[0]["answer"]
+    (company,) = backend.compile_company(states[0])
+    assert len(company["segments"]) == len(DOCUMENTS)
+    turned = DOCUMENTS[1:] + DOCUMENTS[:1]
+    state = ask.run(documents=turned, question="Name one thing.", backend=backend)
+    found = report_of(state, "answer")
+    assert found is not None
+    assert [s["company"] for s in found["segments"]] == [len(DOCUMENTS)] * len(DOCUMENTS)
 
 
 def test_frontend_language_on_a_plain_backend(smollm: Server) -> None:

@@ -1,7 +1,8 @@
 """What a prompt must answer whose segments were computed in company.
 
 A member's key and value at a token are the mean of two ordinary forwards of its whole
-company behind the opening, in one order and in the reverse. Each is run with positions
+company behind the opening, in one order and in the reverse; behind guests they are those of
+one forward. Each is run with positions
 shifted so that the member stands where it stands in the prompt: RoPE being relative, that
 is what it computes at positions of its own, turned. Computed tokens then attend to the
 reused ones in front of them and to each other, token by token.
@@ -53,11 +54,14 @@ def in_company(
     members: Sequence[Sequence[int]],
     member: Sequence[int],
     place: int,
+    guests: Sequence[Sequence[int]] = (),
 ) -> Layers:
     """The mean of both orders, of a member that stands at ``place`` in its prompt."""
-    order = first_order(members)
+    order = [*first_order(guests), *first_order(members)]
     which = order.index(member)
     forth = _slice(model, opening, order, which, place)
+    if guests:
+        return forth
     back = _slice(model, opening, order[::-1], len(order) - 1 - which, place)
     return [
         ((k + other_k) / 2, (v + other_v) / 2)
@@ -102,6 +106,7 @@ def company_logprobs(
     page: int,
     n_new: int,
     forced: Sequence[int] | None = None,
+    guests: Sequence[Sequence[int]] = (),
 ) -> Generation:
     """Continue a prompt all of whose segments were computed in company.
 
@@ -109,6 +114,7 @@ def company_logprobs(
         model: a transformers causal LM, float32, ``attn_implementation="eager"``.
         companies: indices of the segments of each company; one in several is taken from
             the first.
+        guests: token ids of those of all companies.
         The others: see ``dense.layout`` and ``dense.linked_logprobs``.
     """
     cores = layout(len(prompt_ids), segments, seam=seam, page=page, prompt_ids=prompt_ids).cores
@@ -118,7 +124,8 @@ def company_logprobs(
     held: Layers = []
     for i, ((start, _), core) in enumerate(zip(segments, cores, strict=True)):
         company = next(one for one in companies if i in one)
-        made = in_company(model, opening, [texts[j] for j in company], texts[i], start)
+        members = [texts[j] for j in company]
+        made = in_company(model, opening, members, texts[i], start, guests)
         at = torch.tensor(sorted(core), dtype=torch.int64) - start
         part = [(k[:, :, at], v[:, :, at]) for k, v in made]
         held = (

@@ -3,7 +3,7 @@
 Of each segment the mean of both: V, and K turned back to the segment's own positions.
 It has then seen every other member once in front of it, and stands in a third order. The
 first order waits as pages of its own for the second, and may be evicted meanwhile like
-any others.
+any others. Behind guests one order is enough: all of them stand in front.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sglang_pic.forest.nodes import SEGMENT, NodeIndex
 from sglang_pic.forest.pages import Pages
 from sglang_pic.forest.segments import NAMED_USES
 from sglang_pic.link.policy import floor_to
-from sglang_pic.request.base import TokenSpan
+from sglang_pic.request.internal import CompileRequest
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -64,6 +64,11 @@ class _Member:
     start: int
 
 
+def _is_sorted(members: Sequence[_Member], *, back: bool = False) -> bool:
+    keys = [order_key(member.ids) for member in members]
+    return keys == sorted(keys, reverse=back)
+
+
 class Assembly(Protocol):
     """Keeps and removes what companies hold.
 
@@ -72,11 +77,11 @@ class Assembly(Protocol):
 
     refused: int
 
-    def keep(self, req: Req, spans: Sequence[TokenSpan]) -> None:
-        """A company's prefill is complete; its segments stand at ``spans``.
+    def keep(self, req: Req, asked: CompileRequest) -> None:
+        """A company's prefill is complete.
 
         Raises:
-            PicIntegrityError: they are in neither order, or not distinct.
+            PicIntegrityError: its segments are in neither order, or not distinct.
         """
         ...
 
@@ -104,7 +109,7 @@ class NoAssembly:
     def __init__(self) -> None:
         self.refused = 0
 
-    def keep(self, req: Req, spans: Sequence[TokenSpan]) -> None:
+    def keep(self, req: Req, asked: CompileRequest) -> None:
         self.refused += 1
 
     def use(self, names: Collection[str]) -> None:
@@ -154,24 +159,42 @@ class BothOrders:
 
     # -- compiles -----------------------------------------------------------------------
 
-    def keep(self, req: Req, spans: Sequence[TokenSpan]) -> None:
-        ids = req.origin_input_ids
-        members = [self._member(req, ids[span.start : span.end], span.start) for span in spans]
-        names = frozenset(member.segment for member in members)
-        if len(names) != len(members):
+    def keep(self, req: Req, asked: CompileRequest) -> None:
+        ids, spans = req.origin_input_ids, asked.company
+        all_of_it = [self._member(req, ids[span.start : span.end], span.start) for span in spans]
+        guests, members = all_of_it[: asked.guests], all_of_it[asked.guests :]
+        if len({member.segment for member in all_of_it}) != len(all_of_it):
             raise PicIntegrityError("a company names a segment twice")
-        keys = [order_key(member.ids) for member in members]
-        is_first = keys == sorted(keys)
-        if not is_first and keys != sorted(keys, reverse=True):
+        is_first = _is_sorted(members) and _is_sorted(guests)
+        if not is_first and (guests or not _is_sorted(members, back=True)):
             raise PicIntegrityError("a company was computed in an order of no meaning")
         opening, owner = ids[: spans[0].start], (req.cache_salt, req.extra_key or "")
-        company = Company(company_id(*owner, opening, names), owner, opening, names)
-        keep = self._keep_first if is_first else self._keep_second
-        self.refused += not keep(req, company, members)
+        own = frozenset(member.segment for member in members)
+        brought = frozenset(guest.segment for guest in guests)
+        name = company_id(*owner, opening, own, brought)
+        company = Company(name, owner, opening, own, own if asked.shipped else own | brought)
+        if guests:
+            kept = self._keep_only(req, company, members, len(guests))
+        elif is_first:
+            kept = self._keep_first(req, company, members)
+        else:
+            kept = self._keep_second(req, company, members)
+        self.refused += not kept
 
     def _member(self, req: Req, ids: array, start: int) -> _Member:
         whole = ids[: floor_to(len(ids), self._pages.page_size)]
         return _Member(segment_id(req.cache_salt, req.extra_key, ids), ids, whole, start)
+
+    def _keep_only(
+        self, req: Req, company: Company, members: Sequence[_Member], guests: int
+    ) -> bool:
+        made = self._copied(req, members)
+        if made is None:
+            return False
+        self._forget(company.id)
+        nodes = self._insert(req, company, members, made, whole=True)
+        self._publish(req, company, members, guests, nodes)
+        return True
 
     def _keep_first(self, req: Req, company: Company, members: Sequence[_Member]) -> bool:
         made = self._copied(req, members)
@@ -215,7 +238,7 @@ class BothOrders:
         self._drop_half(company.id)
         self._forget(company.id)
         nodes = self._insert(req, company, members, made, whole=True)
-        self._publish(req, company, members, nodes)
+        self._publish(req, company, members, 0, nodes)
         return True
 
     def _copied(self, req: Req, members: Sequence[_Member]) -> list[torch.Tensor] | None:
@@ -263,14 +286,21 @@ class BothOrders:
         return nodes
 
     def _publish(
-        self, req: Req, company: Company, members: Sequence[_Member], nodes: Sequence[int]
+        self,
+        req: Req,
+        company: Company,
+        members: Sequence[_Member],
+        guests: int,
+        nodes: Sequence[int],
     ) -> None:
         variants = []
         for member, node in zip(members, nodes, strict=True):
             space = company_space(req.cache_salt, company.id, member.segment, whole=True)
             name = segment_id(space, req.extra_key, member.ids)
-            size, tokens = len(members), len(member.whole)
-            variants.append(Variant(name, member.segment, company.id, size, space, tokens, node))
+            size, tokens = guests + len(members), len(member.whole)
+            variants.append(
+                Variant(name, member.segment, company.id, size, guests, space, tokens, node)
+            )
             self._nodes.end_segment(LINKABLE, node, name)
         for surplus in self._companies.add(company, variants):
             self._remove(surplus)

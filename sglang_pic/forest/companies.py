@@ -3,8 +3,9 @@
 A segment that is compiled alone lacks the company it will stand in. So segments that
 recur together are computed together behind their prompt's opening, in two orders, and of
 each a copy is kept that stands in any third (``assembly``): a *variant*. A company is a
-set: what is kept of it is a function of its segments and the opening alone. Nothing here
-knows a tensor.
+set: what is kept of it is a function of its segments and the opening alone. A segment that
+has no company of its own has *guests* in front of it, of which nothing is kept. Nothing
+here knows a tensor.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Variant:
         name: it is locked and used by.
         segment: its name, as compiled alone.
         company: the company's.
-        size: segments of that.
+        size: segments of that, guests included.
+        guests: those of them of which nothing is kept.
         space: namespace of its pages.
         tokens: held, whole pages.
         node: that ends them.
@@ -43,6 +45,7 @@ class Variant:
     segment: str
     company: str
     size: int
+    guests: int
     space: str
     tokens: int
     node: int
@@ -55,7 +58,9 @@ class Company:
     Attributes:
         owner: the tenant's namespace and the adapter.
         opening: token ids they were computed behind.
-        members: names of all its segments.
+        members: names of the segments that are kept.
+        seen: names of all its tenant's segments that have had a part in it: a guest is
+            its tenant's, or nobody's.
         held: variants, by segment; of some the pages may be gone.
     """
 
@@ -63,6 +68,7 @@ class Company:
     owner: Owner
     opening: array
     members: frozenset[str]
+    seen: frozenset[str]
     held: dict[str, Variant] = dataclasses.field(default_factory=dict)
 
 
@@ -89,7 +95,7 @@ class Companies:
             Variants of older ones that have to go: their segments are in too many.
         """
         self._companies[company.id] = company
-        for key in (*company.members, company.owner[0]):
+        for key in (*company.seen, company.owner[0]):
             self._index.setdefault(key, set()).add(company.id)
         surplus = []
         for variant in variants:
@@ -127,7 +133,7 @@ class Companies:
 
     def _end(self, company: Company) -> None:
         del self._companies[company.id]
-        for key in (*company.members, company.owner[0]):
+        for key in (*company.seen, company.owner[0]):
             self._index[key].discard(company.id)
             if not self._index[key]:
                 del self._index[key]
@@ -159,13 +165,13 @@ class Companies:
         for one in candidates if rule != "off" else ():
             company = self._companies[one]
             is_ours = company.owner == owner and company.opening == opening
-            if is_ours and (rule == "tenant" or company.members <= here):
-                found.append((company, company.held.keys() & here))
-        found.sort(key=lambda pair: (-len(pair[1]), len(pair[0].members), pair[0].id))
+            if is_ours and (rule == "tenant" or company.seen <= here):
+                found.append((company, [company.held[name] for name in company.held.keys() & here]))
+        found.sort(key=lambda pair: (-len(pair[1]), pair[1][0].guests, pair[1][0].size, pair[0].id))
         chosen: dict[str, Variant] = {}
-        for company, names_of in found:
-            for name in names_of:
-                chosen.setdefault(name, company.held[name])
+        for _, variants in found:
+            for variant in variants:
+                chosen.setdefault(variant.segment, variant)
         return chosen
 
     def version(self, owner: Owner) -> int:
@@ -190,7 +196,8 @@ class Companies:
         return known is not None and known.held.keys() == known.members
 
     def named_by(self, key: str) -> list[str]:
-        """Companies with a segment of this name, or of this tenant's namespace."""
+        """Companies that a segment of this name has had a part in, or of this tenant's
+        namespace."""
         return list(self._index.get(key, ()))
 
     def variants(self) -> Iterator[Variant]:
@@ -205,10 +212,12 @@ class Companies:
                 "opening_tokens": len(company.opening),
                 "segments": sorted(company.members),
                 "held": sorted(company.held),
+                "guests": guests,
                 "tokens": sum(variant.tokens for variant in company.held.values()),
-                "orders": 2,
+                "orders": 1 if guests else 2,
             }
             for company in self._companies.values()
+            for guests in {variant.guests for variant in company.held.values()}
         ]
 
     def check(self) -> None:
@@ -219,7 +228,7 @@ class Companies:
         of = {(v.segment, v.company) for v in held.values()}
         if of != {(name, one) for name, ones in self._of_segment.items() for one in ones}:
             raise PicIntegrityError("the companies of segments do not add up")
-        index = {(k, c.id) for c in self._companies.values() for k in (*c.members, c.owner[0])}
+        index = {(k, c.id) for c in self._companies.values() for k in (*c.seen, c.owner[0])}
         if index != {(key, one) for key, ones in self._index.items() for one in ones}:
             raise PicIntegrityError("the index of companies does not add up")
         if sum(v.tokens for v in held.values()) != self.tokens:

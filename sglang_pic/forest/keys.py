@@ -60,13 +60,18 @@ def owner_of(space: str, extra_key: str | None) -> tuple[str, str]:
     return space, extra_key or ""
 
 
-def segment_id(space: str, extra_key: str | None, tokens: Sequence[int]) -> str:
-    """Stable name of a segment: 32 hex digits over namespace, adapter and tokens,
-    each behind its length, so that no two triples are written alike."""
+def _named(*parts: bytes) -> str:
+    """32 hex digits over the parts, each behind its length, so that no two lists of them
+    are written alike."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in (space.encode(), (extra_key or "").encode(), array("q", tokens).tobytes()):
+    for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
+
+
+def segment_id(space: str, extra_key: str | None, tokens: Sequence[int]) -> str:
+    """Stable name of a segment, of its namespace, adapter and tokens: 32 hex digits."""
+    return _named(space.encode(), (extra_key or "").encode(), array("q", tokens).tobytes())
 
 
 def order_key(tokens: Sequence[int]) -> bytes:
@@ -75,14 +80,23 @@ def order_key(tokens: Sequence[int]) -> bytes:
     return hashlib.blake2b(array("q", tokens).tobytes(), digest_size=16).digest()
 
 
-def company_id(space: str, extra_key: str, opening: Sequence[int], members: Collection[str]) -> str:
-    """Name of a company: 32 hex digits over its tenant's namespace, its adapter, the
-    tokens it stands behind, and the set of its segments' names."""
-    digest = hashlib.blake2b(digest_size=16)
-    parts = (space.encode(), extra_key.encode(), array("q", opening).tobytes())
-    for part in (*parts, *(name.encode() for name in sorted(members))):
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()
+def company_id(
+    space: str,
+    extra_key: str,
+    opening: Sequence[int],
+    members: Collection[str],
+    guests: Collection[str] = (),
+) -> str:
+    """Name of a company, of its tenant's namespace, its adapter, the tokens it stands
+    behind, and the sets of its members' and guests' names: 32 hex digits."""
+    return _named(
+        space.encode(),
+        extra_key.encode(),
+        array("q", opening).tobytes(),
+        *(name.encode() for name in sorted(members)),
+        b"",
+        *(name.encode() for name in sorted(guests)),
+    )
 
 
 def company_space(space: str, company: str, segment: str, *, whole: bool) -> str:

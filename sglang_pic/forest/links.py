@@ -322,7 +322,7 @@ class Links:
             compiled = self._asked.of(req).compile
             if compiled is not None and self._contained.refusal is None:
                 if compiled.company:
-                    self._assembly.keep(req, compiled.company)
+                    self._assembly.keep(req, compiled)
                 else:
                     self._holder.keep(req, named=compiled.named)
         link = self._states.get(req)

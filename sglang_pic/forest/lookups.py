@@ -35,6 +35,7 @@ class Lookup:
         before: tokens in front of the segment on that path, and when it was computed.
         core: what the request's policy reuses of it.
         company: segments of the company that it was computed in; 0 alone.
+        guests: those of them that are guests.
         state: what the segment's core does to linear layers, in hybrids.
     """
 
@@ -46,6 +47,7 @@ class Lookup:
     before: int
     core: Core = (0, 0)
     company: int = 0
+    guests: int = 0
     state: CoreState | None = None
 
 
@@ -122,7 +124,8 @@ class Lookups:
                 lookup = self._variant(variant, text, extra_key) if variant else None
                 lookup = lookup or self.find(text, extra_key, tenant)
             found.append(lookup)
-            in_company = lookup is not None and lookup.company > 0
+            # Guests are strangers: they make up for no seam.
+            in_company = lookup is not None and lookup.company > 0 and not lookup.guests
             outlines.append(Outline(max(1, len(text)), opening, in_company))
         cores = options.recompute_policy().cores(outlines, page=self._pages.page_size)
         return [
@@ -150,7 +153,14 @@ class Lookups:
         if held < variant.tokens:
             return None
         return Lookup(
-            variant.segment, variant.name, node, variant.tokens, None, 0, company=variant.size
+            variant.segment,
+            variant.name,
+            node,
+            variant.tokens,
+            None,
+            0,
+            company=variant.size,
+            guests=variant.guests,
         )
 
     def _with_core(

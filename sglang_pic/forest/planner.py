@@ -79,6 +79,7 @@ def seen_of(row: Row, found: Sequence[Lookup | None]) -> list[Found]:
             span.start == row.opens_at,
             lookup.copy,
             lookup.company,
+            lookup.guests,
         )
         for span, lookup in zip(row.spans, found, strict=True)
     ]

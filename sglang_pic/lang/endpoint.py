@@ -37,8 +37,10 @@ class PicRuntimeEndpoint(RuntimeEndpoint):
     Args:
         base_url: of the server, for example ``http://127.0.0.1:30000``.
         seam: seam width in tokens; the server's own setting if ``None``.
-        policy: recompute policy, ``none``, ``seam`` or ``full``; the server's
-            own if ``None``.
+        policy: recompute policy, ``none``, ``seam``, ``graded`` or ``full``; the
+            server's own if ``None``.
+        company: whose company a segment may have been computed in, ``off``, ``subset`` or
+            ``tenant``; the server's own if ``None``.
         require_exact: recompute everything that a link would only approximate.
         cache_salt: cached tokens are shared only with requests of equal salt.
         api_key, verify, chat_template_name: as in ``RuntimeEndpoint``.
@@ -64,6 +66,7 @@ class PicRuntimeEndpoint(RuntimeEndpoint):
         require_exact: bool = False,
         cache_salt: str | None = None,
         *,
+        company: str | None = None,
         api_key: str | None = None,
         verify: str | None = None,
         chat_template_name: str | None = None,
@@ -77,6 +80,8 @@ class PicRuntimeEndpoint(RuntimeEndpoint):
             self._options["seam"] = seam
         if policy is not None:
             self._options["policy"] = policy
+        if company is not None:
+            self._options["company"] = company
         if require_exact:
             self._options["require_exact"] = True
 
@@ -87,6 +92,32 @@ class PicRuntimeEndpoint(RuntimeEndpoint):
             return None
         self._assert_success(res)
         return res.json()
+
+    def compile_company(self, state: ProgramState) -> list[dict[str, Any]]:
+        """Have the segments of a state's text compiled in each other's company, for
+        programs that name them all, in any order, behind the same opening.
+
+        Returns:
+            What ``POST /pic/compile`` says of each company.
+
+        Raises:
+            ValueError: the text has no segments.
+        """
+        ranges = segment_ranges(state)
+        if not ranges:
+            raise ValueError("a state without segments has no company")
+        text = state.stream_executor.text_
+        body = {
+            "text": [text[start:end] for start, end in ranges if start < end],
+            "opening": text[: ranges[0][0]],
+            "company": True,
+            "cache_salt": self._cache_salt,
+        }
+        res = http_request(
+            self.base_url + "/pic/compile", json=body, api_key=self.api_key, verify=self.verify
+        )
+        self._assert_success(res)
+        return res.json()["companies"]
 
     def generate(self, s: StreamExecutor, sampling_params: SglSamplingParams) -> tuple[str, Any]:
         """Generate behind ``s``, linking its segments.

@@ -35,6 +35,7 @@ class SegmentReport:
 
     ``company``: segments of the company that what it reuses was computed in
     (``forest.companies``); 0 if that was compiled alone, or nothing is reused.
+    ``guests``: those of them that were there for it alone.
 
     ``hit`` is true when at least one token was reused; ``reason`` is one of the
     constants of this module.
@@ -48,6 +49,7 @@ class SegmentReport:
     tokens_reused: int
     tokens_computed: int
     company: int = 0
+    guests: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +85,8 @@ class LinkReport:
 class Found(NamedTuple):
     """What the planner knew of one named segment.
 
-    ``id``, ``miss``, ``copy`` and ``company`` as in ``forest.Lookup``, the first three
-    ``None`` where no lookup was made; ``opening`` as in ``policy.Outline``.
+    ``id``, ``miss``, ``copy``, ``company`` and ``guests`` as in ``forest.Lookup``, the
+    first three ``None`` where no lookup was made; ``opening`` as in ``policy.Outline``.
     """
 
     start: int
@@ -94,6 +96,7 @@ class Found(NamedTuple):
     opening: bool = False
     copy: str | None = None
     company: int = 0
+    guests: int = 0
 
 
 def _why(found: Found, options: LinkOptions, reason: str | None, linked: int, total: int) -> str:
@@ -170,6 +173,7 @@ def make_report(
                 tokens_reused=total,
                 tokens_computed=found.end - found.start - total,
                 company=found.company if hits else 0,
+                guests=found.guests if hits else 0,
             )
         )
     reused = prefix_tokens + sum(span.n_tokens for span in spans)

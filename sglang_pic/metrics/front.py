@@ -48,8 +48,8 @@ class Counts:
         answers: answers to requests with segments, by exactness.
         unlinked: those of them that nothing was linked for, by the report's reason.
         segments: segments that requests named, by what became of them.
-        variants: those reused by links, by how they were compiled: ``alone`` or in
-            ``company``.
+        variants: those reused by links, by how they were compiled: ``alone``, in
+            ``company``, or among ``guests``.
         tokens_reused, tokens_computed: of those requests' prompts.
         tokens_prefix: those of ``tokens_reused`` from the ordinary prefix cache.
         tokens_compiled: computed ahead of a link, on demand or by ``/pic/compile``.
@@ -96,7 +96,7 @@ class Counts:
         for segment in report["segments"]:
             _add_one(self.segments, segment["reason"])
             if segment["reason"] == HIT:
-                _add_one(self.variants, "company" if segment["company"] else "alone")
+                _add_one(self.variants, variant_of(segment))
         self.tokens_reused += report["tokens_reused"]
         self.tokens_prefix += report["prefix_tokens"]
         self.tokens_computed += report["tokens_computed"]
@@ -140,6 +140,13 @@ class Counts:
 
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "seconds_saved": self.seconds_saved}
+
+
+def variant_of(segment: dict[str, Any]) -> str:
+    """How what a segment reuses was compiled, of a report's segment."""
+    if not segment["company"]:
+        return "alone"
+    return "guests" if segment["guests"] else "company"
 
 
 def _add_one(counter: dict[str, int], name: str) -> None:

@@ -46,11 +46,15 @@ class CompileRequest:
         named: it was asked for by name, no link waits for it.
         company: where the segments of a company stand in it, which it is the prefill of;
             empty of one segment's.
+        guests: the first of those, of which nothing is kept.
+        shipped: those are passages of this project's, of no tenant.
     """
 
     seams: tuple[int, ...]
     named: bool
     company: tuple[TokenSpan, ...] = ()
+    guests: int = 0
+    shipped: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +92,16 @@ def link_hints(request: LinkRequest) -> KvHintsEnvelope:
 
 
 def compile_hints(
-    seams: Sequence[int], *, named: bool = False, company: Sequence[TokenSpan] = ()
+    seams: Sequence[int],
+    *,
+    named: bool = False,
+    company: Sequence[TokenSpan] = (),
+    guests: int = 0,
+    shipped: bool = False,
 ) -> KvHintsEnvelope:
     """Mark the request as a ``CompileRequest``."""
-    return _envelope(COMPILE, CompileRequest(tuple(seams), named, tuple(company)))
+    asked = CompileRequest(tuple(seams), named, tuple(company), guests, shipped)
+    return _envelope(COMPILE, asked)
 
 
 def command_hints(command: Command) -> KvHintsEnvelope:
@@ -144,7 +154,7 @@ def read_internal(
         seams = made.compile.seams
         if len(seams) > MAX_SEAMS or not all(0 <= seam <= MAX_SEAM for seam in seams):
             raise PicActionError(HTTPStatus.BAD_REQUEST, "kv_hints", f"seams of {seams!r:.80}")
-        _check_company(made.compile.company, tokens)
+        _check_company(made.compile, tokens)
     return made
 
 
@@ -187,12 +197,14 @@ def _check_link(link: LinkRequest, tokens: int | None, field: str) -> None:
     _check_spans(link.spans, tokens, f"{field}.spans")
 
 
-def _check_company(spans: Sequence[TokenSpan], tokens: int | None) -> None:
-    if not spans:
+def _check_company(compiled: CompileRequest, tokens: int | None) -> None:
+    spans, guests = compiled.company, compiled.guests
+    if not spans and not guests:
         return
     field = "kv_hints.company"
-    if not 2 <= len(spans) <= MAX_MEMBERS:
-        raise PicActionError(HTTPStatus.BAD_REQUEST, field, f"of {len(spans)} segments")
+    if not 2 <= len(spans) <= MAX_MEMBERS or not 0 <= guests < len(spans):
+        problem = f"of {len(spans)} segments, {guests} of them guests"
+        raise PicActionError(HTTPStatus.BAD_REQUEST, field, problem)
     _check_spans(spans, tokens, field)
     if spans[-1].end > MAX_COMPANY_TOKENS:
         raise PicActionError(HTTPStatus.BAD_REQUEST, field, f"of {spans[-1].end} tokens")

@@ -1,7 +1,8 @@
 """Which companies are worth a prefill in both orders, and when: the front decides.
 
 Segments that came together in two prompts of one tenant, behind the same opening, are
-computed in company (``forest.assembly``) when the server has nothing else to do. What was
+computed in company (``forest.assembly``) when the server has nothing else to do; then what
+was linked as compiled alone, among ``guests``. What was
 made once and was not there when it was wanted again is made again at longer and longer
 intervals.
 """
@@ -20,12 +21,13 @@ from cachetools import LRUCache
 
 from sglang_pic.errors import PicRefused
 from sglang_pic.forest.keys import order_key
-from sglang_pic.link.report import PREFIX
+from sglang_pic.link.report import HIT, PREFIX
 from sglang_pic.metrics.front import counts
 from sglang_pic.request.base import LinkRequest, TokenSpan
 from sglang_pic.request.internal import MAX_COMPANY_TOKENS, MAX_MEMBERS
 from sglang_pic.server.cold import FIRST_TIME
 from sglang_pic.server.compiler import COMPILED, SHARED, Caller, CompileItem, Compiler, Made
+from sglang_pic.server.guests import NO_GUESTS, Guests, Inviting
 from sglang_pic.server.recurring import Recurring
 
 logger = logging.getLogger(__name__)
@@ -57,24 +59,31 @@ class Kind:
 
 @dataclasses.dataclass(frozen=True)
 class Company:
-    """Segments to compute together, by their tokens, in the first of two orders."""
+    """Segments to compute together, by their tokens, in the first of two orders, behind
+    guests, of which nothing is kept."""
 
     kind: Kind
     members: tuple[tuple[int, ...], ...]
+    guests: Guests = NO_GUESTS
 
     @property
     def key(self) -> bytes:
         """16 bytes that stand for it where many are remembered."""
-        return _digest(self.kind.key, *map(order_key, self.members))
+        return _digest(
+            self.kind.key,
+            [order_key(member) for member in self.members],
+            [order_key(guest) for guest in self.guests.texts],
+        )
 
     def items(self) -> Iterator[CompileItem]:
-        """Its two prefills."""
-        kind = self.kind
-        for members in (self.members, self.members[::-1]):
+        """Its prefills: in both orders, or behind guests."""
+        kind, guests = self.kind, self.guests.texts
+        orders = [(*guests, *self.members)] if guests else [self.members, self.members[::-1]]
+        for order in orders:
             ids, spans = list(kind.opening), []
-            for member in members:
-                spans.append(TokenSpan(len(ids), len(ids) + len(member)))
-                ids += member
+            for one in order:
+                spans.append(TokenSpan(len(ids), len(ids) + len(one)))
+                ids += one
             yield CompileItem(
                 tuple(ids),
                 kind.space,
@@ -82,6 +91,8 @@ class Company:
                 kind.lora_path,
                 rank=kind.rank,
                 company=tuple(spans),
+                guests=len(guests),
+                shipped=self.guests.shipped,
             )
 
 
@@ -133,15 +144,31 @@ class Maker:
     Args:
         compiler: ``None`` on a server that makes no companies.
         most_tokens: of one prefill that the server takes.
+        inviting: whom segments without company get for it.
     """
 
-    def __init__(self, compiler: Compiler | None, most_tokens: Callable[[], int]):
+    def __init__(
+        self, compiler: Compiler | None, most_tokens: Callable[[], int], inviting: Inviting
+    ):
         self._compiler = compiler
         self._most_tokens = most_tokens
+        self.inviting = inviting
+
+    @property
+    def _most(self) -> int:
+        return min(MAX_COMPANY_TOKENS, self._most_tokens())
 
     def companies_of(self, kind: Kind, members: Sequence[Sequence[int]]) -> list[Company]:
         """The companies that segments are to be put into."""
-        return companies_of(kind, members, min(MAX_COMPANY_TOKENS, self._most_tokens()))
+        return companies_of(kind, members, self._most)
+
+    def among_guests(self, kind: Kind, member: Sequence[int]) -> Company | None:
+        """A company of one segment and its guests, if it has any and there is room."""
+        guests = self.inviting.of(kind.key, tuple(member))
+        tokens = len(kind.opening) + sum(map(len, guests.texts)) + len(member)
+        if not guests.texts or tokens > self._most:
+            return None
+        return Company(kind, (tuple(member),), guests)
 
     def check(self) -> Compiler:
         """What computes them.
@@ -154,10 +181,10 @@ class Maker:
         return self._compiler
 
     async def make(self, company: Company, caller: Caller | None = None) -> list[Made]:
-        """Compute a company in both orders, whoever waits for it.
+        """Compute a company, whoever waits for it.
 
         Returns:
-            What became of each; the second is not begun where the first has failed.
+            What became of each order; the second is not begun where the first has failed.
 
         Raises:
             PicRefused: 409, this server makes none.
@@ -212,18 +239,30 @@ class WhenIdle:
             return
         if report["reason"] not in (None, FIRST_TIME):
             return
+        # What was served among guests has had no company of its own.
         served: dict[bytes, int] = {}
+        alone: dict[bytes, bool] = {}
         tokens: dict[bytes, tuple[int, ...]] = {}
         for span, one in zip(link.spans, report["segments"], strict=True):
             if one["reason"] == PREFIX or span.end - span.start < self._shortest:
                 continue
             text = tuple(ids[span.start : span.end])
-            tokens[order_key(text)] = text
-            served[order_key(text)] = one["company"]
-        for group in self._recurring.saw(kind.key, tokens):
+            self._maker.inviting.saw(kind.key, text)
+            name = order_key(text)
+            tokens[name] = text
+            served[name] = 0 if one["guests"] else one["company"]
+            alone[name] = one["reason"] == HIT and not one["company"]
+        groups = self._recurring.saw(kind.key, tokens)
+        for group in groups:
             for company in self._maker.companies_of(kind, [tokens[name] for name in group]):
                 if is_worth_making([served[order_key(one)] for one in company.members]):
                     self._want(company)
+        grouped = frozenset().union(*groups)
+        for name, text in tokens.items():
+            if alone[name] and name not in grouped and len(self._waiting) < MAX_WAITING:
+                among = self._maker.among_guests(kind, text)
+                if among is not None:
+                    self._want(among)
 
     def _want(self, company: Company) -> None:
         if company in self._waiting:
@@ -243,7 +282,8 @@ class WhenIdle:
     async def _work(self) -> None:
         while self._waiting:
             await self._idle()
-            company = next(iter(self._waiting))
+            # Who has no company but guests comes last.
+            company = min(self._waiting, key=lambda one: len(one.guests.texts))
             try:
                 await self._maker.make(company)
             except Exception as error:

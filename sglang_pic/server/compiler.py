@@ -39,7 +39,8 @@ class CompileItem:
     ``segment`` is false for the plain text that opens a prompt: it is computed
     and cached as SGLang's ordinary prefix. ``seams`` and ``named`` as in
     ``compile_hints``. ``rank``: the data-parallel rank it is wanted on, if on one.
-    ``company``: where the segments of a company stand in it, of which it is one order.
+    ``company``: where the segments of a company stand in it, of which it is one order;
+    ``guests`` and ``shipped`` as in ``CompileRequest``.
     """
 
     ids: tuple[int, ...]
@@ -51,6 +52,8 @@ class CompileItem:
     named: bool = False
     rank: int | None = None
     company: tuple[TokenSpan, ...] = ()
+    guests: int = 0
+    shipped: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +101,13 @@ def compile_request(item: CompileItem, caller: Caller) -> GenerateReqInput:
         priority=caller.priority,
         routing_key=caller.routing_key,
         no_logs=caller.no_logs,
-        kv_hints=compile_hints(item.seams, named=item.named, company=item.company)
+        kv_hints=compile_hints(
+            item.seams,
+            named=item.named,
+            company=item.company,
+            guests=item.guests,
+            shipped=item.shipped,
+        )
         if item.segment
         else None,
     )

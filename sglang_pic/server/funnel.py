@@ -23,7 +23,7 @@ from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.runtime_context import get_memory, get_schedule
 
-from sglang_pic.config import EXACT, IDLE, PicConfig
+from sglang_pic.config import EXACT, IDLE, OFF, PicConfig
 from sglang_pic.link.policy import floor_to
 from sglang_pic.server.answers import (
     interleaved,
@@ -41,6 +41,7 @@ from sglang_pic.server.companions import Companions, Maker, WhenAsked, WhenIdle
 from sglang_pic.server.compiler import Compiler, Job
 from sglang_pic.server.exchange import Exchange, current, noting
 from sglang_pic.server.guards import Guards
+from sglang_pic.server.guests import Inviting, Nobody, Own, Shipped
 from sglang_pic.server.life import Lives, Prompt
 from sglang_pic.server.public import check_public
 from sglang_pic.server.queue import FairQueue
@@ -126,7 +127,9 @@ class Funnel:
             self.config.company != "off" and mambaish_config(manager.model_config) is None
         )
         self.maker = Maker(
-            self.compiler if has_companies else None, lambda: manager.max_req_input_len - 1
+            self.compiler if has_companies else None,
+            lambda: manager.max_req_input_len - 1,
+            self._inviting() if has_companies else Nobody(),
         )
         companions: Companions = WhenAsked()
         if has_companies and self.config.company_when == IDLE:
@@ -136,6 +139,15 @@ class Funnel:
         self.lives = Lives(
             manager, self.config, self.wanted, asking, self.compiler, self.waiting, cold, companions
         )
+
+    def _inviting(self) -> Inviting:
+        """Nothing is touched by what a prompt does not contain, but where a tenant is one
+        trust domain."""
+        config, tokenizer = self.config, self._manager.tokenizer
+        if config.guests == OFF:
+            return Nobody()
+        shipped: Inviting = Shipped(tokenizer) if tokenizer is not None else Nobody()
+        return Own(shipped) if config.company == "tenant" else shipped
 
     def _queue(self) -> FairQueue[Job]:
         """Compiles fill at most half of the places in SGLang's own queue."""

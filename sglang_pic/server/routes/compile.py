@@ -65,7 +65,8 @@ class CompiledSegment(Answer):
 
 class CompiledCompany(Answer):
     segments: list[str] = Field(description="ids")
-    tokens_computed: int = Field(description="in both orders")
+    guests: int = Field(description="passages in front of a segment left without company")
+    tokens_computed: int = Field(description="in both orders, or behind guests")
 
 
 class Compiled(Answer):
@@ -147,15 +148,23 @@ async def _companies(
     distinct = dict(zip(names, segments, strict=True))
     ids = {tuple(tokens): name for name, tokens in distinct.items()}
     caller = Caller(body.cache_salt)
-    made = [
-        (company, await funnel.maker.make(company, caller))
-        for company in funnel.maker.companies_of(kind, list(ids))
-    ]
+    companies = funnel.maker.companies_of(kind, list(ids))
+    covered = {member for company in companies for member in company.members}
+    rest = [member for member in ids if member not in covered]
+    among = [funnel.maker.among_guests(kind, member) for member in rest]
+    companies += [company for company in among if company is not None]
+    made = [(company, await funnel.maker.make(company, caller)) for company in companies]
     for _, orders in made:
         for order in orders:
             _check(order, "company")
     ids_of = [
-        company_id(kind.space, key or "", opening, [ids[member] for member in company.members])
+        company_id(
+            kind.space,
+            key or "",
+            opening,
+            [ids[member] for member in company.members],
+            [segment_id(kind.space, key, guest) for guest in company.guests.texts],
+        )
         for company, _ in made
     ]
     ranks = await tell("companies", companies=ids_of, cache_salt=body.cache_salt)
@@ -164,6 +173,7 @@ async def _companies(
     return [
         {
             "segments": [ids[member] for member in company.members],
+            "guests": len(company.guests.texts),
             "tokens_computed": sum(order.tokens for order in orders),
         }
         for company, orders in made
