@@ -292,8 +292,9 @@ def test_the_projects_guests_are_of_the_nearest_kind() -> None:
             guests = shipped.of(b"", text)
             assert set(guests.texts) == set(texts) - {text} and guests.shipped
             assert list(guests.texts) == sorted(guests.texts, key=order_key)
+    for passage in load_passages():
+        assert shipped.nearest(tuple(tokenizer.encode(passage.document))) == "encyclopaedia"
     examples = {
-        "encyclopaedia": load_passages()[0].document,
         "documentation": pathlib.Path("docs/using/server.md").read_text()[:2000],
         "code": inspect.getsource(Maker),
         "schema": json.dumps({"name": "add", "parameters": {"type": "object", "properties": {}}}),

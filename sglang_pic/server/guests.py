@@ -75,29 +75,36 @@ class Shipped:
             kind: [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
             for kind, texts in json.loads(PATH.read_text(encoding="utf-8")).items()
         }
-        self._counts = {
-            kind: collections.Counter(token for text in texts for token in text)
-            for kind, texts in self._kinds.items()
+        self._weights = {
+            kind: [_weights(text) for text in texts] for kind, texts in self._kinds.items()
         }
 
     def saw(self, kind: bytes, text: Text) -> None:
         pass
 
     def nearest(self, text: Text) -> str:
-        """The kind of text that it is most like: the cosine of counts of tokens."""
-        counts = collections.Counter(text)
-        return max(self._counts, key=lambda kind: _cosine(counts, self._counts[kind]))
+        """The kind of text that it is most like: by the cosines with its passages."""
+        weights = _weights(text)
+        return max(
+            self._weights,
+            key=lambda kind: sum(_product(weights, other) for other in self._weights[kind]),
+        )
 
     def of(self, kind: bytes, text: Text) -> Guests:
         texts = [one for one in self._kinds[self.nearest(text)] if one != text]
         return Guests(tuple(sorted(texts, key=order_key)), shipped=True)
 
 
-def _cosine(one: collections.Counter[int], other: collections.Counter[int]) -> float:
-    product = sum(count * other[token] for token, count in one.items())
-    return product / math.sqrt(
-        sum(n * n for n in one.values()) * sum(n * n for n in other.values())
-    )
+def _weights(text: Text) -> dict[int, float]:
+    """A vector of length 1: the logarithm of one more than how often each token stands
+    in a text."""
+    counts = {token: math.log1p(n) for token, n in collections.Counter(text).items()}
+    length = math.hypot(*counts.values())
+    return {token: count / length for token, count in counts.items()}
+
+
+def _product(one: dict[int, float], other: dict[int, float]) -> float:
+    return sum(weight * other.get(token, 0.0) for token, weight in one.items())
 
 
 class Own:
