@@ -233,7 +233,8 @@ async def _storm(
     server: Server, material: Material, watch: Watch, seconds: float, seed: int
 ) -> Seen:
     timeout = aiohttp.ClientTimeout(total=300)
-    connector = aiohttp.TCPConnector(limit=0)
+    # The server closes what has been quiet for five seconds, maybe as it is used again.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         beside = [
             asyncio.create_task(watch.run(session)),
@@ -310,11 +311,19 @@ def _per_minute(found: Growth) -> str:
 
 def _afterwards(server: Server, capacity: int, started: int) -> Iterator[Check]:
     """What must hold when nothing runs any more; ``started``: bytes of log before."""
-    state = _wait(server, lambda state: state["live_plans"] == 0)
-    held = {name: state[f"{name}_tokens"] for name in ("available", "evictable", "protected")}
+
+    def held_of(state: dict[str, Any]) -> dict[str, int]:
+        return {name: state[f"{name}_tokens"] for name in ("available", "evictable", "protected")}
+
+    def is_whole(state: dict[str, Any]) -> bool:
+        """Idle at last, the server computes in company what has recurred."""
+        return state["live_plans"] == 0 and sum(held_of(state).values()) == capacity
+
+    state = _wait(server, is_whole)
+    held = held_of(state)
     yield Check(
         "no leak",
-        state["live_plans"] == 0 and sum(held.values()) == capacity,
+        is_whole(state),
         f"{held} of {capacity}, {state['live_plans']} live plans",
     )
     listed = server.get(f"/pic/segments?cache_salt={HELD}").json()["segments"]
@@ -327,11 +336,17 @@ def _afterwards(server: Server, capacity: int, started: int) -> Iterator[Check]:
     prompt = {"input_ids": list(range(20, 60)), "sampling_params": {"max_new_tokens": 4}}
     answer = server.generate(**prompt)
     yield Check("answers afterwards", len(answer["output_ids"]) == 4, "one ordinary request")
-    server.post("/flush_cache", {})
-    empty = server.forest()
+
+    def is_empty(state: dict[str, Any]) -> bool:
+        if state["available_tokens"] == capacity and not state["segments"]:
+            return True
+        server.post("/flush_cache", {})
+        return False
+
+    empty = _wait(server, is_empty)
     yield Check(
         "nothing stays",
-        empty["available_tokens"] == capacity and not empty["segments"],
+        is_empty(empty),
         f"{empty['available_tokens']} of {capacity} tokens free after a flush",
     )
     log = server.log.read_bytes()[started:].decode(errors="replace").splitlines()

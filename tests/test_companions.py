@@ -7,6 +7,8 @@ import dataclasses
 import inspect
 import json
 import pathlib
+import random
+import tracemalloc
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +28,13 @@ from sglang_pic.server import companions as module
 from sglang_pic.server.companions import Company, Kind, Maker, WhenIdle, companies_of
 from sglang_pic.server.compiler import COMPILED, FAILED, CompileItem, Made
 from sglang_pic.server.guests import NO_GUESTS, Guests, Inviting, Nobody, Own, Shipped
-from sglang_pic.server.recurring import MAX_PROMPTS, Recurring
+from sglang_pic.server.recurring import (
+    MAX_KINDS,
+    MAX_NAMES,
+    MAX_PROMPTS,
+    MAX_SEGMENTS,
+    Recurring,
+)
 
 KIND = Kind("space", None, None, None, (1, 2))
 A, B, C, D = (tuple(range(at, at + 20)) for at in (100, 200, 300, 400))
@@ -64,6 +72,20 @@ def test_a_group_has_come_together_before(prompts: list[list[bytes]]) -> None:
             assert len(group) > 1 and group <= set(prompt)
             assert any(group <= set(earlier) for earlier in prompts[:i])
         assert sum(map(len, groups)) == len(frozenset().union(*groups))
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    """Whatever clients send; a Python object for every name, so bytes and not numbers."""
+    draw = random.Random(0)
+    recurring = Recurring()
+    tracemalloc.start()
+    for i in range(MAX_KINDS + 20):
+        for _ in range(40):
+            recurring.saw(i, [draw.randbytes(16) for _ in range(MAX_SEGMENTS)])
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(map(len, recurring._kinds[MAX_KINDS])) <= MAX_NAMES
+    assert held < 16 << 20
 
 
 def test_what_came_long_ago_is_forgotten() -> None:

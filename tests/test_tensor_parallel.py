@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import pathlib
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from conftest import CHECKS, TINY, serve
@@ -19,8 +22,11 @@ from linking import (
     ids_of,
     model,
 )
+from tiny_models import tiny_hybrid, tiny_hybrid_model, tiny_mamba2, tiny_mamba2_model
 
+from sglang_pic.eval.oracle import dense, hybrid, mamba2
 from sglang_pic.eval.oracle.company import company_logprobs
+from sglang_pic.eval.serving import Server
 
 # One core each; SGLang refuses more ranks than memory nodes otherwise. It compares what
 # its ranks decided, and stops where they differ.
@@ -74,3 +80,85 @@ def test_two_ranks_link_alike(tiny_path: pathlib.Path, logs: pathlib.Path) -> No
         assert sum(n > 0 for n in reused) > 30
         assert any(s["held"] == 0 for s in server.forest()["segments"]), "nothing was evicted"
         linked()
+
+
+PLAIN = ("--page-size=1", "--mamba-radix-cache-strategy=no_buffer", "--disable-overlap-schedule")
+HARD = ("--page-size=16", "--chunked-prefill-size=64", "--enable-mixed-chunk")
+RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"}
+
+
+@functools.cache
+def of_kind(kind: str) -> Any:
+    """The model in transformers."""
+    return tiny_hybrid_model(kind) if kind.startswith("qwen") else tiny_mamba2_model(kind)
+
+
+def check_hybrid(
+    answer: dict[str, Any], ids: list[int], segments: list[tuple[int, int]], kind: str, page: int
+) -> None:
+    """The answer is the oracle's, whatever of it was reused by an earlier turn."""
+    assert answer["meta_info"]["pic"]["reason"] is None
+    oracle = hybrid if kind.startswith("qwen") else mamba2
+    expected = oracle.linked_logprobs(
+        of_kind(kind), ids, segments, seam=4, page=page, forced=answer["output_ids"]
+    )
+    assert (distributions(answer) - expected).abs().max() < TOLERANCE
+
+
+def ask(server: Server, prompt: tuple[list[int], list[tuple[int, int]]], salt: str) -> Any:
+    return server.generate(**body(*prompt, 3, salt, seam=4))
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    ("kind", "page"),
+    [
+        ("qwen3_5", 1),
+        pytest.param("qwen3_next", 16, marks=pytest.mark.long),
+        pytest.param("falcon_h1", 1, marks=pytest.mark.long),
+        pytest.param("granite", 16, marks=pytest.mark.long),
+    ],
+)
+def test_two_ranks_link_a_hybrid_alike(
+    tmp_path: pathlib.Path, logs: pathlib.Path, kind: str, page: int
+) -> None:
+    path = tiny_hybrid(tmp_path, kind) if kind.startswith("qwen") else tiny_mamba2(tmp_path, kind)
+    flags = ("--tp-size=2", "--max-total-tokens=1600", "--pic-state-mib=1")
+    hard = PLAIN if page == 1 else HARD
+    env = ENV if page == 1 else {**ENV, **RETRACT}
+    with serve(path, logs / f"tp2_{kind}.log", *TINY, *flags, *hard, env=env) as server:
+        assert server.forest()["refusal"] is None
+        documents = [ids_of(20 + i, 40 + 19 * i) for i in range(4)]
+        salt = fresh_salt()
+        for order in itertools.islice(itertools.permutations(range(4)), 0, 24, 5):
+            parts = [("segment", documents[i]) for i in order]
+            prompt = assemble([("text", [5, 6]), *parts, ("text", ids_of(order[0], 7))])
+            answer = ask(server, prompt, salt)
+            ids, segments = prompt
+            planned = dense.layout(len(ids), segments, seam=4, page=page, prompt_ids=ids)
+            report = answer["meta_info"]["pic"]
+            assert report["tokens_reused"] - report["prefix_tokens"] == planned.n_reused
+            check_hybrid(answer, ids, segments, kind, page)
+        # More than there is room for, of pages and of states: the ranks must evict alike.
+        draw, salt = random.Random(0), fresh_salt()
+        prompts = []
+        for _ in range(40):
+            chosen = draw.sample(range(24), 4)
+            pieces = [("segment", ids_of(40 + i, 60 + i)) for i in chosen]
+            prompts.append(assemble([*pieces, ("text", ids_of(chosen[0], 6))]))
+        with ThreadPoolExecutor(6) as pool:
+            answers = list(pool.map(lambda prompt: ask(server, prompt, salt), prompts))
+        reused = [answer["meta_info"]["pic"]["tokens_reused"] for answer in answers]
+        assert sum(n > 0 for n in reused) > 20
+        state = server.forest()
+        assert any(one["held"] == 0 for one in state["segments"]), "nothing was evicted"
+        assert 0 < state["state_bytes_packed"] <= state["state_bytes"] <= state["state_budget"]
+        # A conversation goes on.
+        prompt = assemble([*(("segment", one) for one in documents[:2]), ("text", [1, 2, 3])])
+        salt = fresh_salt()
+        turns = {"sampling_params": {"max_new_tokens": 3, "temperature": 0, "ignore_eos": True}}
+        first = server.generate(**{**body(*prompt, 3, salt, seam=4, turns=True), **turns})
+        longer = [*prompt[0], *first["output_ids"], 9, 8, 7]
+        again = server.generate(**body(longer, prompt[1], 3, salt, seam=4, turns=True))
+        check_hybrid(again, longer, prompt[1], kind, page)
+        assert server.forest()["refusal"] is None

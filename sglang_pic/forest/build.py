@@ -22,6 +22,7 @@ from sglang_pic.forest.assembly import Assembly, BothOrders, NoAssembly
 from sglang_pic.forest.budget import KV_SHARE, Budgets, Need
 from sglang_pic.forest.carried import Carried, Nothing
 from sglang_pic.forest.companies import Companies
+from sglang_pic.forest.consensus import AllRanks, Consensus, Gather, OneRank, first_of, gather_of
 from sglang_pic.forest.containment import Containment
 from sglang_pic.forest.conversations import Conversations
 from sglang_pic.forest.cost import PrefillCost
@@ -57,9 +58,6 @@ def _refusal(ctx: Any, runner: Any, unhooked: str | None) -> str | None:
         "speculative decoding is not supported": args.speculative_algorithm is not None,
         "pipeline parallelism is not supported": args.pp_size > 1,
         "a hierarchical cache is not supported": args.enable_hierarchical_cache,
-        "hybrids on several tensor-parallel ranks are not supported": (
-            ctx.is_hybrid_ssm and args.tp_size > 1
-        ),
         f"schedulers on several machines need one {ENV_NAME} on all of them": (
             args.nnodes > 1 and is_made_here()
         ),
@@ -105,13 +103,17 @@ def build_cache(ctx: Any, *, unhooked: str | None) -> PicCache:
         kv_heads=model.get_total_num_kv_heads(),
         heads=model.num_attention_heads,
     )
+    if ctx.tp_size > 1:
+        # What is evicted first must not depend on how many weights a rank has.
+        cost = first_of(ctx.tp_group.cpu_group, cost)
     if refusal is not None:
         plant(cache, config, cost, refusal=refusal)
         logger.warning("sglang_pic does not link, every request is exact: %s", refusal)
         return cache
     shape = backend.shape if ctx.is_hybrid_ssm else None
     copies = Relocator(runner.token_to_kv_pool, backend.ropes)
-    plant(cache, config, cost, shape=shape, copies=copies)
+    gather = gather_of(ctx.tp_group.cpu_group, ctx.tp_size) if ctx.tp_size > 1 else None
+    plant(cache, config, cost, shape=shape, copies=copies, gather=gather)
     logger.info("sglang_pic links: %s", config)
     if config.store is not None:
         if ctx.server_args.tp_size > 1:
@@ -130,6 +132,7 @@ def plant(
     refusal: str | None = None,
     shape: LinearShape | None = None,
     copies: Relocator | None = None,
+    gather: Gather | None = None,
 ) -> Forest:
     """Put the parts together and give them to their cache.
 
@@ -139,6 +142,7 @@ def plant(
         refusal: why this server must not link at all, or ``None``.
         shape: of a hybrid's linear layers; ``None`` in models without.
         copies: of pages; without it nothing is relocated, and no company is kept.
+        gather: as in ``AllRanks``, on several tensor-parallel ranks.
     """
     allocator, rows = cache.token_to_kv_pool_allocator, cache.req_to_token_pool
     pool = allocator.size * cost.kv_bytes
@@ -148,17 +152,22 @@ def plant(
 
     def lost(name: str) -> None:
         """What a segment, or a turn, carries went for want of memory."""
+        consensus.note("lost", name)
         holder.remove(name)
         conversations.remove(name)
 
     def gone(names: Collection[str]) -> None:
         """Pages that these ended with went for want of memory."""
         for name in names:
+            consensus.note("evicted", name)
             holder.evicted(name)
             companies.gone(name)
             conversations.evicted(name)
 
     contained = Containment(lambda: forest.check(), refusal)
+    consensus: Consensus = OneRank()
+    if gather is not None:
+        consensus = AllRanks(gather, contained.distrust)
     pages = Pages(cache.params) if refusal is None else NoPages(cache.params)
     trees = (cache, pages.tree) if refusal is None else (cache,)
     nodes = NodeIndex(trees, cost, gone)
@@ -177,6 +186,7 @@ def plant(
             device=allocator.device,
             # SGLang runs no step ahead, and pages cut nothing off.
             is_exact=cache.page_size == 1 and not cache.enable_mamba_extra_buffer,
+            by_shape=gather is not None,
             ending=lambda node, until: tuple(nodes.ends_on_path(LINKABLE, node, until)),
             on_evict=lost,
             on_shortage=segments.release_all,
@@ -184,7 +194,7 @@ def plant(
     in_order = InOrder(cache, pages, nodes, limit, contained, segments.release_all)
     budgets = Budgets(Need(kv, carried.budget), config.pin_share)
     table = rows.req_to_token
-    holder = Holder(segments, pages, carried, nodes, in_order, cost, table, allocator)
+    holder = Holder(segments, pages, carried, nodes, in_order, cost, table, allocator, consensus)
     companies = Companies()
     assembly: Assembly = NoAssembly()
     if copies is not None and shape is None and config.company != "off":
@@ -228,6 +238,7 @@ def plant(
         cost=cost,
         budgets=budgets,
         contained=contained,
+        consensus=consensus,
         asked=asked,
         segments=segments,
         companies=companies,

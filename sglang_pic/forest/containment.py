@@ -48,14 +48,14 @@ class Containment:
         if self._faults > MOST_FAULTS:
             return
         if self._faults == MOST_FAULTS:
-            self._distrust(f"{MOST_FAULTS} faults in the forest")
+            self.distrust(f"{MOST_FAULTS} faults in the forest")
             return
         try:
             self._check()
         except Exception as error:
-            self._distrust(f"a fault has left the forest corrupt: {error}")
+            self.distrust(f"a fault has left the forest corrupt: {error}")
 
-    def _distrust(self, why: str) -> None:
+    def distrust(self, why: str) -> None:
         """Link nothing from now on; what runs goes on, and every answer is exact."""
         if self.refusal is None:
             self.refusal = why

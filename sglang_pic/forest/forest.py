@@ -18,6 +18,7 @@ from sglang_pic.forest.assembly import Assembly
 from sglang_pic.forest.budget import Budgets
 from sglang_pic.forest.carried import Carried
 from sglang_pic.forest.companies import Companies
+from sglang_pic.forest.consensus import Consensus
 from sglang_pic.forest.containment import Containment
 from sglang_pic.forest.conversations import Conversations
 from sglang_pic.forest.cost import PrefillCost
@@ -49,6 +50,7 @@ class Forest:
     cost: PrefillCost
     budgets: Budgets
     contained: Containment
+    consensus: Consensus
     asked: Asked
     segments: Segments
     companies: Companies

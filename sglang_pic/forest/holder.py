@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglang_pic.forest.carried import Carried, Path
+from sglang_pic.forest.consensus import Consensus
 from sglang_pic.forest.cost import PrefillCost
 from sglang_pic.forest.eviction import LINKABLE, InOrder
 from sglang_pic.forest.files import SavedSegment
@@ -45,6 +46,7 @@ class Holder:
         cost: PrefillCost,
         rows: torch.Tensor,
         allocator: object,
+        consensus: Consensus,
     ):
         self._segments = segments
         self._pages = pages
@@ -54,6 +56,7 @@ class Holder:
         self._cost = cost
         self._rows = rows
         self._allocator = allocator
+        self._consensus = consensus
         self.refused: Counter[str] = Counter()
 
     # -- compiles -----------------------------------------------------------------------
@@ -74,8 +77,9 @@ class Holder:
 
     def keep(self, req: Req, *, named: bool) -> None:
         """Keep what a complete compile has computed, all of it or nothing."""
-        if not self._keep(req, named=named):
-            self.refused["budget"] += 1
+        kept = self._keep(req, named=named)
+        self._consensus.note("kept" if kept else "refused", req.rid)
+        self.refused["budget"] += not kept
 
     def _keep(self, req: Req, *, named: bool) -> bool:
         ids, space, extra_key = req.origin_input_ids, req.cache_salt, req.extra_key

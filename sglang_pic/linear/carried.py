@@ -21,7 +21,7 @@ from sglang_pic.forest.keys import owner_of
 from sglang_pic.forest.nodes import TURN
 from sglang_pic.forest.turns import Chain, Turn
 from sglang_pic.linear.capture import Capture
-from sglang_pic.linear.state import CoreState, LinearShape, StateStore
+from sglang_pic.linear.state import WIDEST, CoreState, LinearShape, StateStore
 from sglang_pic.link.plan import LinkPlan
 from sglang_pic.link.policy import LinkOptions, Outline, Seam
 from sglang_pic.link.report import NO_STATE
@@ -47,6 +47,7 @@ class LinearStates:
         shape: of the linear layers.
         rows: SGLang's table of request rows, which holds their states.
         is_exact: whether the state SGLang holds of a request is that of its last token.
+        by_shape: what is kept counts by its shape alone (``StateStore``).
         ending: which shorter segments a path begins with.
         on_evict: told the name of what went for want of memory.
         on_shortage: memory is needed: release what was held back.
@@ -65,6 +66,7 @@ class LinearStates:
         rows: Any,
         device: Any,
         is_exact: bool,
+        by_shape: bool,
         ending: Ending,
         on_evict: Callable[[str], None],
         on_shortage: Callable[[], None],
@@ -78,7 +80,7 @@ class LinearStates:
         self._is_exact = is_exact
         self._ending = ending
         self._on_evict = on_evict
-        self.store = StateStore(config, self._evicted, on_shortage)
+        self.store = StateStore(config, self._evicted, on_shortage, shape if by_shape else None)
         # Lengths of each turn's path behind which a state is held.
         self._turn_ends: dict[str, set[int]] = {}
         self._captures: weakref.WeakKeyDictionary[Req, Capture] = weakref.WeakKeyDictionary()
@@ -89,7 +91,7 @@ class LinearStates:
 
     @property
     def usual_nbytes(self) -> int:
-        return self._shape.state_nbytes(1, self.store.itemsize)
+        return self._shape.state_nbytes(1, WIDEST if self.store.by_shape else self.store.itemsize)
 
     @property
     def evicted(self) -> int:
@@ -254,7 +256,11 @@ class LinearStates:
         return self.store.bytes_of_group(kind)
 
     def to_json(self) -> dict[str, Any]:
-        return {"state_bytes": self.store.nbytes, "state_budget": self.store.budget}
+        return {
+            "state_bytes": self.store.nbytes,
+            "state_bytes_packed": self.store.packed_bytes,
+            "state_budget": self.store.budget,
+        }
 
     def to_json_of(self, name: str) -> dict[str, Any]:
         return {"state_bytes": self.store.nbytes_of(name)}

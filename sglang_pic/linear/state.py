@@ -26,6 +26,9 @@ from sglang_pic.kernels.operators.storage import PackedPair, copied_in_columns, 
 
 logger = logging.getLogger(__name__)
 
+# Bytes of a number that is not narrowed.
+WIDEST = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class LinearShape:
@@ -159,6 +162,9 @@ class StateStore:
         config: the server's settings.
         on_evict: told a segment whose state had to go.
         on_shortage: asked to ``release`` what was held back.
+        by_shape: of the linear layers, if what is kept is to count by its shape alone,
+            as if nothing were narrowed or dropped: on several tensor-parallel ranks each
+            packs the values of its own heads, and all must evict alike.
     """
 
     def __init__(
@@ -166,7 +172,9 @@ class StateStore:
         config: PicConfig,
         on_evict: Callable[[str], None] = lambda _: None,
         on_shortage: Callable[[], None] = lambda: None,
+        by_shape: LinearShape | None = None,
     ):
+        self.by_shape = by_shape
         self._dtype = getattr(torch, config.state_dtype)
         self.itemsize = self._dtype.itemsize
         self._threshold = config.operator_threshold
@@ -239,21 +247,22 @@ class StateStore:
         if held is not None:
             # What it replaces must not go to make room for it, and stays if none is.
             self._pinned.add(segment)
-        fits = self._make_room(state.nbytes - (held.nbytes if held is not None else 0))
+        nbytes = self._counted(state)
+        fits = self._make_room(nbytes - (self._counted(held) if held is not None else 0))
         if not pinned:
             self._pinned.discard(segment)
         if not fits:
             logger.warning(
                 "sglang_pic: a segment's state of %d bytes does not fit and is not kept",
-                state.nbytes,
+                nbytes,
             )
             if held is not None and not pinned:
                 self._order.offer(segment)
             return False
         self.drop(segment)
         self._states[segment] = state
-        self.nbytes += state.nbytes
-        self._order.add(segment, group, cost=cost, nbytes=state.nbytes, uses=uses)
+        self.nbytes += nbytes
+        self._order.add(segment, group, cost=cost, nbytes=nbytes, uses=uses)
         if pinned:
             self._pinned.add(segment)
         elif offer:
@@ -308,9 +317,15 @@ class StateStore:
             operator = of(f"pair.{first}.operator", matrices=kept is not None)
             pairs[first] = PackedPair(operator, kept, of(f"pair.{first}.state"))
         state = SegmentState(owner, core_end, of("conv_tail", matrices=False), of("end"), pairs)
-        if self.nbytes + state.nbytes > self.budget:
+        if self.nbytes + self._counted(state) > self.budget:
             return False
         return self._put(segment, state, cost, 1)
+
+    def _counted(self, state: SegmentState) -> int:
+        """Bytes that a state counts for."""
+        if self.by_shape is None:
+            return state.nbytes
+        return self.by_shape.state_nbytes(len(state.pairs), WIDEST)
 
     def _make_room(self, nbytes: int) -> bool:
         if nbytes > self.budget - self.pinned_bytes:
@@ -325,7 +340,7 @@ class StateStore:
             if victim in self._pinned:
                 continue
             self._order.evicted(victim)
-            self.nbytes -= self._states.pop(victim).nbytes
+            self.nbytes -= self._counted(self._states.pop(victim))
             self.evicted += 1
             self._on_evict(victim)
         return True
@@ -344,7 +359,7 @@ class StateStore:
         """Forget a segment, whose pages are gone."""
         state = self._states.pop(segment, None)
         if state is not None:
-            self.nbytes -= state.nbytes
+            self.nbytes -= self._counted(state)
             self._order.remove(segment)
             self._pinned.discard(segment)
 
@@ -355,14 +370,19 @@ class StateStore:
         self.nbytes = 0
 
     def nbytes_of(self, segment: str) -> int:
-        """Bytes held for a segment."""
+        """Bytes that what is held of a segment counts for."""
         state = self._states.get(segment)
-        return state.nbytes if state is not None else 0
+        return self._counted(state) if state is not None else 0
 
     def bytes_of_group(self, group: str) -> int:
         """Bytes held for all of a group. O(n)."""
         entries = ((name, self._order.get(name)) for name in self._states)
         return sum(self.nbytes_of(n) for n, e in entries if e is not None and e.group == group)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes that all of it takes, at most ``nbytes``. O(n)."""
+        return sum(state.nbytes for state in self._states.values())
 
     @property
     def pinned_bytes(self) -> int:
@@ -372,7 +392,7 @@ class StateStore:
         """Raise ``PicIntegrityError`` unless sums, order and budget hold."""
         if set(self._order) != set(self._states) or not self._pinned <= set(self._states):
             raise PicIntegrityError("the states and their eviction order differ")
-        if self.nbytes != sum(state.nbytes for state in self._states.values()):
+        if self.nbytes != sum(map(self._counted, self._states.values())):
             raise PicIntegrityError("the bytes of states do not add up")
         if self.nbytes > self.budget:
             raise PicIntegrityError(f"states of {self.nbytes} bytes exceed {self.budget}")

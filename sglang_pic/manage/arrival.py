@@ -11,6 +11,7 @@ from sglang_pic.faults import faults
 from sglang_pic.forest.adapter import PicCache
 from sglang_pic.manage.commands import obey
 from sglang_pic.request.hints import DONE, MISSING
+from sglang_pic.request.internal import NOTHING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,8 @@ def answer(scheduler: Any, req: Any, is_retracted: bool) -> Answer | None:
         return None
     try:
         asked = cache.forest.asked.of(req)
+        if asked is not NOTHING:
+            cache.forest.consensus.arrived()
         if asked.command is not None:
             return Answer(DONE + obey(scheduler, req, asked.command))
         if asked.link is not None and asked.link.strict:

@@ -12,9 +12,10 @@ from collections.abc import Collection, Hashable
 
 from cachetools import LRUCache
 
-# Tenants, with adapter and opening; prompts of one of them; segments of a prompt: with
-# more it is left out, since all of this is looked at whenever one comes.
-MAX_KINDS, MAX_PROMPTS, MAX_SEGMENTS = 128, 64, 64
+# Tenants, with adapter and opening; prompts of one of them, and their segments; segments
+# of a prompt: with more it is left out, since all of this is looked at whenever one comes.
+# Some 100 bytes a segment, 13 MiB if every bound is reached.
+MAX_KINDS, MAX_PROMPTS, MAX_NAMES, MAX_SEGMENTS = 128, 64, 1024, 64
 Group = frozenset[bytes]
 
 
@@ -41,7 +42,7 @@ class Recurring:
         shared = {here & prompt for prompt in earlier}
         earlier[here] = None
         earlier.move_to_end(here)
-        if len(earlier) > MAX_PROMPTS:
+        while len(earlier) > MAX_PROMPTS or sum(map(len, earlier)) > MAX_NAMES:
             earlier.popitem(last=False)
         groups: list[Group] = []
         left = here

@@ -1,0 +1,89 @@
+"""Consensus: whether tensor-parallel ranks still keep the same things.
+
+Each rank plans, keeps and evicts by itself. What it decides by depends on no value that
+its heads compute, so that all decide alike; if they did not, prefixes would differ in
+length, and the ranks would wait for each other for ever. So every rank counts what it
+has kept and lost into a digest, and they are compared now and then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+Gather = Callable[[int], Sequence[int]]
+T = TypeVar("T")
+# Requests of ours between two comparisons, which take a round trip of a few bytes.
+EVERY = 32
+
+
+class Consensus(Protocol):
+    """Told what one rank decides."""
+
+    def note(self, event: str, name: str) -> None:
+        """Something was kept, or has gone."""
+        ...
+
+    def arrived(self) -> None:
+        """A request of ours has come: at the same point of the stream on every rank."""
+        ...
+
+
+class OneRank:
+    """Nobody to differ from."""
+
+    def note(self, event: str, name: str) -> None:
+        pass
+
+    def arrived(self) -> None:
+        pass
+
+
+class AllRanks:
+    """Compares digests every so many requests.
+
+    Args:
+        gather: exchanges an integer with the other ranks: those of all.
+        differ: told once that they do not agree.
+    """
+
+    def __init__(self, gather: Gather, differ: Callable[[str], None]):
+        self._gather = gather
+        self._differ = differ
+        self._digest = 0
+        self._events = self._arrived = 0
+
+    def note(self, event: str, name: str) -> None:
+        self._events += 1
+        told = f"{self._digest} {event} {name}".encode()
+        # One bit less than an int64 has.
+        self._digest = int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "big") >> 1
+
+    def arrived(self) -> None:
+        self._arrived += 1
+        if self._arrived % EVERY == 0 and len(set(self._gather(self._digest))) > 1:
+            self._differ(
+                f"tensor-parallel ranks differ in what they keep, after {self._events} changes"
+            )
+
+
+def first_of(group: Any, value: T) -> T:
+    """The first rank's value, of all of them."""
+    told = [value]
+    torch.distributed.broadcast_object_list(told, group=group, group_src=0)
+    return told[0]
+
+
+def gather_of(group: Any, size: int) -> Gather:
+    """``gather`` over a group of ``torch.distributed`` on the host, of so many ranks."""
+
+    def gather(value: int) -> list[int]:
+        own = torch.tensor([value], dtype=torch.int64)
+        all_of_them = [torch.zeros_like(own) for _ in range(size)]
+        torch.distributed.all_gather(all_of_them, own, group=group)
+        return [int(one) for one in all_of_them]
+
+    return gather
