@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -41,6 +42,75 @@ def _runner(driver: Driver, seed: int = 0) -> Any:
 
 def _store(driver: Driver, directory: pathlib.Path, seed: int = 0) -> Store:
     return Store(driver.forest, _runner(driver, seed), directory)
+
+
+class Together:
+    """Two ranks, each in a thread of its own, that exchange values."""
+
+    def __init__(self) -> None:
+        self._barrier = threading.Barrier(2, timeout=60)
+        self._values: list[Any] = [None, None]
+
+    def gather_of(self, rank: int) -> Any:
+        def gather(value: Any) -> list[Any]:
+            self._values[rank] = value
+            self._barrier.wait()
+            told = list(self._values)
+            self._barrier.wait()
+            return told
+
+        return gather
+
+    def run(self, what: Any) -> list[Any]:
+        """What each rank gets of ``what(rank)``."""
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(what, range(2)))
+
+
+def test_ranks_load_a_segment_all_or_none(tmp_path: pathlib.Path) -> None:
+    together = Together()
+    documents = [_tokens(i, 40) for i in range(3)]
+
+    def stores() -> tuple[list[Driver], list[Store]]:
+        drivers = [Driver(4, 1024, _config()) for _ in range(2)]
+        made = []
+        for rank, driver in enumerate(drivers):
+            group: Any = types.SimpleNamespace(rank=rank, size=2, gather=together.gather_of(rank))
+            # The parts of the weights that they hold differ.
+            made.append(Store(driver.forest, _runner(driver, rank), tmp_path, group))
+        return drivers, made
+
+    drivers, saving = stores()
+    for driver in drivers:
+        for document in documents:
+            assert driver.compile(document, named=True)
+    one, other = together.run(lambda rank: saving[rank].save(None, None))
+    assert one == other and one["segments"] == 3
+    assert one["bytes"] == sum(file.stat().st_size for file in tmp_path.rglob("*.segment"))
+
+    first, second = (files.listed(tmp_path / f"rank{rank}of2") for rank in range(2))
+    assert [file.name for file in first] == [file.name for file in second]
+    first[0].unlink()
+    _flip(second[1], second[1].stat().st_size // 2)
+    drivers, loading = stores()
+    one, other = together.run(lambda rank: loading[rank].restore(everyone=True))
+    assert one == other
+    assert one["segments"] == 1
+    assert [refused["file"] for refused in one["refused"]] == [file.name for file in second[:2]]
+    held = [[r.id for r in driver.forest.segments.records(None)] for driver in drivers]
+    assert held[0] == held[1] == [first[2].stem]
+    for driver in drivers:
+        driver.check()
+    # One disk is full, or gone.
+    shutil.rmtree(tmp_path / "rank1of2")
+    (tmp_path / "rank1of2").write_text("a file")
+
+    def save(rank: int) -> int:
+        with pytest.raises(PicRefused, match="rank1of2") as refused:
+            loading[rank].save(None, None)
+        return refused.value.status
+
+    assert together.run(save) == [507, 507]
 
 
 def _saved(tmp_path: pathlib.Path, page: int = 1) -> list[list[int]]:

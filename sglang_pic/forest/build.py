@@ -22,7 +22,7 @@ from sglang_pic.forest.assembly import Assembly, BothOrders, NoAssembly
 from sglang_pic.forest.budget import KV_SHARE, Budgets, Need
 from sglang_pic.forest.carried import Carried, Nothing
 from sglang_pic.forest.companies import Companies
-from sglang_pic.forest.consensus import AllRanks, Consensus, Gather, OneRank, first_of, gather_of
+from sglang_pic.forest.consensus import ALONE, AllRanks, Consensus, Group, OneRank
 from sglang_pic.forest.containment import Containment
 from sglang_pic.forest.conversations import Conversations
 from sglang_pic.forest.cost import PrefillCost
@@ -103,22 +103,19 @@ def build_cache(ctx: Any, *, unhooked: str | None) -> PicCache:
         kv_heads=model.get_total_num_kv_heads(),
         heads=model.num_attention_heads,
     )
-    if ctx.tp_size > 1:
-        # What is evicted first must not depend on how many weights a rank has.
-        cost = first_of(ctx.tp_group.cpu_group, cost)
+    ranks = Group(ctx.tp_rank, ctx.tp_size, ctx.tp_group.cpu_group if ctx.tp_size > 1 else None)
+    # What is evicted first must not depend on how many weights a rank has.
+    cost = ranks.gather(cost)[0]
     if refusal is not None:
         plant(cache, config, cost, refusal=refusal)
         logger.warning("sglang_pic does not link, every request is exact: %s", refusal)
         return cache
     shape = backend.shape if ctx.is_hybrid_ssm else None
     copies = Relocator(runner.token_to_kv_pool, backend.ropes)
-    gather = gather_of(ctx.tp_group.cpu_group, ctx.tp_size) if ctx.tp_size > 1 else None
-    plant(cache, config, cost, shape=shape, copies=copies, gather=gather)
+    plant(cache, config, cost, shape=shape, copies=copies, ranks=ranks)
     logger.info("sglang_pic links: %s", config)
     if config.store is not None:
-        if ctx.server_args.tp_size > 1:
-            raise PicConfigError("--pic-store works on one tensor-parallel rank only")
-        cache.forest.store = Store(cache.forest, runner, pathlib.Path(config.store))
+        cache.forest.store = Store(cache.forest, runner, pathlib.Path(config.store), ranks)
         restored = cache.forest.store.restore(everyone=True)
         logger.warning("sglang_pic restored: %s", restored)
     return cache
@@ -132,7 +129,7 @@ def plant(
     refusal: str | None = None,
     shape: LinearShape | None = None,
     copies: Relocator | None = None,
-    gather: Gather | None = None,
+    ranks: Group = ALONE,
 ) -> Forest:
     """Put the parts together and give them to their cache.
 
@@ -142,7 +139,7 @@ def plant(
         refusal: why this server must not link at all, or ``None``.
         shape: of a hybrid's linear layers; ``None`` in models without.
         copies: of pages; without it nothing is relocated, and no company is kept.
-        gather: as in ``AllRanks``, on several tensor-parallel ranks.
+        ranks: of tensor parallelism.
     """
     allocator, rows = cache.token_to_kv_pool_allocator, cache.req_to_token_pool
     pool = allocator.size * cost.kv_bytes
@@ -166,8 +163,8 @@ def plant(
 
     contained = Containment(lambda: forest.check(), refusal)
     consensus: Consensus = OneRank()
-    if gather is not None:
-        consensus = AllRanks(gather, contained.distrust)
+    if ranks.size > 1:
+        consensus = AllRanks(ranks.gather, contained.distrust)
     pages = Pages(cache.params) if refusal is None else NoPages(cache.params)
     trees = (cache, pages.tree) if refusal is None else (cache,)
     nodes = NodeIndex(trees, cost, gone)
@@ -186,7 +183,7 @@ def plant(
             device=allocator.device,
             # SGLang runs no step ahead, and pages cut nothing off.
             is_exact=cache.page_size == 1 and not cache.enable_mamba_extra_buffer,
-            by_shape=gather is not None,
+            by_shape=ranks.size > 1,
             ending=lambda node, until: tuple(nodes.ends_on_path(LINKABLE, node, until)),
             on_evict=lost,
             on_shortage=segments.release_all,

@@ -8,16 +8,41 @@ has kept and lost into a digest, and they are compared now and then.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
 
-Gather = Callable[[int], Sequence[int]]
 T = TypeVar("T")
 # Requests of ours between two comparisons, which take a round trip of a few bytes.
 EVERY = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The tensor-parallel ranks of one scheduler, or one that is alone.
+
+    Attributes:
+        group: of ``torch.distributed``, on the host.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, the first's first. Every rank must ask at the same point
+        of the stream of requests."""
+        if self.size == 1:
+            return [value]
+        told: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(told, value, group=self.group)
+        return told
+
+
+ALONE = Group()
 
 
 class Consensus(Protocol):
@@ -46,11 +71,11 @@ class AllRanks:
     """Compares digests every so many requests.
 
     Args:
-        gather: exchanges an integer with the other ranks: those of all.
+        gather: as ``Group.gather``.
         differ: told once that they do not agree.
     """
 
-    def __init__(self, gather: Gather, differ: Callable[[str], None]):
+    def __init__(self, gather: Callable[[int], Sequence[int]], differ: Callable[[str], None]):
         self._gather = gather
         self._differ = differ
         self._digest = 0
@@ -68,22 +93,3 @@ class AllRanks:
             self._differ(
                 f"tensor-parallel ranks differ in what they keep, after {self._events} changes"
             )
-
-
-def first_of(group: Any, value: T) -> T:
-    """The first rank's value, of all of them."""
-    told = [value]
-    torch.distributed.broadcast_object_list(told, group=group, group_src=0)
-    return told[0]
-
-
-def gather_of(group: Any, size: int) -> Gather:
-    """``gather`` over a group of ``torch.distributed`` on the host, of so many ranks."""
-
-    def gather(value: int) -> list[int]:
-        own = torch.tensor([value], dtype=torch.int64)
-        all_of_them = [torch.zeros_like(own) for _ in range(size)]
-        torch.distributed.all_gather(all_of_them, own, group=group)
-        return [int(one) for one in all_of_them]
-
-    return gather

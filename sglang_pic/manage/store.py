@@ -1,6 +1,8 @@
 """Save compiled segments to a directory, and start warm from it.
 
-The directory is the operator's (``--pic-store``), never a client's choice.
+The directory is the operator's (``--pic-store``), never a client's choice. Of several
+tensor-parallel ranks each keeps its part in a folder of its own there; a segment is
+loaded by all of them or by none.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 from sglang_pic import __version__
 from sglang_pic.errors import PicRefused
 from sglang_pic.forest import files
+from sglang_pic.forest.consensus import ALONE, Group
 from sglang_pic.forest.files import BadFile
 from sglang_pic.forest.forest import Forest
 from sglang_pic.forest.keys import segment_id
@@ -31,20 +34,23 @@ def _architecture(config: Any) -> str:
 
 
 class Store:
-    """Saved segments of one server, which runs on one tensor-parallel rank.
+    """Saved segments of one server.
 
     Args:
         forest: whose segments.
         runner: SGLang's model runner.
         directory: the operator's.
+        ranks: of tensor parallelism.
     """
 
-    def __init__(self, forest: Forest, runner: Any, directory: pathlib.Path):
+    def __init__(self, forest: Forest, runner: Any, directory: pathlib.Path, ranks: Group = ALONE):
+        self._ranks = ranks
         self._forest = forest
         self._pool = runner.token_to_kv_pool
         self._runner = runner
         self._layers = sorted(runner.attn_backend.ropes)
-        self._directory = directory
+        several = ranks.size > 1
+        self._directory = directory / f"rank{ranks.rank}of{ranks.size}" if several else directory
 
     def _marks(self) -> dict[str, str]:
         """The fingerprint, of the weights that are loaded now."""
@@ -92,9 +98,14 @@ class Store:
                 )  # fmt: skip
                 file = files.write(self._directory, record.id, saved, marks)
                 written += file.stat().st_size
+            failed = None
         except OSError as error:
-            raise PicRefused(507, f"cannot write {self._directory}: {error}", "ids") from error
-        return {"segments": len(records), "bytes": written}
+            failed = f"cannot write {self._directory}: {error}"
+        told = self._ranks.gather((failed, written))
+        problems = [problem for problem, _ in told if problem is not None]
+        if problems:
+            raise PicRefused(507, problems[0], "ids")
+        return {"segments": len(records), "bytes": sum(size for _, size in told)}
 
     def restore(self, tenant: str | None = None, *, everyone: bool = False) -> dict[str, Any]:
         """Load what was saved, of one tenant or of everyone, as far as it fits.
@@ -106,29 +117,43 @@ class Store:
         forest = self._forest
         loaded = present = 0
         refused = []
-        found = files.listed(self._directory)
-        marks = self._marks() if found else {}
-        for file in found:
-            try:
-                saved = files.read(file, marks)
+        listed = self._ranks.gather([file.name for file in files.listed(self._directory)])
+        marks = self._marks() if any(listed) else {}
+        for name in sorted({name for names in listed for name in names}):
+            saved, problem = self._read(self._directory / name, marks)
+            problems = [one for one in self._ranks.gather(problem) if one is not None]
+            if not problems and saved is not None:
                 if not everyone and saved.salt != forest.segments.namespace(tenant):
                     continue
-                name = segment_id(
-                    saved.salt, saved.extra_key, saved.path[len(forest.segments.context) :]
-                )
-                if file.stem != name:
-                    raise BadFile("its name is not that of the segment it holds")
-                if forest.segments.is_held(name):
+                if forest.segments.is_held(name.removesuffix(files.SUFFIX)):
                     present += 1
                     continue
-                self._load(saved)
-                loaded += 1
-            except BadFile as error:
-                logger.warning("sglang_pic: %s is not restored: %s", file.name, error)
-                refused.append({"file": file.name, "reason": str(error)})
+                if self._load(saved):
+                    loaded += 1
+                    continue
+                problems = ["it does not fit into what is free of the budgets"]
+            logger.warning("sglang_pic: %s is not restored: %s", name, problems[0])
+            refused.append({"file": name, "reason": problems[0]})
         return {"segments": loaded, "present": present, "refused": refused}
 
-    def _load(self, saved: files.SavedSegment) -> None:
+    def _read(
+        self, file: pathlib.Path, marks: dict[str, str]
+    ) -> tuple[files.SavedSegment | None, str | None]:
+        """What a file holds, or why it cannot be loaded."""
+        try:
+            saved = files.read(file, marks)
+            context = len(self._forest.segments.context)
+            if file.stem != segment_id(saved.salt, saved.extra_key, saved.path[context:]):
+                raise BadFile("its name is not that of the segment it holds")
+            self._check(saved)
+        except BadFile as error:
+            return None, str(error)
+        except Exception as error:
+            # The other ranks wait for what this one says.
+            return None, f"it could not be read: {error!r}"
+        return saved, None
+
+    def _check(self, saved: files.SavedSegment) -> None:
         held = floor_to(len(saved.path), self._forest.pages.page_size)
         for layer in self._layers:
             for name, buffer in (
@@ -140,11 +165,16 @@ class Store:
                     *buffer.shape[1:],
                 ):
                     raise BadFile(f"{name} is not what its tokens need")
+
+    def _load(self, saved: files.SavedSegment) -> bool:
+        """Whether it fits: on all ranks alike."""
+        held = floor_to(len(saved.path), self._forest.pages.page_size)
         empty = self._forest.holder.adopt(saved, held)
         if empty is None:
-            raise BadFile("it does not fit into what is free of the budgets")
+            return False
         tokens, slots = empty
         for layer in self._layers:
             keys, values = self._pool.get_key_buffer(layer), self._pool.get_value_buffer(layer)
             keys[slots] = saved.tensors[f"k.{layer}"][tokens.cpu()].to(keys.device)
             values[slots] = saved.tensors[f"v.{layer}"][tokens.cpu()].to(values.device)
+        return True
