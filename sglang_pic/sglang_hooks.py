@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import inspect
 import multiprocessing
+import os
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -174,7 +175,15 @@ def build_chat(original: Any, serving: Any, request: Any, *args: Any, **kwargs: 
 
 
 def install_http(server_args: Any, *_: Any, **__: Any) -> None:
-    """Before ``_setup_and_run_http_server``: middleware, ``/pic`` routes, metrics, canary."""
+    """Before ``_setup_and_run_http_server``: the application, here or in the processes of
+    several tokenizer workers, which import it by this name."""
+    install_app(server_args)
+    if server_args.radix_cache_backend == CACHE_BACKEND:
+        os.environ.setdefault("SGLANG_HTTP_SERVER_APP_PATH", "sglang_pic.server.workers:app")
+
+
+def install_app(server_args: Any) -> None:
+    """Middleware, ``/pic`` routes, metrics, canary."""
     from sglang_pic.config import PicConfig
 
     tenants = PicConfig.from_env().tenants

@@ -21,21 +21,29 @@ LISTEN_TIMEOUT_S = 10.0
 
 def canary_first(lifespan: Lifespan) -> Lifespan:
     """An application's lifespan with the canary in front of it: behind it SGLang
-    calls its own server, which must listen by then."""
+    calls its own server, which must listen by then. One of several tokenizer workers has
+    a manager only when its lifespan has begun, and asks then."""
 
     @contextlib.asynccontextmanager
     async def asking(app: Any) -> AsyncIterator[Any]:
-        # Without its weights a model says nothing; its first link waits instead.
-        if not get_model().checkpoint_engine_wait_weights_before_ready:
-            await funnel_of(get_global_state().tokenizer_manager).guards.canary.settle()
-        # Of several tokenizer workers each has a thread of its own, with other arguments.
-        if getattr(app, "is_single_tokenizer_mode", False):
-            url = app.server_args.url()
-            app.warmup_thread_kwargs["post_warmup_callback"] = lambda: wait_until_it_listens(url)
+        if not getattr(app, "is_single_tokenizer_mode", False):
+            async with lifespan(app) as state:
+                await _settle()
+                yield state
+            return
+        await _settle()
+        url = app.server_args.url()
+        app.warmup_thread_kwargs["post_warmup_callback"] = lambda: wait_until_it_listens(url)
         async with lifespan(app) as state:
             yield state
 
     return asking
+
+
+async def _settle() -> None:
+    """Without its weights a model says nothing; its first link waits instead."""
+    if not get_model().checkpoint_engine_wait_weights_before_ready:
+        await funnel_of(get_global_state().tokenizer_manager).guards.canary.settle()
 
 
 def wait_until_it_listens(url: str) -> None:
