@@ -571,6 +571,7 @@ def test_the_backend_in_a_graph(backend_class: Any, monkeypatch: pytest.MonkeyPa
     [
         ({}, None),
         ({"dtype": torch.float32}, "half precision"),
+        ({"kv_dtype": torch.float8_e4m3fn}, "of the model's type only"),
         ({"qk_head_dim": 80}, "head dimension 80"),
         ({"is_cross_attention": True}, "cross-attention"),
         ({"tp_k_head_num": 4}, "different shapes"),
@@ -585,5 +586,6 @@ def test_what_flashinfer_cannot_do_is_refused(change: dict[str, Any], reason: st
     }  # fmt: skip
     dtype = change.get("dtype", torch.bfloat16)
     layers = [usual, {**usual, **{k: v for k, v in change.items() if k in usual}, "layer_id": 1}]
-    found = flashinfer_refusal([SimpleNamespace(**layer) for layer in layers], dtype)
+    kv_dtype = change.get("kv_dtype", dtype)
+    found = flashinfer_refusal([SimpleNamespace(**layer) for layer in layers], dtype, kv_dtype)
     assert (found is None) if reason is None else (found is not None and reason in found)

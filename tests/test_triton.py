@@ -122,6 +122,32 @@ def test_half_precision(kernels: Kernels) -> None:
     close(out, exact, torch.float16)
 
 
+@pytest.mark.parametrize("kernels", [TORCH, TRITON])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_narrower_pool_is_computed_with_as_queries_are(
+    kernels: Kernels, dtype: torch.dtype
+) -> None:
+    batch = Batch(Layer(), [[0, 1], [1, 0]], seam=4, page=4)
+    rows, query, _ = batch.rows([n - 1 for n in computed(batch)], [1, 1])
+    keys, values, *where = batch.pool()
+    narrow = (keys.to(dtype), values.to(dtype))
+    rounded = tuple(one.float() for one in narrow)
+    walked = walkers(rows, [0, 1], 1, 1, CPU)
+    made = parts(rows, [0, 1], Shape(tile=2, kv_heads=2, programs=1), CPU)
+    cos, sin = batch.turns(made.offset)
+    gathered = TORCH.gather_rotate(query, made.table.query, cos, sin, neox=batch.layer.neox)
+    found = []
+    for form, pool in ((kernels, narrow), (TORCH, rounded)):
+        out = torch.empty_like(query)
+        turns = batch.turns(walked.offset)
+        form.walk_rows(query, *pool, *where, walked.table, turns, out, scale=batch.scale)
+        partial, lse = form.attend_parts(gathered, *pool, *where, made.table, scale=batch.scale)
+        merged = form.merge(partial, lse, made.table.merge_indptr, made.table.merge_index)
+        found.append((out, merged))
+    for one, other in zip(*found, strict=True):
+        close(one, other)
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_relocating_is_copying_and_turning(layer: Layer) -> None:
     buffers = torch.randn(2, 40, layer.kv_heads, layer.dim)

@@ -69,13 +69,22 @@ def in_company(
     ]
 
 
-def _steps(
-    model: Any, ids: Sequence[int], reused: Tensor, held: Layers, chosen: Sequence[int]
+def steps(
+    model: Any,
+    ids: Sequence[int],
+    reused: Tensor,
+    held: Layers,
+    chosen: Sequence[int],
+    cache: DynamicCache | None = None,
 ) -> Iterator[Tensor]:
-    """The computed tokens over the reused ones' K and V; then one token at a time."""
-    cache = DynamicCache()
+    """The computed tokens over the reused ones' K and V; then one token at a time.
+
+    Args:
+        cache: what keeps those of computed tokens, empty; a ``DynamicCache`` by default.
+    """
+    cache = DynamicCache() if cache is None else cache
     for layer, (keys, values) in enumerate(held):
-        cache.update(keys, values, layer)
+        DynamicCache.update(cache, keys, values, layer)
     live = torch.tensor(sorted(set(range(len(ids))) - set(reused.tolist())))
     tokens, position = torch.tensor(ids)[live], live
     seen = reused
@@ -138,5 +147,5 @@ def company_logprobs(
         )
         positions += sorted(core)
     tokens: list[int] = []
-    steps = _steps(model, prompt_ids, torch.tensor(positions), held, tokens)
-    return _generation(steps, n_new, forced, tokens)
+    walked = steps(model, prompt_ids, torch.tensor(positions), held, tokens)
+    return _generation(walked, n_new, forced, tokens)

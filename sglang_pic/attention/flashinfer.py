@@ -49,16 +49,21 @@ def gathered_queries(rows: Sequence[StepRow]) -> int:
     return count
 
 
-def flashinfer_refusal(layers: Sequence[Any], dtype: torch.dtype) -> str | None:
+def flashinfer_refusal(
+    layers: Sequence[Any], dtype: torch.dtype, kv_dtype: torch.dtype
+) -> str | None:
     """Why FlashInfer's launches cannot serve links of this model, or ``None``; beside what
     every backend refuses.
 
     Args:
         layers: SGLang's ``RadixAttention`` layers.
         dtype: of the model.
+        kv_dtype: of its KV cache.
     """
     if dtype not in DTYPES:
         return f"FlashInfer attends in half precision only, not in {dtype}"
+    if kv_dtype != dtype:
+        return f"FlashInfer reads keys and values of the model's type only here, not {kv_dtype}"
     for layer in layers:
         if layer.qk_head_dim not in HEAD_DIMS:
             return f"layer {layer.layer_id}: FlashInfer has no head dimension {layer.qk_head_dim}"
@@ -83,7 +88,7 @@ class PicFlashInferBackend(SpanBackend, FlashInferAttnBackend):
         hybrid = mambaish_config(model_runner.model_config) is not None
         self.refusal = (
             self.refusal
-            or flashinfer_refusal(layers, model_runner.dtype)
+            or flashinfer_refusal(layers, model_runner.dtype, model_runner.kv_cache_dtype)
             or shared_memory_refusal(layers[0].qk_head_dim, hybrid)
         )
         self._launcher: Launcher | None = None

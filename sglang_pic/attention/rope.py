@@ -54,6 +54,8 @@ def layer_ropes(model: Any) -> tuple[dict[int, LayerRope | None], str | None]:
             return {}, f"layer {attn.layer_id}: sliding-window attention"
         if attn.logit_cap:
             return {}, f"layer {attn.layer_id}: attention scores are capped"
+        if {attn.k_scale_float, attn.v_scale_float} - {None, 1.0}:
+            return {}, f"layer {attn.layer_id}: its KV cache has scales"
         if attn.xai_temperature_len > 0 or attn.attn_type != AttentionType.DECODER:
             return {}, f"layer {attn.layer_id}: not plain causal attention"
     if not layers:

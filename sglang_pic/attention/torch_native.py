@@ -77,7 +77,8 @@ class PicTorchNativeBackend(SpanBackend, TorchNativeAttnBackend):
             self._forward_ordinary(query, out, layer, batch, step.ordinary)
         for i, row in enumerate(step.walks):
             tokens = slice(row.first_query, row.first_query + row.extend)
-            key = keys[row.slots]
+            # Turned as it is computed with: what is stored may be narrower.
+            key = keys[row.slots].to(query.dtype)
             if row.offset is not None and rope is not None:
                 key = rotate(key, *self._angles_of(rope, i, row.offset), neox=rope.neox)
             value = values[row.slots]

@@ -45,6 +45,10 @@ from sglang_pic.request.seal import ENV_NAME, is_made_here
 
 logger = logging.getLogger(__name__)
 
+# Types of a KV cache whose numbers stand for themselves.
+PLAIN = (
+    torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2,
+)  # fmt: skip
 # Of the KV budget: segments of links still on their way.
 FRESH_SHARE = 0.5
 
@@ -67,9 +71,7 @@ def _refusal(ctx: Any, runner: Any, unhooked: str | None) -> str | None:
         "two-batch overlap is not supported": args.enable_two_batch_overlap,
         "deterministic inference is not supported": args.enable_deterministic_inference,
         "diffusion models are not supported": args.dllm_algorithm is not None,
-        "a KV cache of another type than the model's is not supported": (
-            runner.kv_cache_dtype != runner.dtype
-        ),
+        "a KV cache of blocks with scales is not supported": runner.kv_cache_dtype not in PLAIN,
         f"attention backend {type(backend).__name__} cannot link": not hasattr(
             backend, "set_rows" if ctx.is_hybrid_ssm else "set_plans"
         ),
