@@ -26,6 +26,7 @@ from sglang_pic.server.compiler import Compiler
 from sglang_pic.server.funnel import Funnel
 from sglang_pic.server.guards import Guards
 from sglang_pic.server.life import Lives
+from sglang_pic.server.placing import OneRank
 from sglang_pic.server.queue import FairQueue
 from sglang_pic.server.waiting import Waiting
 from sglang_pic.server.wanted import Wanted
@@ -111,7 +112,7 @@ class Front:
         made.waiting = Waiting(self.manager, lambda priority: 0)
         asking = Asking(self.manager, made.wanted)
         cold = Cold(made.compiler, allowed=False)
-        parts = (made.wanted, asking, made.compiler, made.waiting, cold, WhenAsked())
+        parts = (made.wanted, asking, made.compiler, made.waiting, cold, WhenAsked(), OneRank())
         made.lives = Lives(self.manager, made.config, *parts)
         monkeypatch.setattr(asking_module, "command", self.scheduler.command)
 

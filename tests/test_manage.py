@@ -301,7 +301,7 @@ class FakeFunnel:
         return [Made(COMPILED, len(item)) for item in items]
 
     def segment(
-        self, ids: list[int], salt: Any, extra_key: Any, lora_path: Any, *, named: bool
+        self, ids: list[int], salt: Any, extra_key: Any, lora_path: Any, *, named: bool, rank: Any
     ) -> list[int]:
         assert named
         return ids

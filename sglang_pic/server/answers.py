@@ -25,6 +25,7 @@ from sglang_pic.server.audit import Audit
 from sglang_pic.server.calibrate import Calibration
 from sglang_pic.server.compare import Prompt
 from sglang_pic.server.exchange import Exchange, noting
+from sglang_pic.server.placing import rank_of
 from sglang_pic.server.reports import last_reports
 from sglang_pic.server.waited import NOTHING, Waited
 
@@ -234,7 +235,8 @@ class Answered:
         if not reason or reason["type"] == "abort" or self._report.get("exactness") != COMPOSED:
             return
         obj, (options,) = self._obj, self._asked
-        prompt = Prompt(*self._prompts[0], obj.cache_salt, obj.extra_key, obj.lora_path)
+        owner = (obj.cache_salt, obj.extra_key, obj.lora_path)
+        prompt = Prompt(*self._prompts[0], *owner, rank_of(obj))
         if self._calibration is not None and options.state == AUTO:
             self._calibration.consider(prompt)
         # Turns are left out of an audit.

@@ -66,12 +66,14 @@ class Model:
         longest: tokens of the longest prompt.
         page: tokens of a KV page.
         context: of every compile.
+        rank: the data-parallel rank that is asked for all, of several.
     """
 
     vocabulary: int
     longest: int
     page: int
     context: tuple[int, ...]
+    rank: int | None = None
 
 
 class UntestedError(Exception):
@@ -161,7 +163,7 @@ class Canary:
         # Behind these the opening, each tail, and the last tail two ways more.
         prompts = len(compiled) + 2 + 2 * TAILS + 2
         logger.info("sglang_pic: the next %d prompts to prefill are the canary's", prompts)
-        await self._compile(compiled, salt, context=model.context)
+        await self._compile(compiled, salt, model)
         selfcheck = await self._tell(
             "selfcheck", ids=one + other, cache_salt=salt, at=length, seam=SEAM
         )
@@ -172,6 +174,7 @@ class Canary:
             salt,
             None,
             None,
+            model.rank,
         )
         full = await in_full(self._generate, opening, _stock(salt))
         again = await self._linked(opening, full, policy="seam")
@@ -179,7 +182,7 @@ class Canary:
         kls = []
         for tail in tails:
             ids = [*lead, *(token for segment in segments for token in segment), *tail]
-            prompt = Prompt(ids, _link(LEAD, length, SEGMENTS), salt, None, None)
+            prompt = Prompt(ids, _link(LEAD, length, SEGMENTS), salt, None, None, model.rank)
             full = await in_full(self._generate, prompt, _stock(salt))
             shared = await self._linked(prompt, full, policy="seam")
             kls.append(shared.kl_from(full))
@@ -190,12 +193,11 @@ class Canary:
         checks["linked_kl"] = Check(statistics.fmean(kls), self._config.canary_kl)
         return checks
 
-    async def _compile(
-        self, segments: Sequence[list[int]], salt: str, *, context: tuple[int, ...]
-    ) -> None:
-        space = namespace(context, salt)
+    async def _compile(self, segments: Sequence[list[int]], salt: str, model: Model) -> None:
+        space = namespace(model.context, salt)
         items = [
-            CompileItem((*context, *ids), space, None, None, seams=(SEAM,)) for ids in segments
+            CompileItem((*model.context, *ids), space, None, None, seams=(SEAM,), rank=model.rank)
+            for ids in segments
         ]
         await asyncio.gather(*(self._generate(compile_request(item, Caller())) for item in items))
 

@@ -25,13 +25,15 @@ Generate = Callable[[GenerateReqInput], Awaitable[dict[str, Any]]]
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A linked prompt in internal form, and whose it is."""
+    """A linked prompt in internal form, whose it is, and the data-parallel rank it is
+    asked on, if there are several."""
 
     ids: list[int]
     link: LinkRequest
     cache_salt: str | None
     extra_key: str | None
     lora_path: str | None
+    rank: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,7 @@ def _one_token(prompt: Prompt, **fields: Any) -> GenerateReqInput:
         return_logprob=True,
         extra_key=prompt.extra_key,
         lora_path=prompt.lora_path,
+        routed_dp_rank=prompt.rank,
         **fields,
     )
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.managers.io_struct import GenerateReqInput
-from sglang.srt.runtime_context import get_memory, get_schedule
+from sglang.srt.runtime_context import get_memory, get_parallel, get_schedule
 
 from sglang_pic.config import EXACT, IDLE, OFF, PicConfig
 from sglang_pic.link.policy import floor_to
@@ -43,6 +43,7 @@ from sglang_pic.server.exchange import Exchange, current, noting
 from sglang_pic.server.guards import Guards
 from sglang_pic.server.guests import Inviting, Nobody, Own, Shipped
 from sglang_pic.server.life import Lives, Prompt
+from sglang_pic.server.placing import LeastWork, OneRank
 from sglang_pic.server.public import check_public
 from sglang_pic.server.queue import FairQueue
 from sglang_pic.server.resolve import Resolver, is_list_of_one
@@ -136,8 +137,17 @@ class Funnel:
             shortest = max(self.config.min_segment, page)
             companions = WhenIdle(self.maker, shortest, lambda: not manager.rid_to_state)
         cold = Cold(self.compiler, allowed=self.config.cold == EXACT)
+        ranks = get_parallel().dp_size
         self.lives = Lives(
-            manager, self.config, self.wanted, asking, self.compiler, self.waiting, cold, companions
+            manager,
+            self.config,
+            self.wanted,
+            asking,
+            self.compiler,
+            self.waiting,
+            cold,
+            companions,
+            LeastWork(ranks) if ranks > 1 else OneRank(),
         )
 
     def _inviting(self) -> Inviting:

@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.managers.io_struct import GenerateReqInput
-from sglang.srt.runtime_context import get_schedule
+from sglang.srt.runtime_context import get_parallel, get_schedule
 
 from sglang_pic.config import PicConfig
 from sglang_pic.link.policy import AUTO
@@ -46,6 +46,7 @@ class Guards:
                 longest=manager.max_req_input_len,
                 page=get_schedule().page_size,
                 context=tuple(context),
+                rank=0 if get_parallel().dp_size > 1 else None,
             )
 
         self._is_hybrid = mambaish_config(manager.model_config) is not None

@@ -17,6 +17,7 @@ from sglang_pic.server.asking import Asking, Generate
 from sglang_pic.server.cold import FIRST_TIME, Cold
 from sglang_pic.server.companions import Companions
 from sglang_pic.server.compiler import CompileItem, Compiler
+from sglang_pic.server.placing import Placing
 from sglang_pic.server.send import set_link
 from sglang_pic.server.waited import Waited
 from sglang_pic.server.waiting import EndedError, Waiting, ended
@@ -42,6 +43,7 @@ class Lives:
         waiting: Waiting,
         cold: Cold,
         companions: Companions,
+        placing: Placing,
     ):
         self._manager = manager
         self._config = config
@@ -51,6 +53,7 @@ class Lives:
         self._waiting = waiting
         self._cold = cold
         self._companions = companions
+        self._placing = placing
 
     async def live(
         self,
@@ -65,6 +68,9 @@ class Lives:
         ids, link = prompt
         see: Callable[[Any], None] = _overlook
         with contextlib.ExitStack() as behind:
+            if self._wanted.links(link):
+                space = self._wanted.space(obj.cache_salt)
+                behind.enter_context(self._placing.placed(obj, space, ids, link))
             with self._waiting.stay(obj) as stay:
                 outputs, missing = await self._asking.ask(generate, obj, request, ids, link)
                 items = self._wanted.items(obj, ids, link, missing)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from sglang.srt.managers.io_struct import GenerateReqInput
@@ -12,6 +11,7 @@ from sglang_pic.forest.keys import namespace
 from sglang_pic.request.base import OPENING, LinkRequest
 from sglang_pic.server.companions import Kind
 from sglang_pic.server.compiler import Caller, CompileItem
+from sglang_pic.server.placing import rank_of
 
 
 class Wanted:
@@ -47,8 +47,8 @@ class Wanted:
                 items.append(CompileItem(opening, salt, extra_key, lora, segment=False, rank=rank))
                 continue
             segment = ids[link.spans[i].start : link.spans[i].end]
-            made = self.segment(segment, obj.cache_salt, obj.extra_key, obj.lora_path, seam=seam)
-            items.append(dataclasses.replace(made, rank=rank))
+            owner = (obj.cache_salt, obj.extra_key, obj.lora_path)
+            items.append(self.segment(segment, *owner, seam=seam, rank=rank))
         return items
 
     def kind(self, obj: GenerateReqInput, ids: Sequence[int], link: LinkRequest) -> Kind:
@@ -69,7 +69,11 @@ class Wanted:
         rank: int | None = None,
     ) -> Kind:
         """The kind of prompts of one tenant that begin so."""
-        return Kind(namespace(self.context, salt), extra_key, lora, rank, tuple(opening))
+        return Kind(self.space(salt), extra_key, lora, rank, tuple(opening))
+
+    def space(self, salt: str | None) -> str:
+        """The namespace of a tenant's segments."""
+        return namespace(self.context, salt)
 
     def segment(
         self,
@@ -80,17 +84,13 @@ class Wanted:
         *,
         seam: int | None = None,
         named: bool = False,
+        rank: int | None = None,
     ) -> CompileItem:
         """The internal request that compiles one segment for one tenant, in a
         hybrid for links of one seam width: the server's own by default."""
-        space = namespace(self.context, salt)
         seams = (self._config.seam if seam is None else seam,)
-        return CompileItem((*self.context, *ids), space, extra_key, lora, seams=seams, named=named)
-
-
-def rank_of(obj: GenerateReqInput) -> int | None:
-    """The data-parallel rank that a request names."""
-    return obj.routed_dp_rank if obj.routed_dp_rank is not None else obj.data_parallel_rank
+        path, space = (*self.context, *ids), self.space(salt)
+        return CompileItem(path, space, extra_key, lora, seams=seams, named=named, rank=rank)
 
 
 def caller_of(obj: GenerateReqInput) -> Caller:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -92,25 +93,34 @@ async def compile_segments(body: CompileBody) -> Any:
     names = [segment_id(space, key, ids) for ids in segments]
     # On every rank, since nobody knows on which the links will run.
     ranks = await tell("name", segments=names, seam=funnel.config.seam, cache_salt=salt)
-    absent = [i for i in range(len(names)) if not all(rank["held"][i] for rank in ranks)]
-    items = [
-        funnel.wanted.segment(segments[i], salt, extra_key, lora_path, named=True) for i in absent
+    absent = [
+        (i, at) for i in range(len(names)) for at, rank in enumerate(ranks) if not rank["held"][i]
     ]
-    made = dict(zip(absent, await funnel.compiler.compile(items, Caller(salt)), strict=True))
-    for i, one in made.items():
+    items = [
+        funnel.wanted.segment(
+            segments[i], salt, extra_key, lora_path, named=True, rank=at if len(ranks) > 1 else None
+        )
+        for i, at in absent
+    ]
+    made = await funnel.compiler.compile(items, Caller(salt))
+    computed = [0] * len(names)
+    for (i, _), one in zip(absent, made, strict=True):
         _check(one, f"segments[{i}]")
+        computed[i] += one.tokens
     ranks = await tell("held", segments=names, cache_salt=salt)
     for i, name in enumerate(names):
         if not any(rank["held"][i] for rank in ranks):
             raise PicRefused(507, f"compiled, and no room to keep it: {name}", f"segments[{i}]")
-    companies = await _companies(body, funnel, segments, names, key) if body.company else []
+    companies: list[dict[str, Any]] = []
+    if body.company:
+        companies = await _companies(body, funnel, segments, names, key, len(ranks))
     return orjson_response(
         {
             "segments": [
                 {
                     "id": name,
                     "tokens": len(ids),
-                    "tokens_computed": made[i].tokens if i in made else 0,
+                    "tokens_computed": computed[i],
                 }
                 for i, (name, ids) in enumerate(zip(names, segments, strict=True))
             ],
@@ -135,8 +145,9 @@ async def _companies(
     segments: Sequence[list[int]],
     names: Sequence[str],
     key: str | None,
+    ranks: int,
 ) -> list[dict[str, Any]]:
-    """Compile segments in company, as many companies as it takes."""
+    """Compile segments in company, as many companies as it takes, on every rank."""
     opening = body.opening or []
     if isinstance(opening, str):
         check_tokenizer(manager().tokenizer, "opening", "token ids")
@@ -153,7 +164,14 @@ async def _companies(
     rest = [member for member in ids if member not in covered]
     among = [funnel.maker.among_guests(kind, member) for member in rest]
     companies += [company for company in among if company is not None]
-    made = [(company, await funnel.maker.make(company, caller)) for company in companies]
+    made = []
+    for company in companies:
+        orders: list[Made] = []
+        for rank in range(ranks):
+            where = dataclasses.replace(kind, rank=rank if ranks > 1 else None)
+            there = dataclasses.replace(company, kind=where)
+            orders += await funnel.maker.make(there, caller)
+        made.append((company, orders))
     for _, orders in made:
         for order in orders:
             _check(order, "company")
@@ -167,8 +185,8 @@ async def _companies(
         )
         for company, _ in made
     ]
-    ranks = await tell("companies", companies=ids_of, cache_salt=body.cache_salt)
-    if not all(any(rank["held"][i] for rank in ranks) for i in range(len(made))):
+    told = await tell("companies", companies=ids_of, cache_salt=body.cache_salt)
+    if not all(any(rank["held"][i] for rank in told) for i in range(len(made))):
         raise PicRefused(507, "compiled, and no room to keep it", "company")
     return [
         {
