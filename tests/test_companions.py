@@ -289,6 +289,29 @@ def test_what_was_linked_alone_is_computed_among_guests() -> None:
     asyncio.run(go())
 
 
+def test_guests_are_looked_for_when_they_are_wanted() -> None:
+    """A segment that goes on being linked alone costs its request next to nothing."""
+
+    class Counting(Three):
+        asked = 0
+
+        def of(self, kind: bytes, text: tuple[int, ...]) -> Guests:
+            self.asked += 1
+            return super().of(kind, text)
+
+    async def go() -> None:
+        counting = Counting()
+        front = Front(counting)
+        for _ in range(30):
+            front.see(A)
+            await front.made()
+        assert counting.asked == 4
+        front.see(*((i, *range(30)) for i in range(MAX_SEGMENTS + 1)))
+        assert counting.asked == 4
+
+    asyncio.run(go())
+
+
 def test_guests_stand_in_front() -> None:
     (item,) = Company(KIND, (A,), Guests((B, C), shipped=True)).items()
     assert item.ids == (1, 2, *B, *C, *A)
@@ -354,7 +377,7 @@ def test_what_is_remembered_holds_no_tokens() -> None:
         front.is_idle = False
         for _ in range(2):
             front.see(A, B)
-        assert [len(key) for key in front.companions._wanted] == [16]
+        assert {len(key) for key in front.companions._wanted} == {16}
         assert [len(key) for key in front.companions._recurring._kinds] == [16]  # type: ignore
 
     asyncio.run(go())

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import functools
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ from sglang_pic.request.internal import MAX_COMPANY_TOKENS, MAX_MEMBERS
 from sglang_pic.server.cold import FIRST_TIME
 from sglang_pic.server.compiler import COMPILED, SHARED, Caller, CompileItem, Compiler, Made
 from sglang_pic.server.guests import NO_GUESTS, Guests, Inviting
-from sglang_pic.server.recurring import Recurring
+from sglang_pic.server.recurring import MAX_SEGMENTS, Recurring
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Kind:
     rank: int | None
     opening: tuple[int, ...]
 
-    @property
+    @functools.cached_property
     def key(self) -> bytes:
         """16 bytes that stand for it where many are remembered."""
         return _digest(self)
@@ -241,7 +242,7 @@ class WhenIdle:
             return
         # What was served among guests has had no company of its own.
         served: dict[bytes, int] = {}
-        alone: dict[bytes, bool] = {}
+        alone: list[bytes] = []
         tokens: dict[bytes, tuple[int, ...]] = {}
         for span, one in zip(link.spans, report["segments"], strict=True):
             if one["reason"] == PREFIX or span.end - span.start < self._shortest:
@@ -251,28 +252,34 @@ class WhenIdle:
             name = order_key(text)
             tokens[name] = text
             served[name] = 0 if one["guests"] else one["company"]
-            alone[name] = one["reason"] == HIT and not one["company"]
+            if one["reason"] == HIT and not one["company"]:
+                alone.append(name)
         groups = self._recurring.saw(kind.key, tokens)
         for group in groups:
             for company in self._maker.companies_of(kind, [tokens[name] for name in group]):
                 if is_worth_making([served[order_key(one)] for one in company.members]):
                     self._want(company)
         grouped = frozenset().union(*groups)
-        for name, text in tokens.items():
-            if alone[name] and name not in grouped and len(self._waiting) < MAX_WAITING:
-                among = self._maker.among_guests(kind, text)
+        for name in alone if len(tokens) <= MAX_SEGMENTS else ():
+            due = name not in grouped and len(self._waiting) < MAX_WAITING
+            # Its guests are looked for when they are wanted, not at every request.
+            if due and self._is_due(_digest(kind.key, name)):
+                among = self._maker.among_guests(kind, tokens[name])
                 if among is not None:
-                    self._want(among)
+                    self._add(among)
 
     def _want(self, company: Company) -> None:
-        if company in self._waiting:
-            return
-        key = company.key
+        if company not in self._waiting and self._is_due(company.key):
+            self._add(company)
+
+    def _is_due(self, key: bytes) -> bool:
+        """What was tried before is tried again after it was wanted twice as often."""
         seen, until = self._wanted.get(key, (0, 1))
-        if seen + 1 < until:
-            self._wanted[key] = seen + 1, until
-            return
-        self._wanted[key] = 0, 2 * until
+        is_due = seen + 1 >= until
+        self._wanted[key] = (0, 2 * until) if is_due else (seen + 1, until)
+        return is_due
+
+    def _add(self, company: Company) -> None:
         self._waiting[company] = None
         if len(self._waiting) > MAX_WAITING:
             self._waiting.popitem(last=False)
