@@ -45,6 +45,7 @@ OUTSIDE: list[tuple[str, dict[str, Any]]] = [
     ("sampling_params.stop_token_ids", sampling(stop_token_ids=[VOCAB + 7])),
     ("sampling_params.logit_bias", sampling(logit_bias={"1": 1e300}, temperature=1)),
     ("sampling_params.repetition_penalty", sampling(repetition_penalty=1e-40, temperature=1)),
+    ("sampling_params.top_k", sampling(top_k=2**31, temperature=1)),
 ]
 NOTHING_NEW = sampling(max_new_tokens=0)
 OUTSIDE += [
@@ -98,6 +99,7 @@ INSIDE: list[dict[str, Any]] = [
     {"input_ids": [0, VOCAB - 1]},
     {**LOGPROBS, "logprob_start_len": 0, "top_logprobs_num": VOCAB},
     {"token_indices_to_pool": [0, 2], **NOTHING_NEW},
+    sampling(top_k=2**31 - 1, sampling_seed=2**63 - 1),
     sampling(stop_regex=["a+b*", "(ab+){3}", "(foo|ba{2})+", r"\d+\.\d*"]),
     sampling(json_schema='{"pattern": "^(a|(b)(c))(\\\\(){3}$"}'),
     sampling(regex="(a)" * 5000),
@@ -165,6 +167,8 @@ def test_what_the_scheduler_would_compute() -> None:
     with pytest.raises(RuntimeError):
         torch.zeros(VOCAB).topk(VOCAB + 1)
     assert math.isinf(torch.tensor([1e300]).item())
+    with pytest.raises(RuntimeError):
+        torch.tensor([2**31], dtype=torch.int32)
     with pytest.raises(IndexError):
         torch.zeros(3, 2)[torch.tensor([3])]
     with pytest.raises(RuntimeError):

@@ -32,6 +32,7 @@ COMPUTED = ("is_normalized", "stop_str_max_len", "stop_regex_max_len")
 MOST_NESTED = 1000
 GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
 MOST_BIAS = float(np.finfo(np.float32).max)
+MOST_TOP_K = int(np.iinfo(np.int32).max)
 _NO_IDS = array("q")
 
 Problem: TypeAlias = Callable[[TokenizedGenerateReqInput, int], "str | None"]
@@ -103,6 +104,11 @@ def _repetition(sent: TokenizedGenerateReqInput, vocabulary: int) -> str | None:
     return f"must be at least {LEAST_REPETITION_PENALTY}, got {penalty}"
 
 
+def _top_k(sent: TokenizedGenerateReqInput, vocabulary: int) -> str | None:
+    top = sent.sampling_params.top_k
+    return f"must be at most {MOST_TOP_K}, got {top}" if top > MOST_TOP_K else None
+
+
 def _places(name: str) -> Problem:
     def problem(sent: TokenizedGenerateReqInput, vocabulary: int) -> str | None:
         length = len(sent.input_ids or ())
@@ -159,6 +165,7 @@ BOUNDS = (
     ),
     Bound("sampling_params.logit_bias", _logit_bias, "probabilities that are no numbers"),
     Bound("sampling_params.repetition_penalty", _repetition, "probabilities that are no numbers"),
+    Bound("sampling_params.top_k", _top_k, "more than the batch's tensor of 32 bits takes"),
     Bound(
         "sampling_params.stop_regex",
         _stop_regex,
