@@ -140,6 +140,19 @@ def test_without_its_first_order_a_company_is_refused() -> None:
     assert driver.forest.companies.count == 0 and driver.forest.assembly.refused == 1
 
 
+def test_a_full_cache_makes_room_for_both_orders() -> None:
+    """What was used often goes before the first order of a company that is on its way."""
+    driver = driver_of(size=256)
+    for i in range(9):
+        part = list(range(500 + 24 * i, 524 + 24 * i))
+        driver.compile(part, named=True)
+        for _ in range(4):
+            ask(driver, part, turns=False)
+    assert driver.company([A, B], OPENING)
+    driver.check()
+    assert sizes(ask(driver, B, A)) == [2, 2]
+
+
 def test_no_more_halves_are_held_than_said() -> None:
     driver = driver_of()
     for i in range(7):

@@ -2,8 +2,8 @@
 
 Of each segment the mean of both: V, and K turned back to the segment's own positions.
 It has then seen every other member once in front of it, and stands in a third order. The
-first order waits as pages of its own for the second, and may be evicted meanwhile like
-any others. Behind guests one order is enough: all of them stand in front.
+first order waits as pages of its own for the second, which is on its way: they go
+meanwhile when nothing else may. Behind guests one order is enough: all of them stand in front.
 """
 
 from __future__ import annotations
@@ -89,6 +89,10 @@ class Assembly(Protocol):
         """A link runs that reuses these variants; other names are ignored."""
         ...
 
+    def release(self) -> None:
+        """Memory is needed: what waits for its second order may go."""
+        ...
+
     def forget_segment(self, segment: str) -> int:
         """A segment was deleted: what has seen it goes too, as far as nothing runs on
         it; the tokens freed."""
@@ -113,6 +117,9 @@ class NoAssembly:
         self.refused += 1
 
     def use(self, names: Collection[str]) -> None:
+        pass
+
+    def release(self) -> None:
         pass
 
     def forget_segment(self, segment: str) -> int:
@@ -281,7 +288,7 @@ class BothOrders:
         for member, slots in zip(members, made, strict=True):
             space = company_space(req.cache_salt, company.id, member.segment, whole=whole)
             node = self._pages.keep(member.whole, req.extra_key, space, slots)
-            self._nodes.note(LINKABLE, node, SEGMENT, space, uses=NAMED_USES)
+            self._nodes.note(LINKABLE, node, SEGMENT, space, uses=NAMED_USES, offer=whole)
             nodes.append(node)
         return nodes
 
@@ -313,6 +320,14 @@ class BothOrders:
             if variant is not None:
                 self._nodes.use(LINKABLE, variant.node, SEGMENT, variant.space)
 
+    def release(self) -> None:
+        for half in self._halves.values():
+            self._offer(half)
+
+    def _offer(self, half: _Half) -> None:
+        for node in half.nodes:
+            self._nodes.release(LINKABLE, node)
+
     def _remove(self, variant: Variant) -> int:
         self._companies.gone(variant.name)
         self._nodes.unend_segment(LINKABLE, variant.node, variant.name)
@@ -323,8 +338,10 @@ class BothOrders:
 
     def _drop_half(self, company: str) -> int:
         half = self._halves.pop(company, None)
-        nodes = half.nodes if half is not None else ()
-        return sum(self._nodes.remove_path(LINKABLE, node) for node in nodes)
+        if half is None:
+            return 0
+        self._offer(half)
+        return sum(self._nodes.remove_path(LINKABLE, node) for node in half.nodes)
 
     def forget_segment(self, segment: str) -> int:
         return sum(map(self._forget, self._companies.named_by(segment)))

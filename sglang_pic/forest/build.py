@@ -190,7 +190,12 @@ def plant(
             on_evict=lost,
             on_shortage=segments.release_all,
         )
-    in_order = InOrder(cache, pages, nodes, limit, contained, segments.release_all)
+
+    def release_all() -> None:
+        segments.release_all()
+        assembly.release()
+
+    in_order = InOrder(cache, pages, nodes, limit, contained, release_all)
     budgets = Budgets(Need(kv, carried.budget), config.pin_share)
     table = rows.req_to_token
     holder = Holder(segments, pages, carried, nodes, in_order, cost, table, allocator, consensus)
