@@ -64,5 +64,6 @@ def test_runs_against_a_server(name: str, smollm: Server, monkeypatch: pytest.Mo
     assert smollm.forest()["integrity"] == "ok"
 
 
+@pytest.mark.long
 def test_runs_without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     check_runs("inside_a_link", monkeypatch)
