@@ -67,6 +67,11 @@ RELIED_ON = {
             "forward_decode": _ATTEND,
         }.items()
     },
+    # What is freed while results are processed.
+    **{
+        _SRT + f"mem_cache.allocator.base.BaseTokenToKVPoolAllocator.free_group_{name}": ("self",)
+        for name in ("begin", "end")
+    },
     # Where a pass has read SGLang's table of rows for the last time.
     _SRT + "layers.attention.base_attn_backend.AttentionBackend.shared_read_ends": ("self", "fm"),
     _SRT + "layers.attention.base_attn_backend.AttentionBackend.resolve_prefill_shared_read_ends": (

@@ -274,7 +274,10 @@ class Driver:
     def finish(self, req: Req, *, abort: bool = False) -> None:
         req.finished_reason = FINISH_ABORT("gone") if abort else FINISH_LENGTH(len(req.output_ids))
         self.running.remove(req)
+        # As it processes a batch's results, SGLang holds back what is freed.
+        self.allocator.free_group_begin()
         release_kv_cache(req, self.cache, checkpoint=not abort)
+        self.allocator.free_group_end()
 
     # -- what must hold ---------------------------------------------------------------------
 

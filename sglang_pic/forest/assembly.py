@@ -69,6 +69,14 @@ def _is_sorted(members: Sequence[_Member], *, back: bool = False) -> bool:
     return keys == sorted(keys, reverse=back)
 
 
+def _free_now(allocator: Any) -> None:
+    """While SGLang processes a batch's results, in which a prefill ends, it holds back
+    what is freed: no room would be seen that was just made."""
+    if allocator.free_group is not None:
+        allocator.free_group_end()
+        allocator.free_group_begin()
+
+
 class Assembly(Protocol):
     """Keeps and removes what companies hold.
 
@@ -255,9 +263,11 @@ class BothOrders:
         wanted = sum(counts)
         if not self._eviction.make_room(wanted):
             return None
+        _free_now(self._allocator)
         short = wanted - self._allocator.available_size()
         if short > 0:
             self._evict(short)
+            _free_now(self._allocator)
         fresh = self._allocator.alloc(wanted)
         if fresh is None:
             return None
