@@ -127,6 +127,7 @@ def test_attention_without_positions_is_known_by_its_class(monkeypatch: pytest.M
     class Attention(torch.nn.Module):
         layer_id, qk_head_dim, v_head_dim, sliding_window_size = 3, 16, 16, None
         logit_cap, xai_temperature_len, attn_type = 0.0, -1, AttentionType.DECODER
+        k_scale_float = v_scale_float = None
 
     class GraniteMoeHybridAttention(torch.nn.Module):
         def __init__(self) -> None:
