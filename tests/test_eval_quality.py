@@ -215,7 +215,6 @@ def test_pareto_is_right_about_itself(
 ) -> None:
     """Ours stands in for stock SGLang, which it is for a request without ``pic``."""
     monkeypatch.setattr(pareto, "QUICK_ANSWER_TOKENS", 3)
-    monkeypatch.setattr(multihop, "DOCUMENTS", 7)
     pair = Bench(ensure_model(), "smollm2", smollm, smollm, range(1500, 47000), 8192, 16384)
     data, path = tmp_path / "absent", tmp_path / "kept.jsonl"
     outcome = pareto.run(pair, quick=True, data=data, count=2, seed=3, path=path)
