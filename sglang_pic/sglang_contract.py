@@ -67,6 +67,9 @@ RELIED_ON = {
             "forward_decode": _ATTEND,
         }.items()
     },
+    # Where a tokenizer worker finds the server's arguments.
+    _SRT + "managers.multi_tokenizer_mixin.get_main_process_id": (),
+    _SRT + "managers.multi_tokenizer_mixin.read_from_shared_memory": ("name",),
     # What is freed while results are processed.
     **{
         _SRT + f"mem_cache.allocator.base.BaseTokenToKVPoolAllocator.free_group_{name}": ("self",)

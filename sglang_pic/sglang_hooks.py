@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import inspect
 import multiprocessing
-import os
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -179,7 +178,10 @@ def install_http(server_args: Any, *_: Any, **__: Any) -> None:
     several tokenizer workers, which import it by this name."""
     install_app(server_args)
     if server_args.radix_cache_backend == CACHE_BACKEND:
-        os.environ.setdefault("SGLANG_HTTP_SERVER_APP_PATH", "sglang_pic.server.workers:app")
+        from sglang.srt.environ import envs
+
+        if not envs.SGLANG_HTTP_SERVER_APP_PATH.is_set():
+            envs.SGLANG_HTTP_SERVER_APP_PATH.set("sglang_pic.server.workers:app")
 
 
 def install_app(server_args: Any) -> None:

@@ -305,6 +305,17 @@ def test_a_segment_among_guests_has_its_ordinary_seam() -> None:
     assert missing(driver, C, D) == [0, 1]
 
 
+def test_other_ranks_are_told_what_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver, told = driver_of(), []
+    consensus = driver.forest.consensus
+    monkeypatch.setattr(consensus, "note", lambda event, name: told.append(event))
+    driver.company([A, B], OPENING)
+    driver.company([C], OPENING, guests=[A, D])
+    assert told == ["kept"] * 3
+    driver.company([C, D], OPENING, between=lambda: driver.forest.assembly.clear())
+    assert told[3:] == ["kept", "refused"]
+
+
 def test_company_goes_before_guests() -> None:
     driver = driver_of()
     driver.company([A], OPENING, guests=[C, D])

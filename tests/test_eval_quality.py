@@ -171,7 +171,6 @@ def test_text_quality_is_right_about_itself_and_reproducible(
 ) -> None:
     """Ours stands in for stock SGLang, which it is for a request without ``pic``."""
     monkeypatch.setattr(text_quality, "ANSWER_TOKENS", 4)
-    monkeypatch.setattr(multihop, "DOCUMENTS", 7)
     kept = [m for m in text_quality.METHODS if m.seam in (0, 4, 32)]
     monkeypatch.setattr(text_quality, "METHODS", kept)
     pair = Bench(ensure_model(), "smollm2", smollm, smollm, range(1500, 47000), 8192, 16384)
@@ -184,7 +183,7 @@ def test_text_quality_is_right_about_itself_and_reproducible(
     for name in ("full", "prefix cache"):
         assert rows[name]["kl"] < 1e-4 and rows[name]["top1"] == 1
         assert abs(rows[name]["gold_lost"]) < 1e-3
-    assert rows["prefix cache"]["tokens_reused"] > 700 and rows["full"]["tokens_reused"] == 0
+    assert rows["prefix cache"]["tokens_reused"] > 1000 and rows["full"]["tokens_reused"] == 0
     assert rows["naive"]["kl"] > 1e-3
     assert rows["naive"]["tokens_computed"] < rows["seam 4"]["tokens_computed"]
     assert rows["seam 32"]["tokens_computed"] < rows["full"]["tokens_computed"] / 2

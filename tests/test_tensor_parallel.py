@@ -37,6 +37,16 @@ ENV = {
 }
 
 
+def many_prompts() -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Over more documents than there is room for."""
+    draw, prompts = random.Random(0), []
+    for _ in range(40):
+        chosen = draw.sample(range(24), 4)
+        pieces = [("segment", ids_of(40 + i, 60 + i)) for i in chosen]
+        prompts.append(assemble([*pieces, ("text", ids_of(chosen[0], 6))]))
+    return prompts
+
+
 @pytest.mark.server
 def test_two_ranks_link_alike(tiny_path: pathlib.Path, logs: pathlib.Path) -> None:
     flags = ("--tp-size=2", "--page-size=4", "--max-total-tokens=1600", "--pic-company-when=idle")
@@ -66,12 +76,7 @@ def test_two_ranks_link_alike(tiny_path: pathlib.Path, logs: pathlib.Path) -> No
         )
         assert (distributions(answer) - made.full_logprobs).abs().max() < TOLERANCE
         # More documents than there is room for, so that the ranks must evict alike.
-        draw, salt = random.Random(0), fresh_salt()
-        prompts = []
-        for _ in range(40):
-            chosen = draw.sample(range(24), 4)
-            pieces = [("segment", ids_of(40 + i, 60 + i)) for i in chosen]
-            prompts.append(assemble([*pieces, ("text", ids_of(chosen[0], 6))]))
+        prompts, salt = many_prompts(), fresh_salt()
         with ThreadPoolExecutor(6) as pool:
             answers = list(
                 pool.map(lambda p: server.generate(**body(*p, 3, salt, seam=4)), prompts)
@@ -140,12 +145,7 @@ def test_two_ranks_link_a_hybrid_alike(
             assert report["tokens_reused"] - report["prefix_tokens"] == planned.n_reused
             check_hybrid(answer, ids, segments, kind, page)
         # More than there is room for, of pages and of states: the ranks must evict alike.
-        draw, salt = random.Random(0), fresh_salt()
-        prompts = []
-        for _ in range(40):
-            chosen = draw.sample(range(24), 4)
-            pieces = [("segment", ids_of(40 + i, 60 + i)) for i in chosen]
-            prompts.append(assemble([*pieces, ("text", ids_of(chosen[0], 6))]))
+        prompts, salt = many_prompts(), fresh_salt()
         with ThreadPoolExecutor(6) as pool:
             answers = list(pool.map(lambda prompt: ask(server, prompt, salt), prompts))
         reused = [answer["meta_info"]["pic"]["tokens_reused"] for answer in answers]

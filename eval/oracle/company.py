@@ -1,11 +1,11 @@
 """What a prompt must answer whose segments were computed in company.
 
 A member's key and value at a token are the mean of two ordinary forwards of its whole
-company behind the opening, in one order and in the reverse; behind guests they are those of
-one forward. Each is run with positions
-shifted so that the member stands where it stands in the prompt: RoPE being relative, that
-is what it computes at positions of its own, turned. Computed tokens then attend to the
-reused ones in front of them and to each other, token by token.
+company behind the opening, in one order and in the reverse; behind guests they are those
+of one forward. Each is run with positions shifted so that the member stands where it
+stands in the prompt: RoPE being relative, that is what it computes at positions of its
+own, turned. Computed tokens then attend to the reused ones in front of them and to each
+other, token by token.
 
 Nothing here imports the code under test.
 """

@@ -3,7 +3,8 @@
 Of each segment the mean of both: V, and K turned back to the segment's own positions.
 It has then seen every other member once in front of it, and stands in a third order. The
 first order waits as pages of its own for the second, which is on its way: they go
-meanwhile when nothing else may. Behind guests one order is enough: all of them stand in front.
+meanwhile when nothing else may. Behind guests one order is enough: all of them stand in
+front.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 
 from sglang_pic.errors import PicIntegrityError
 from sglang_pic.forest.companies import Companies, Company, Owner, Variant
+from sglang_pic.forest.consensus import Consensus
 from sglang_pic.forest.eviction import LINKABLE, InOrder
 from sglang_pic.forest.keys import company_id, company_space, order_key, segment_id
 from sglang_pic.forest.nodes import SEGMENT, NodeIndex
@@ -160,6 +162,7 @@ class BothOrders:
         rows: torch.Tensor,
         allocator: Any,
         evict: Callable[[int], object],
+        consensus: Consensus,
     ):
         self._companies = companies
         self._pages = pages
@@ -169,6 +172,7 @@ class BothOrders:
         self._rows = rows
         self._allocator = allocator
         self._evict = evict
+        self._consensus = consensus
         self._halves: OrderedDict[str, _Half] = OrderedDict()
         self.refused = 0
 
@@ -194,6 +198,7 @@ class BothOrders:
             kept = self._keep_first(req, company, members)
         else:
             kept = self._keep_second(req, company, members)
+        self._consensus.note("kept" if kept else "refused", req.rid)
         self.refused += not kept
 
     def _member(self, req: Req, ids: array, start: int) -> _Member:

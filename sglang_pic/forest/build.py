@@ -108,6 +108,8 @@ def build_cache(ctx: Any, *, unhooked: str | None) -> PicCache:
     ranks = Group(ctx.tp_rank, ctx.tp_size, ctx.tp_group.cpu_group if ctx.tp_size > 1 else None)
     # What is evicted first must not depend on how many weights a rank has.
     cost = ranks.gather(cost)[0]
+    # A rank that linked beside one that does not would wait for it for ever.
+    refusal = next((why for why in ranks.gather(refusal) if why is not None), None)
     if refusal is not None:
         plant(cache, config, cost, refusal=refusal)
         logger.warning("sglang_pic does not link, every request is exact: %s", refusal)
@@ -204,7 +206,7 @@ def plant(
     if copies is not None and shape is None and config.company != "off":
         assembly = BothOrders(
             companies, pages, nodes, in_order, copies, table, allocator,
-            lambda tokens: cache.evict(EvictParams(num_tokens=tokens)),
+            lambda tokens: cache.evict(EvictParams(num_tokens=tokens)), consensus,
         )  # fmt: skip
     conversations = Conversations(segments, pages, carried, nodes, in_order, table)
     lookups = Lookups(segments, companies, pages, carried, config.min_segment)

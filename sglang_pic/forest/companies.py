@@ -71,6 +71,11 @@ class Company:
     seen: frozenset[str]
     held: dict[str, Variant] = dataclasses.field(default_factory=dict)
 
+    @property
+    def guests(self) -> int:
+        """In front of what is held, of which there is some."""
+        return next(iter(self.held.values())).guests
+
 
 class Companies:
     """Index over the companies of every tenant."""
@@ -166,12 +171,14 @@ class Companies:
             company = self._companies[one]
             is_ours = company.owner == owner and company.opening == opening
             if is_ours and (rule == "tenant" or company.seen <= here):
-                found.append((company, [company.held[name] for name in company.held.keys() & here]))
-        found.sort(key=lambda pair: (-len(pair[1]), pair[1][0].guests, pair[1][0].size, pair[0].id))
+                found.append((company, company.held.keys() & here))
+        found.sort(
+            key=lambda pair: (-len(pair[1]), pair[0].guests, len(pair[0].members), pair[0].id)
+        )
         chosen: dict[str, Variant] = {}
-        for _, variants in found:
-            for variant in variants:
-                chosen.setdefault(variant.segment, variant)
+        for company, names_of in found:
+            for name in names_of:
+                chosen.setdefault(name, company.held[name])
         return chosen
 
     def version(self, owner: Owner) -> int:
@@ -212,12 +219,11 @@ class Companies:
                 "opening_tokens": len(company.opening),
                 "segments": sorted(company.members),
                 "held": sorted(company.held),
-                "guests": guests,
+                "guests": company.guests,
                 "tokens": sum(variant.tokens for variant in company.held.values()),
-                "orders": 1 if guests else 2,
+                "orders": 1 if company.guests else 2,
             }
             for company in self._companies.values()
-            for guests in {variant.guests for variant in company.held.values()}
         ]
 
     def check(self) -> None:
