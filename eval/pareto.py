@@ -4,11 +4,10 @@
                                [--json FILE] [--plot FILE]
 
 Questions over ten passages, each prompt linked by every method. Stock SGLang computes the
-whole prompt and answers greedily (32 tokens); along that answer, forced token by token, a
-method's next-token distributions are compared with its own: KL(full || method) in nats a
-token, over the 64 tokens that full recompute finds likeliest and all others as one class,
-and top-1, the share of steps at which both would pick the same. A forced token is asked as
-the next turn of the same conversation, which computes it as decode would.
+whole prompt and answers greedily (32 tokens); along that answer, forced while it decodes
+(``eval.forced``), a method's next-token distributions are compared with its own: KL(full ||
+method) in nats a token, over the 64 tokens that full recompute finds likeliest and all others
+as one class, and top-1, the share of steps at which both would pick the same.
 
     alone        every segment compiled by itself (EPIC, MEPIC)
     guests       each behind three passages that ship with the project
@@ -38,6 +37,7 @@ from transformers import AutoTokenizer
 
 from sglang_pic.eval.bench import Bench, bench
 from sglang_pic.eval.command import Outcome, deliver, new_figure, parser_of
+from sglang_pic.eval.forced import force
 from sglang_pic.eval.intervals import interval, ratio_interval
 from sglang_pic.eval.kept import Kept
 from sglang_pic.eval.multihop import MUSIQUE, load_examples
@@ -55,6 +55,8 @@ ALONE, AMONG, ALL, CONTROL = "alone", "guests", "all", "exact prefix"
 # Segments a company; of ``ALL`` as many as the prompt has, if a company may have them.
 GROUPS = {"groups of 2": 2, "groups of 3": 3, "groups of 5": 5, ALL: 10}
 TODAY = "alone, seam 16"
+# In nats; the forced decode's own rounding.
+TIE = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,28 +148,30 @@ def refer(stock: Server, asked: Asked, tokens: int, salt: str) -> Reference:
 
 
 def follow(
-    server: Server, asked: Asked, reference: Reference, salt: str, pic: dict[str, Any] | None
+    server: Server,
+    asked: Asked,
+    reference: Reference,
+    spare: int,
+    salt: str,
+    pic: dict[str, Any] | None,
 ) -> Score:
-    """Ask for every next token of the reference's answer, one turn a token."""
+    """The reference's answer forced on a server."""
+    body: dict[str, Any] = {"input_ids": asked.ids, "cache_salt": salt}
+    if pic is not None:
+        body["pic"] = {"segments": asked.segments, **pic}
+    wanted = {token for step in reference.steps for token in step} - {spare}
+    found, meta = force(server, body, reference.answer, sorted(wanted), spare)
     kl, same, share = [], [], 1.0
-    for t, step in enumerate(reference.steps):
-        body: dict[str, Any] = {
-            "input_ids": asked.ids + reference.answer[:t],
-            "cache_salt": salt,
-            "sampling_params": _greedy(1),
-            "return_logprob": True,
-            "token_ids_logprob": sorted(step),
-        }
-        if pic is not None:
-            body["pic"] = {"segments": asked.segments, **pic}
-        meta = server.generate(**body)["meta_info"]
-        listed = {token: logprob for logprob, token, *_ in meta["output_token_ids_logprobs"][0]}
-        kl.append(kl_with_remainder(list(step.values()), [listed[token] for token in step]))
-        same.append(meta["output_token_logprobs"][0][1] == max(step, key=lambda k: step[k]))
-        if pic is not None and t == 0:
-            found = meta["pic"]["segments"]
-            computed = sum(one["tokens_computed"] for one in found)
-            share = computed / sum(one["end"] - one["start"] for one in found)
+    for step, own in zip(reference.steps, found, strict=True):
+        tokens = [token for token in step if token != spare]
+        listed = [own.listed[token] for token in tokens]
+        kl.append(kl_with_remainder([step[token] for token in tokens], listed))
+        best = max(tokens, key=lambda token: step[token])
+        same.append(own.listed[best] >= own.likeliest - TIE)
+    if pic is not None:
+        segments = meta["pic"]["segments"]
+        computed = sum(one["tokens_computed"] for one in segments)
+        share = computed / sum(one["end"] - one["start"] for one in segments)
     return Score(statistics.fmean(kl), statistics.fmean(same), share)
 
 
@@ -205,14 +209,15 @@ def score(
 ) -> dict[str, Score]:
     """Every method, and the control, at one question."""
     reference = refer(pair.stock, asked, tokens, name)
-    scores = {CONTROL: follow(pair.stock, asked, reference, name, None)}
+    spare = pair.vocabulary.stop
+    scores = {CONTROL: follow(pair.stock, asked, reference, spare, name, None)}
     for compiled in dict.fromkeys(method.compiled for method in methods):
         salt = f"{name}-{compiled}"
         compile_groups(pair.ours, asked, compiled, salt, rng)
         ways = [method for method in methods if method.compiled == compiled]
         # In one batch, which costs little more than one of them.
         with ThreadPoolExecutor(len(ways)) as threads:
-            asking = functools.partial(follow, pair.ours, asked, reference, salt)
+            asking = functools.partial(follow, pair.ours, asked, reference, spare, salt)
             found = list(threads.map(asking, [method.pic for method in ways]))
         scores.update(zip((method.label for method in ways), found, strict=True))
         pair.ours.post("/pic/flush", {"cache_salt": salt}).raise_for_status()

@@ -107,6 +107,11 @@ RELIED_ON = {
     _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.prefix_device_indices": ("self", "req"),
     # Hybrids: the cache, the backends in front of SGLang's, the kernels they call.
     _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.claim_kv_row": ("self", "req"),
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree": (
+        "self",
+        "req",
+        "up_to",
+    ),
     _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.insert": ("self", "params"),
     _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache._evict": (
         "self",

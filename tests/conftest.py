@@ -16,6 +16,7 @@ import start_log
 from hypothesis import HealthCheck, settings
 
 from sglang_pic.eval import serving
+from sglang_pic.eval.forced import FLAG
 from sglang_pic.eval.models.smollm2 import ensure_model
 from sglang_pic.eval.models.tiny import tiny_llama
 from sglang_pic.eval.serving import Server
@@ -88,7 +89,7 @@ def page16(tiny_path: pathlib.Path, logs: pathlib.Path) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def smollm(logs: pathlib.Path) -> Iterator[Server]:
     """SmolLM2-135M with its tokenizer and chat template; companies when asked for,
-    documents linked the first time."""
-    flags = ("--max-total-tokens=16384", "--pic-company-when=asked", "--pic-cold=link")
+    documents linked the first time, answers forced on demand."""
+    flags = ("--max-total-tokens=16384", "--pic-company-when=asked", "--pic-cold=link", FLAG)
     with serve(ensure_model(), logs / "smollm.log", *flags) as server:
         yield server

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -10,8 +11,12 @@ from transformers import (
     FalconH1ForCausalLM,
     GraniteMoeHybridConfig,
     GraniteMoeHybridForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
     PreTrainedModel,
     Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
@@ -50,19 +55,26 @@ _HYBRID = {
 def tiny_hybrid_model(kind: str, seed: int = 0) -> PreTrainedModel:
     """Random hybrid, float32: a linear layer, a full one, twice.
 
-    ``kind`` is ``qwen3_5`` or ``qwen3_next``. Gates remember for hundreds of
-    tokens, so that a state lost or counted twice shows.
+    ``kind`` is ``qwen3_5``, ``qwen3_5_moe`` or ``qwen3_next``. Gates remember for
+    hundreds of tokens, so that a state lost or counted twice shows.
     """
+    experts = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+    }
     if kind == "qwen3_5":
         model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**_HYBRID))
+    elif kind == "qwen3_5_moe":
+        model = Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**_HYBRID, **experts))
     else:
-        experts = {
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 64,
-            "shared_expert_intermediate_size": 64,
-        }
         model = Qwen3NextForCausalLM(Qwen3NextConfig(**_HYBRID, **experts))
+    return _randomize(model, seed)
+
+
+def _randomize(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Float32, matrices and gates drawn anew."""
     model = model.float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -114,12 +126,37 @@ _MAMBA2 = {
 }
 
 
+_NEMOTRON = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"] * 2,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 16,
+    "n_groups": 2,
+    "chunk_size": 64,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "attn_implementation": "eager",
+}
+
+
 def tiny_mamba2_model(kind: str, seed: int = 0) -> PreTrainedModel:
     """Random Mamba-2 hybrid, float32, with gates as in ``tiny_hybrid_model``.
 
-    ``kind`` is ``granite`` (a Mamba layer, a full one without positions, twice)
+    ``kind`` is ``granite`` (a Mamba layer, a full one without positions, twice),
+    ``nemotron_h`` (the same with a plain MLP layer behind each, two groups of keys)
     or ``falcon_h1`` (two layers of both side by side, RoPE, two groups of keys).
     """
+    if kind == "nemotron_h":
+        return _randomize(NemotronHForCausalLM(NemotronHConfig(**_NEMOTRON)), seed)
     if kind == "granite":
         dense = {"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 128}
         config = GraniteMoeHybridConfig(
@@ -145,20 +182,21 @@ def tiny_mamba2_model(kind: str, seed: int = 0) -> PreTrainedModel:
             key_multiplier=1.1,
         )
         model = FalconH1ForCausalLM(config)
-    model = model.float().eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                std = next((std for part, std in STD.items() if part in name), OTHER_STD)
-                weight.normal_(std=std, generator=generator)
-            else:
-                _randomize_gates(name, weight, generator)
-    return model
+    return _randomize(model, seed)
+
+
+# What SGLang calls otherwise than transformers does.
+_SGLANG = {"linear_attention": "mamba", "full_attention": "attention"}
 
 
 def tiny_mamba2(tmp_dir: str | Path, kind: str, seed: int = 0) -> Path:
     """Save a random Mamba-2 hybrid."""
     path = Path(tmp_dir) / f"tiny-{kind}-{seed}"
-    tiny_mamba2_model(kind, seed).save_pretrained(path)
+    model = tiny_mamba2_model(kind, seed)
+    model.save_pretrained(path)
+    if kind == "nemotron_h":
+        config = json.loads((path / "config.json").read_text())
+        kinds = [_SGLANG.get(one, one) for one in config["layers_block_type"]]
+        ours = {"layers_block_type": kinds, "mamba_n_groups": config["n_groups"]}
+        (path / "config.json").write_text(json.dumps(config | ours))
     return path

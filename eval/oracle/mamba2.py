@@ -100,6 +100,27 @@ def _falcon(model: Any, walked: Walk, last: int) -> Tensor:
     return model.lm_head(model.model.final_layernorm(x[-last:])) * model.model.lm_head_multiplier
 
 
+def _nemotron(model: Any, walked: Walk, last: int) -> Tensor:
+    """Logits of the last rows."""
+    x = model.model.embeddings(walked.rows.tokens)
+    for layer in model.model.layers:
+        h = layer.norm(x)
+        if layer.block_type == "linear_attention":
+            x = x + _mix(layer.mixer, h, walked)
+        elif layer.block_type == "full_attention":
+            x = x + layer.mixer(h[None], attention_mask=walked.mask[None, None])[0][0]
+        else:
+            x = x + layer.mixer(h[None])[0]
+    return model.lm_head(model.model.norm_f(x[-last:]))
+
+
+FORWARDS = {
+    "FalconH1ForCausalLM": _falcon,
+    "GraniteMoeHybridForCausalLM": _granite,
+    "NemotronHForCausalLM": _nemotron,
+}
+
+
 @torch.no_grad()
 def linked_logprobs(
     model: Any,
@@ -112,7 +133,7 @@ def linked_logprobs(
     """Distributions along a forced continuation of a linked prompt.
 
     Args:
-        model: Falcon-H1 or a dense Granite 4 of transformers, float32, eager attention.
+        model: Falcon-H1, Nemotron-H or a dense Granite 4 of transformers, float32, eager attention.
         forced: the continuation.
         layout: see ``hybrid.walk``.
 
@@ -120,5 +141,5 @@ def linked_logprobs(
         float32 [len(forced), vocab], log-probabilities.
     """
     walked = walk(prompt_ids, segments, forced=forced, **layout)
-    run = _falcon if type(model).__name__ == "FalconH1ForCausalLM" else _granite
-    return torch.log_softmax(run(model, walked, len(forced)).float(), -1)
+    logits = FORWARDS[type(model).__name__](model, walked, len(forced))
+    return torch.log_softmax(logits.float(), -1)

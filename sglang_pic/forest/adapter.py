@@ -110,6 +110,15 @@ class PicCache(UnifiedRadixCache):
         self.forest.links.released(req)
         super().on_release(req, checkpointed=checkpointed)
 
+    def checkpoint_into_tree(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
+        # Beside decoding rows SGLang ends a chunk anywhere (--enable-mixed-chunk), and takes
+        # a state kept there for that of the whole page in front of it: a wrong answer to
+        # whoever goes on from it.
+        kept = req.kv.mamba_last_track_seqlen
+        if kept is not None and kept % self.page_size:
+            req.kv.mamba_last_track_seqlen = None
+        super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
+
     def insert(self, params: InsertParams) -> InsertResult:
         result = super().insert(params)
         self.forest.eviction.inserted(result.last_device_node, params.key.cache_salt)
