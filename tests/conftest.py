@@ -73,7 +73,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def page1(tiny_path: pathlib.Path, logs: pathlib.Path) -> Iterator[Server]:
     """Page size 1, overlap scheduling."""
-    with serve(tiny_path, logs / "page1.log", *TINY, env=CHECKS) as server:
+    with serve(tiny_path, logs / "page1.log", *TINY, FLAG, env=CHECKS) as server:
         yield server
 
 

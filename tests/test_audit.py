@@ -416,7 +416,7 @@ def wait_for_audits(server: Server, number: int) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(params=["llama", "hybrid"])
+@pytest.fixture(params=[pytest.param("llama", marks=pytest.mark.long), "hybrid"])
 def audited_server(request: pytest.FixtureRequest, tmp_path: Path, logs: Path) -> Iterator[Server]:
     """Every answer is audited, and looking a segment up corrupts it."""
     env = {**CHECKS, **faults.environment(tmp_path / "faults", "corrupt_on_get")}

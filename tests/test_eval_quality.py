@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -165,12 +166,19 @@ def test_clusters_are_drawn_whole() -> None:
     assert clustered([3.0], [10]) == (-1.0, 1.0)
 
 
+def fewer(*args: Any) -> list[multihop.Example]:
+    """Examples of seven documents, the last of which is less than 15 % of them."""
+    examples = multihop.load_examples(*args)
+    return [dataclasses.replace(one, documents=one.documents[:7]) for one in examples]
+
+
 @pytest.mark.server
 def test_text_quality_is_right_about_itself_and_reproducible(
     smollm: Server, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ours stands in for stock SGLang, which it is for a request without ``pic``."""
     monkeypatch.setattr(text_quality, "ANSWER_TOKENS", 4)
+    monkeypatch.setattr(text_quality, "load_examples", fewer)
     kept = [m for m in text_quality.METHODS if m.seam in (0, 4, 32)]
     monkeypatch.setattr(text_quality, "METHODS", kept)
     pair = Bench(ensure_model(), "smollm2", smollm, smollm, range(1500, 47000), 8192, 16384)
@@ -183,7 +191,7 @@ def test_text_quality_is_right_about_itself_and_reproducible(
     for name in ("full", "prefix cache"):
         assert rows[name]["kl"] < 1e-4 and rows[name]["top1"] == 1
         assert abs(rows[name]["gold_lost"]) < 1e-3
-    assert rows["prefix cache"]["tokens_reused"] > 1000 and rows["full"]["tokens_reused"] == 0
+    assert rows["prefix cache"]["tokens_reused"] > 400 and rows["full"]["tokens_reused"] == 0
     assert rows["naive"]["kl"] > 1e-3
     assert rows["naive"]["tokens_computed"] < rows["seam 4"]["tokens_computed"]
     assert rows["seam 32"]["tokens_computed"] < rows["full"]["tokens_computed"] / 2
@@ -214,24 +222,24 @@ def test_pareto_is_right_about_itself(
 ) -> None:
     """Ours stands in for stock SGLang, which it is for a request without ``pic``."""
     monkeypatch.setattr(pareto, "QUICK_ANSWER_TOKENS", 3)
+    monkeypatch.setattr(pareto, "load_examples", fewer)
     pair = Bench(ensure_model(), "smollm2", smollm, smollm, range(1500, 47000), 8192, 16384)
     data, path = tmp_path / "absent", tmp_path / "kept.jsonl"
-    where: dict[str, Any] = {"quick": True, "data": data, "count": 2, "words": 32, "path": path}
-    outcome = pareto.run(pair, seed=3, **where)
+    outcome = pareto.run(pair, quick=True, data=data, count=2, seed=3, path=path)
     rows = {row["method"]: row for row in outcome.rows}
     kept = [method.label for method in pareto.METHODS if method.quick]
     assert list(rows) == [pareto.CONTROL, *kept]
     assert rows[pareto.CONTROL]["kl"] < 1e-4 and rows[pareto.CONTROL]["top1"] == 1
     assert rows[pareto.TODAY]["ratio"] == 1 and rows[pareto.TODAY]["kl"] > 1e-3
     # Nothing but the last token of each segment is computed.
-    assert rows["all, nothing"]["share"] < 0.05 < 0.2 < rows[pareto.TODAY]["share"] < 0.6
+    assert rows["all, nothing"]["share"] < 0.02 < rows[pareto.TODAY]["share"] < 0.25
     assert 0.1 < rows["all, graded 15%"]["share"] <= 0.15 + 1e-9
     assert rows["all, nothing"]["kl"] < rows["alone, seam 0"]["kl"]
     assert rows["guests, seam 16"]["share"] == rows[pareto.TODAY]["share"]
     assert rows["guests, seam 16"]["kl"] != rows[pareto.TODAY]["kl"]
     assert outcome.tables[0].rows and outcome.figure is not None
     monkeypatch.setattr(pareto, "score", None)
-    again = pareto.run(pair, seed=3, **where)
+    again = pareto.run(pair, quick=True, data=data, count=2, seed=3, path=path)
     assert again.rows == outcome.rows
 
 

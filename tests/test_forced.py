@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import pathlib
 from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, serve
 from hypothesis import given
 from hypothesis import strategies as st
 from linking import TOLERANCE, VOCAB, assemble, fresh_salt, ids_of, model
 
 from sglang_pic.eval import forced
 from sglang_pic.eval.oracle import dense
+from sglang_pic.eval.serving import Server
 
 
 @given(
@@ -43,18 +42,15 @@ def test_rows_are_forced_apart() -> None:
 
 
 @pytest.mark.server
-def test_a_linked_answer_is_forced_as_an_oracle_is(
-    tiny_path: pathlib.Path, logs: pathlib.Path
-) -> None:
+def test_a_linked_answer_is_forced_as_an_oracle_is(page1: Server) -> None:
     parts = [("segment", ids_of(1, 40)), ("segment", ids_of(2, 33)), ("text", [1, 2])]
     ids, segments = assemble(parts)
     answer, spare = ids_of(3, 12), VOCAB - 1
     wanted = [one for one in range(VOCAB) if one != spare]
     answer = [one if one != spare else 0 for one in answer]
     pic = {"segments": [{"start": s, "end": e} for s, e in segments], "seam": 4}
-    with serve(tiny_path, logs / "forced.log", *TINY, "--page-size=1", forced.FLAG) as server:
-        body = {"input_ids": ids, "cache_salt": fresh_salt(), "pic": pic}
-        steps, meta = forced.force(server, body, answer, wanted, spare)
+    body = {"input_ids": ids, "cache_salt": fresh_salt(), "pic": pic}
+    steps, meta = forced.force(page1, body, answer, wanted, spare)
     assert meta["pic"]["tokens_reused"] > 0
     expected = dense.linked_logprobs(
         model(), ids, segments, min_segment=1, n_new=12, forced=answer, seam=4, page=1

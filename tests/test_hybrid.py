@@ -164,7 +164,7 @@ def test_concurrent_requests_of_every_kind(paged: tuple[Server, int]) -> None:
     documents = [ids_of(20 + i, 40 + 19 * i) for i in range(4)]
     salt = fresh_salt()
     jobs = []
-    for order in itertools.islice(itertools.permutations(range(4)), 0, 24, 3):
+    for order in itertools.islice(itertools.permutations(range(4)), 0, 24, 5):
         parts = [("segment", documents[i]) for i in order]
         ids, segments = assemble([*parts, ("text", ids_of(sum(order) + order[0], 7))])
         compose = {"state": "compose"}
