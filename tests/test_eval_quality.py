@@ -167,9 +167,9 @@ def test_clusters_are_drawn_whole() -> None:
 
 
 def fewer(*args: Any) -> list[multihop.Example]:
-    """Examples of seven documents, the last of which is less than 15 % of them."""
+    """Examples of eight documents, the last of which is less than 15 % of them."""
     examples = multihop.load_examples(*args)
-    return [dataclasses.replace(one, documents=one.documents[:7]) for one in examples]
+    return [dataclasses.replace(one, documents=one.documents[:8]) for one in examples]
 
 
 @pytest.mark.server
