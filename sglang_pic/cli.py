@@ -1,18 +1,19 @@
-"""``sglang-pic``: serve a model, or watch a server that runs."""
+"""``sglang-pic``: serve a model, watch a server that runs, or find out what reaches it."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-from sglang_pic import launch_server, top
+from sglang_pic import doctor, launch_server, top
 from sglang_pic.launch_server import did_you_mean
 
 USAGE = """\
 sglang-pic serve --model-path MODEL [flags]   a server; `serve` may be left out
 sglang-pic top [--url URL] [flags]            what a running server does, live
+sglang-pic doctor URL [flags]                 what of a request reaches it, and links
 
-Either with --help lists its flags."""
+Each with --help lists its flags."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -22,10 +23,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(USAGE)
     elif argv[0] == "top":
         top.main(argv[1:])
+    elif argv[0] == "doctor":
+        doctor.main(argv[1:])
     elif argv[0] == "serve" or argv[0].startswith("-"):
         launch_server.main(argv[1:] if argv[0] == "serve" else argv)
     else:
-        near = did_you_mean(argv[0], ("serve", "top"))
+        near = did_you_mean(argv[0], ("serve", "top", "doctor"))
         print(f"sglang-pic: there is no command {argv[0]}{near}\n{USAGE}", file=sys.stderr)
         sys.exit(2)
 

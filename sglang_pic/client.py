@@ -1,8 +1,12 @@
-"""A client for ``/pic/*``: compile ahead, look at what is cached, pin it, let it go."""
+"""A client for ``/pic/*``: compile ahead, look at what is cached, pin it, let it go.
+
+And ``through_gateway``, for chat requests whose fields a gateway would drop.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -162,6 +166,44 @@ def _made(result: type[_Result], values: dict[str, Any]) -> _Result:
     """A result; what a newer server adds to it is left out."""
     names = [field.name for field in dataclasses.fields(result)]  # type: ignore[arg-type]
     return result(**{name: values[name] for name in names})
+
+
+# -- chat behind a gateway ----------------------------------------------------------
+
+
+def through_gateway(body: dict[str, Any]) -> dict[str, Any]:
+    """A chat request as gateways let it through: ``pic``, marks and ``cache_salt`` are in
+    its ``metadata``.
+
+    Args:
+        body: with ``pic_segment`` on messages and content parts, ``pic`` and
+            ``cache_salt`` where a server takes them; left as it is.
+    """
+    marked: list[dict[str, int]] = []
+    messages = []
+    for i, message in enumerate(body["messages"]):
+        message = dict(message)
+        if message.pop("pic_segment", False):
+            marked.append({"message": i})
+        if isinstance(message.get("content"), list):
+            parts = [dict(part) for part in message["content"]]
+            marked += [
+                {"message": i, "part": j}
+                for j, part in enumerate(parts)
+                if part.pop("pic_segment", False)
+            ]
+            message["content"] = parts
+        messages.append(message)
+    pic = dict(body.get("pic") or {})
+    if marked:
+        pic["segments"] = [*pic.get("segments", []), *marked]
+    metadata = dict(body.get("metadata") or {})
+    if pic:
+        metadata["pic"] = json.dumps(pic)
+    if body.get("cache_salt") is not None:
+        metadata["pic_salt"] = body["cache_salt"]
+    kept = {key: value for key, value in body.items() if key not in ("pic", "cache_salt")}
+    return {**kept, "messages": messages, "metadata": metadata}
 
 
 # -- the client ---------------------------------------------------------------------

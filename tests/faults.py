@@ -103,6 +103,29 @@ def _corrupt_what_is_looked_at() -> None:
     commands.COMMANDS[Get] = corrupt
 
 
+def _ranks_differ() -> None:
+    """The second tensor-parallel rank has counted something else."""
+    from sglang_pic.forest.consensus import Group
+
+    gather = Group.gather
+
+    def gather_wrong(self: Any, value: Any) -> Any:
+        return gather(self, value ^ self.rank if type(value) is int else value)
+
+    Group.gather = gather_wrong  # type: ignore[method-assign]
+
+
+def _one_rank_refuses() -> None:
+    from sglang_pic.forest import build
+
+    refusal = build._refusal
+
+    def refuse(ctx: Any, *args: Any) -> str | None:
+        return "the second rank cannot link" if ctx.tp_rank == 1 else refusal(ctx, *args)
+
+    build._refusal = refuse
+
+
 # First tokens of segments that never, or not for so many seconds, compile.
 NEVER, LATE = 501, 502
 LATE_S = 6.0
@@ -136,4 +159,6 @@ FAULTS: dict[str, Callable[[], None]] = {
     "no_operator": _pairs_without_operator,
     "compiles_fail_or_are_late": _some_compiles_fail_or_are_late,
     "corrupt_on_get": _corrupt_what_is_looked_at,
+    "ranks_differ": _ranks_differ,
+    "one_rank_refuses": _one_rank_refuses,
 }

@@ -138,6 +138,7 @@ def test_load_counts_and_bounds(pair: Bench, monkeypatch: pytest.MonkeyPatch) ->
         assert 0 < row["ttft_s"] <= row["latency_s"] and row["throughput"] > 0
     for workload in workloads.WORKLOADS:
         assert rows[workload, "stock_nocache"]["tokens_reused"] == 0
+        assert rows[workload, "pic"]["tokens_compiled"] > 0
         computed = rows[workload, "pic"]["tokens_computed"]
         assert computed < rows[workload, "stock_nocache"]["tokens_computed"]
     cost = rows["no_reuse", "ours"]

@@ -10,12 +10,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import faults
 import pytest
 from conftest import CHECKS, TINY, serve
 from linking import (
     TOLERANCE,
     assemble,
     body,
+    check_exact,
     check_linked,
     distributions,
     fresh_salt,
@@ -27,6 +29,7 @@ from tiny_models import tiny_hybrid, tiny_hybrid_model, tiny_mamba2, tiny_mamba2
 from sglang_pic.eval.oracle import dense, hybrid, mamba2
 from sglang_pic.eval.oracle.company import company_logprobs
 from sglang_pic.eval.serving import Server
+from sglang_pic.forest.consensus import EVERY
 
 # One core each; SGLang refuses more ranks than memory nodes otherwise. It compares what
 # its ranks decided, and stops where they differ.
@@ -184,3 +187,23 @@ def test_two_ranks_start_warm(tmp_path: pathlib.Path, logs: pathlib.Path, kind: 
         assert [one["hit"] for one in answer["meta_info"]["pic"]["segments"]] == [True] * 3
         assert answer["meta_info"]["pic"]["tokens_compiled"] == 1
         check_hybrid(answer, *prompt, kind, 1)
+
+
+@pytest.mark.server
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("fault", "reason"), [("ranks_differ", "differ"), ("one_rank_refuses", "second rank")]
+)
+def test_what_one_rank_says_holds_for_all(
+    tiny_path: pathlib.Path, tmp_path: pathlib.Path, logs: pathlib.Path, fault: str, reason: str
+) -> None:
+    env = ENV | faults.environment(tmp_path / "faults", fault)
+    with serve(tiny_path, logs / f"tp2_{fault}.log", *TINY, "--tp-size=2", env=env) as server:
+        salt = fresh_salt()
+        for number in range(EVERY):
+            ids, segments = assemble([("segment", ids_of(90, 40)), ("text", ids_of(number, 5))])
+            answer = server.generate(**body(ids, segments, 2, salt))
+        assert reason in server.forest()["refusal"]
+        assert reason in answer["meta_info"]["pic"]["reason"]
+        check_exact(answer, ids, 2)
+        assert reason in server.log.read_text()

@@ -16,6 +16,7 @@ from sglang_pic.errors import PicRequestError
 from sglang_pic.link.policy import LinkOptions
 from sglang_pic.request.fields import check_inside, parse_fields
 from sglang_pic.server.exchange import Exchange
+from sglang_pic.server.gateways import SALT, unpack
 from sglang_pic.server.marks import Marks, mark_messages
 from sglang_pic.server.shapes import MESSAGES, RESPONSES, marks_of, twin_of
 from sglang_pic.server.strays import drop_nulls, refuse_strays
@@ -32,7 +33,7 @@ def _written(name: bytes) -> bytes:
     return b'"' + b"".join(rb"(?:%c|\\u00(?i:%02x))" % (letter, letter) for letter in name) + b'"'
 
 
-_OURS = re.compile(b"|".join(map(_written, (b"pic", b"pic_segment"))))
+_OURS = re.compile(b"|".join(map(_written, (b"pic", b"pic_segment", SALT.encode()))))
 
 
 def take(path: str, raw: bytes, defaults: LinkOptions, app: Any = None) -> tuple[bytes, Exchange]:
@@ -71,6 +72,8 @@ def read_request(path: str, body: dict[str, Any], defaults: LinkOptions) -> Exch
         PicRequestError: naming the field at fault, or one that this route ignores.
     """
     drop_nulls(body)
+    if path in CHATS:
+        unpack(body)
     reader = _READERS.get(path)
     exchange = reader(path, body, defaults) if reader is not None else Exchange()
     if exchange.pic is not None and body.get("stream"):
