@@ -74,9 +74,12 @@ def force(
         A step for each token of the answer, and the answer's ``meta_info``.
 
     Raises:
+        ValueError: the spare token is none.
         RuntimeError: the server said something else.
     """
-    asked = sorted({*wanted, *answer, spare})
+    if spare in (told := {*wanted, *answer}):
+        raise ValueError(f"token {spare} is asked about")
+    asked = sorted(told | {spare})
     out = server.generate(
         **body,
         sampling_params={

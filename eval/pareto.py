@@ -25,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import pathlib
 import random
 import statistics
@@ -124,6 +125,10 @@ class Reference:
     answer: list[int]
     steps: list[dict[int, float]]
 
+    @property
+    def told(self) -> set[int]:
+        return {token for step in self.steps for token in step}
+
 
 def _greedy(count: int) -> dict[str, Any]:
     return {"max_new_tokens": count, "temperature": 0, "ignore_eos": True}
@@ -159,14 +164,12 @@ def follow(
     body: dict[str, Any] = {"input_ids": asked.ids, "cache_salt": salt}
     if pic is not None:
         body["pic"] = {"segments": asked.segments, **pic}
-    wanted = {token for step in reference.steps for token in step} - {spare}
-    found, meta = force(server, body, reference.answer, sorted(wanted), spare)
+    found, meta = force(server, body, reference.answer, sorted(reference.told), spare)
     kl, same, share = [], [], 1.0
     for step, own in zip(reference.steps, found, strict=True):
-        tokens = [token for token in step if token != spare]
-        listed = [own.listed[token] for token in tokens]
-        kl.append(kl_with_remainder([step[token] for token in tokens], listed))
-        best = max(tokens, key=lambda token: step[token])
+        listed = [own.listed[token] for token in step]
+        kl.append(kl_with_remainder(list(step.values()), listed))
+        best = max(step, key=lambda token: step[token])
         same.append(own.listed[best] >= own.likeliest - TIE)
     if pic is not None:
         segments = meta["pic"]["segments"]
@@ -209,7 +212,7 @@ def score(
 ) -> dict[str, Score]:
     """Every method, and the control, at one question."""
     reference = refer(pair.stock, asked, tokens, name)
-    spare = pair.vocabulary.stop
+    spare = next(one for one in itertools.count(pair.vocabulary.stop) if one not in reference.told)
     scores = {CONTROL: follow(pair.stock, asked, reference, spare, name, None)}
     for compiled in dict.fromkeys(method.compiled for method in methods):
         salt = f"{name}-{compiled}"

@@ -7,6 +7,7 @@ marked requests of one token each, over documents that nobody else has.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -41,6 +42,21 @@ class Finding:
 
 class NoAnswer(RuntimeError):
     """The address did not do what was asked; the message says what it said."""
+
+
+def told(response: requests.Response, kind: type = dict) -> Any:
+    """What an answer holds: JSON of that kind.
+
+    Raises:
+        NoAnswer: it is another status, or something else, such as a proxy's page.
+    """
+    try:
+        found = response.json() if response.ok else None
+    except requests.JSONDecodeError:
+        found = None
+    if not isinstance(found, kind):
+        raise NoAnswer(f"{response.status_code} from {response.url}: {response.text[:300]}")
+    return found
 
 
 class Patient:
@@ -89,11 +105,7 @@ class Patient:
         Raises:
             NoAnswer: it is no answer.
         """
-        response = self.post(path, body)
-        if not response.ok:
-            raise NoAnswer(f"{response.status_code}: {response.text[:300]}")
-        usage = response.json().get("usage") or {}
-        found = usage.get("pic")
+        found = (told(self.post(path, body)).get("usage") or {}).get("pic")
         return found if isinstance(found, dict) else None
 
 
@@ -126,10 +138,8 @@ def examine(patient: Patient) -> Iterator[Finding]:
     Raises:
         NoAnswer: nothing answers there.
     """
-    models = patient.get("/v1/models")
-    if not models.ok:
-        raise NoAnswer(f"{patient.url}/v1/models: {models.status_code} {models.text[:300]}")
-    names = [one["id"] for one in models.json().get("data", [])]
+    models = told(patient.get("/v1/models"))
+    names = [one["id"] for one in models.get("data", [])]
     patient.model = names[0] if names else patient.model
     yield Finding(GOOD, "answers", f"serves {', '.join(names) or 'a model without a name'}")
     yield from _management(patient)
@@ -156,39 +166,34 @@ def _completion(patient: Patient, documents: Sequence[str]) -> Body:
 
 
 def _management(patient: Patient) -> Iterator[Finding]:
-    response = patient.get("/pic/info")
-    if not response.ok:
+    try:
+        info = told(patient.get("/pic/info"))
+    except NoAnswer as error:
         why = "a gateway drops them, or the server is not ours"
-        yield Finding(BAD, "/pic routes", f"{response.status_code} for /pic/info: {why}")
+        yield Finding(BAD, "/pic routes", f"{why}: {error}")
         return
-    info = response.json()
     yield Finding(GOOD, "/pic routes", f"sglang-pic {info['version']}")
     linking = info["linking"]
     if not linking["on"]:
         yield Finding(BAD, "linking", f"is off: {linking['reason']}")
-    forest = patient.get("/pic/forest")
-    if forest.ok:
-        refusals = {rank["refusal"] for rank in forest.json()} - {None}
-        for refusal in sorted(refusals):
+    with contextlib.suppress(NoAnswer):  # which is the operator's to see
+        ranks = told(patient.get("/pic/forest"), list)
+        for refusal in sorted({rank["refusal"] for rank in ranks} - {None}):
             yield Finding(BAD, "linking", f"this server does not link: {refusal}")
 
 
 def _workers(patient: Patient) -> Iterator[Finding]:
-    response = patient.get("/workers")
-    if not response.ok:
-        return
     try:
-        workers = [one["url"] for one in response.json()["workers"]]
-    except (ValueError, KeyError, TypeError):
+        workers = [one["url"] for one in told(patient.get("/workers"))["workers"]]
+    except (NoAnswer, KeyError, TypeError):
         return
     yield Finding(KNOWN, "gateway", f"in front of {len(workers)} workers: {', '.join(workers)}")
     for url in workers:
         try:
-            info = Patient(url).get("/pic/info")
-            told = f"sglang-pic {info.json()['version']}" if info.ok else f"{info.status_code}"
-        except (NoAnswer, ValueError, KeyError):
-            told = "cannot be asked from here"
-        yield Finding(KNOWN, "worker", f"{url}: {told}")
+            version = f"sglang-pic {told(Patient(url).get('/pic/info'))['version']}"
+        except (NoAnswer, KeyError):
+            version = "cannot be asked from here"
+        yield Finding(KNOWN, "worker", f"{url}: {version}")
 
 
 def _links(

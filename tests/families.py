@@ -1,4 +1,4 @@
-"""Models of every family, each with the oracle that it is held to."""
+"""Models of every family that links, each with the oracle that it is held to."""
 
 from __future__ import annotations
 
@@ -20,35 +20,22 @@ class Family:
 
     Attributes:
         save: writes it below a directory, and returns where.
-        make: the same model, in transformers.
-        oracle: ``linked_logprobs`` of the family's oracle; ``None`` where ``refusal`` is not.
-        hybrid: has linear layers.
-        refusal: part of the reason why a server does not link it.
+        model: the same model, in transformers.
+        oracle: ``linked_logprobs`` of the family's oracle.
     """
 
     save: Callable[[Path], Path]
-    make: Callable[[], Any]
-    oracle: Callable[..., Tensor] | None
-    hybrid: bool = True
-    refusal: str | None = None
-
-    def model(self) -> Any:
-        return _made(self.make)
+    model: Callable[[], Any]
+    oracle: Callable[..., Tensor]
 
     def linked(self, ids: Any, segments: Any, **where: Any) -> Tensor:
-        assert self.oracle is not None
         return self.oracle(self.model(), ids, segments, **where)
-
-
-@functools.cache
-def _made(make: Callable[[], Any]) -> Any:
-    return make()
 
 
 def _delta(kind: str) -> Family:
     return Family(
         functools.partial(tiny_hybrid, kind=kind),
-        functools.partial(tiny_hybrid_model, kind),
+        functools.cache(functools.partial(tiny_hybrid_model, kind)),
         hybrid.linked_logprobs,
     )
 
@@ -56,16 +43,12 @@ def _delta(kind: str) -> Family:
 def _mamba2(kind: str) -> Family:
     return Family(
         functools.partial(tiny_mamba2, kind=kind),
-        functools.partial(tiny_mamba2_model, kind),
+        functools.cache(functools.partial(tiny_mamba2_model, kind)),
         mamba2.linked_logprobs,
     )
 
 
 FAMILIES = {
-    "qwen3_5": _delta("qwen3_5"),
-    "qwen3_5_moe": _delta("qwen3_5_moe"),
-    "qwen3_next": _delta("qwen3_next"),
-    "granite": _mamba2("granite"),
-    "falcon_h1": _mamba2("falcon_h1"),
-    "nemotron_h": _mamba2("nemotron_h"),
+    **{kind: _delta(kind) for kind in ("qwen3_5", "qwen3_5_moe", "qwen3_next")},
+    **{kind: _mamba2(kind) for kind in ("granite", "falcon_h1", "nemotron_h")},
 }

@@ -41,6 +41,12 @@ def test_rows_are_forced_apart() -> None:
     assert said == [[1, 3], [2, 4], [2, 4]]
 
 
+@pytest.mark.parametrize(("answer", "wanted"), [([5, 7], [1]), ([5], [1, 7])])
+def test_the_spare_token_is_nobodys(answer: list[int], wanted: list[int]) -> None:
+    with pytest.raises(ValueError, match="token 7"):
+        forced.force(None, {}, answer, wanted, spare=7)  # type: ignore[arg-type]
+
+
 @pytest.mark.server
 def test_a_linked_answer_is_forced_as_an_oracle_is(page1: Server) -> None:
     parts = [("segment", ids_of(1, 40)), ("segment", ids_of(2, 33)), ("text", [1, 2])]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import http.server
 import json
 import pathlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -138,6 +140,28 @@ def test_what_a_gateway_drops_is_seen(smollm: Server) -> None:
     wall = states(Gateway(smollm.url, ("pic", "pic_segment", "cache_salt", *holders)))
     assert {state for about, state in wall.items() if about.startswith("chat")} == {doctor.BAD}
     assert "cache_salt" not in wall
+
+
+class Page(http.server.BaseHTTPRequestHandler):
+    """A proxy's, whatever is asked."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<html>Welcome</html>")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_an_address_where_a_page_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), Page) as site:
+        threading.Thread(target=site.serve_forever, daemon=True).start()
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["doctor", f"http://127.0.0.1:{site.server_port}"])
+        site.shutdown()
+    assert ended.value.code == 1
+    assert "Welcome" in capsys.readouterr().err
 
 
 def test_an_address_where_nobody_is() -> None:

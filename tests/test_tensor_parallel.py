@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import pathlib
 import random
@@ -13,6 +12,7 @@ from typing import Any
 import faults
 import pytest
 from conftest import CHECKS, TINY, serve
+from families import FAMILIES
 from linking import (
     TOLERANCE,
     assemble,
@@ -24,9 +24,8 @@ from linking import (
     ids_of,
     model,
 )
-from tiny_models import tiny_hybrid, tiny_hybrid_model, tiny_mamba2, tiny_mamba2_model
 
-from sglang_pic.eval.oracle import dense, hybrid, mamba2
+from sglang_pic.eval.oracle import dense
 from sglang_pic.eval.oracle.company import company_logprobs
 from sglang_pic.eval.serving import Server
 from sglang_pic.forest.consensus import EVERY
@@ -95,21 +94,12 @@ HARD = ("--page-size=16", "--chunked-prefill-size=64", "--enable-mixed-chunk")
 RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"}
 
 
-@functools.cache
-def of_kind(kind: str) -> Any:
-    """The model in transformers."""
-    return tiny_hybrid_model(kind) if kind.startswith("qwen") else tiny_mamba2_model(kind)
-
-
 def check_hybrid(
     answer: dict[str, Any], ids: list[int], segments: list[tuple[int, int]], kind: str, page: int
 ) -> None:
     """The answer is the oracle's, whatever of it was reused by an earlier turn."""
     assert answer["meta_info"]["pic"]["reason"] is None
-    oracle = hybrid if kind.startswith("qwen") else mamba2
-    expected = oracle.linked_logprobs(
-        of_kind(kind), ids, segments, seam=4, page=page, forced=answer["output_ids"]
-    )
+    expected = FAMILIES[kind].linked(ids, segments, seam=4, page=page, forced=answer["output_ids"])
     assert (distributions(answer) - expected).abs().max() < TOLERANCE
 
 
@@ -130,7 +120,7 @@ def ask(server: Server, prompt: tuple[list[int], list[tuple[int, int]]], salt: s
 def test_two_ranks_link_a_hybrid_alike(
     tmp_path: pathlib.Path, logs: pathlib.Path, kind: str, page: int
 ) -> None:
-    path = tiny_hybrid(tmp_path, kind) if kind.startswith("qwen") else tiny_mamba2(tmp_path, kind)
+    path = FAMILIES[kind].save(tmp_path)
     flags = ("--tp-size=2", "--max-total-tokens=1600", "--pic-state-mib=1")
     hard = PLAIN if page == 1 else HARD
     env = ENV if page == 1 else {**ENV, **RETRACT}
@@ -171,7 +161,7 @@ def test_two_ranks_link_a_hybrid_alike(
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["qwen3_5", "granite"])
 def test_two_ranks_start_warm(tmp_path: pathlib.Path, logs: pathlib.Path, kind: str) -> None:
-    path = tiny_hybrid(tmp_path, kind) if kind.startswith("qwen") else tiny_mamba2(tmp_path, kind)
+    path = FAMILIES[kind].save(tmp_path)
     flags = ("--tp-size=2", f"--pic-store={tmp_path / 'store'}", *PLAIN)
     parts = [("segment", ids_of(70 + i, 64)) for i in range(3)]
     salt = fresh_salt()

@@ -24,9 +24,19 @@ from transformers import (
 
 from sglang_pic.eval.models.tiny import OTHER_STD, STD
 
-_HYBRID = {
+_COMMON = {
     "vocab_size": 512,
     "hidden_size": 64,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "attn_implementation": "eager",
+}
+
+_HYBRID = {
+    **_COMMON,
     "intermediate_size": 128,
     "num_hidden_layers": 4,
     "layer_types": ["linear_attention", "full_attention"] * 2,
@@ -38,12 +48,6 @@ _HYBRID = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
     "linear_conv_kernel_dim": 4,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-    "attn_implementation": "eager",
     "rope_parameters": {
         "rope_type": "default",
         "rope_theta": 10000.0,
@@ -108,27 +112,19 @@ def tiny_hybrid(tmp_dir: str | Path, kind: str, seed: int = 0) -> Path:
 
 
 _MAMBA2 = {
-    "vocab_size": 512,
-    "hidden_size": 64,
+    **_COMMON,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "mamba_n_heads": 8,
     "mamba_d_head": 16,
     "mamba_d_state": 16,
     "mamba_chunk_size": 64,
-    "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-    "attn_implementation": "eager",
 }
 
 
 _NEMOTRON = {
-    "vocab_size": 512,
-    "hidden_size": 64,
+    **_COMMON,
     "intermediate_size": 128,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -139,12 +135,6 @@ _NEMOTRON = {
     "ssm_state_size": 16,
     "n_groups": 2,
     "chunk_size": 64,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-    "attn_implementation": "eager",
 }
 
 
