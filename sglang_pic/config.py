@@ -23,6 +23,7 @@ IDLE = "idle"
 COMPANY_WHEN = (IDLE, "asked")
 ON, OFF = "on", "off"
 GUESTS = (ON, OFF)
+CHECKPOINTS = (AUTO, OFF)
 AUDIT_ACTIONS = ("log", "off")
 
 
@@ -71,6 +72,8 @@ class PicConfig:
             ``auto`` to choose by ``server.calibrate``.
         state_dtype: how operators and end states are stored.
         state_mib: budget for them, in MiB.
+        checkpoints: states of ordinary prefixes of hybrid models are kept where requests
+            leave them: ``auto``, or ``off``.
         operator_threshold: an operator whose norm is below this is not stored
             but taken for zero: the segment outlived the layer's memory.
         decode_graphs: capture CUDA graphs for decode with linked rows too.
@@ -105,6 +108,7 @@ class PicConfig:
     state: str = "compose"
     state_dtype: str = "float32"
     state_mib: int = 1024
+    checkpoints: str = AUTO
     operator_threshold: float = 1e-6
     decode_graphs: bool = False
     canary_kl: float = 1.0
@@ -150,6 +154,10 @@ class PicConfig:
         if self.state_dtype not in STATE_DTYPES:
             raise PicConfigError(
                 f"state_dtype must be one of {STATE_DTYPES}, got {self.state_dtype!r}"
+            )
+        if self.checkpoints not in CHECKPOINTS:
+            raise PicConfigError(
+                f"checkpoints must be one of {CHECKPOINTS}, got {self.checkpoints!r}"
             )
         if self.kv_mib is not None and self.kv_mib < 1:
             raise PicConfigError(f"kv_mib must be at least 1, got {self.kv_mib}")

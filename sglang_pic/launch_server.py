@@ -15,7 +15,15 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 
-from sglang_pic.config import AUDIT_ACTIONS, COLD, COMPANY_WHEN, GUESTS, STATE_DTYPES, PicConfig
+from sglang_pic.config import (
+    AUDIT_ACTIONS,
+    CHECKPOINTS,
+    COLD,
+    COMPANY_WHEN,
+    GUESTS,
+    STATE_DTYPES,
+    PicConfig,
+)
 from sglang_pic.errors import PicConfigError
 from sglang_pic.link.policy import AUTO, COMPANIES, MODES, POLICIES, STATE_POLICIES
 
@@ -242,6 +250,12 @@ def pic_parser() -> argparse.ArgumentParser:
         default=defaults.state_mib,
         metavar="MIB",
         help="memory for them (%(default)s)",
+    )
+    hybrid.add_argument(
+        "--pic-checkpoints",
+        choices=CHECKPOINTS,
+        default=defaults.checkpoints,
+        help="keep states of ordinary prefixes too, where requests leave them (%(default)s)",
     )
     hybrid.add_argument(
         "--pic-operator-threshold",

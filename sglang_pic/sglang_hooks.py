@@ -56,8 +56,9 @@ def write_positions(links: Any, batch: Any, schedule_batch: Any, model_runner: A
     plans = links.plans_of(schedule_batch.reqs)
     if any(plan is not None for plan in plans) and not can_tell(batch):
         raise PicIntegrityError("which rows of the batch are linked cannot be told")
-    links.hand_over(model_runner.attn_backend, batch.rids, schedule_batch.reqs)
-    if not batch.forward_mode.is_extend():
+    extends = batch.forward_mode.is_extend()
+    links.hand_over(model_runner.attn_backend, batch.rids, schedule_batch.reqs, extends=extends)
+    if not extends:
         return
     at = 0
     prefixes, extends = batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu
@@ -91,7 +92,9 @@ def _end_linked(links: Any, batch: Any, reqs: Any, model_runner: Any) -> None:
             "InternalServerError",
         )
     try:
-        links.hand_over(model_runner.attn_backend, batch.rids, reqs)
+        links.hand_over(
+            model_runner.attn_backend, batch.rids, reqs, extends=batch.forward_mode.is_extend()
+        )
     except Exception:
         # The backend takes no row for linked that was not handed over for this batch.
         faults.note("hand over", batch.rids)

@@ -256,7 +256,8 @@ def test_state_memory_is_reported_and_bounded(paged: tuple[Server, int]) -> None
     # three inputs of 128 channels, and which operators are kept.
     assert last["state_bytes"] == 2 * (4 * 3 * 16 * 16 + 3 * 128) * 4 + 2 * 4 * 8
     assert 0 < forest["state_bytes"] <= forest["state_budget"]
-    assert forest["state_bytes"] == sum(s["state_bytes"] for s in forest["segments"])
+    of_segments = sum(s["state_bytes"] for s in forest["segments"])
+    assert forest["state_bytes"] == of_segments + forest["checkpoints"]["bytes"]
 
 
 def test_another_seam_width_compiles_its_own_pair(paged: tuple[Server, int]) -> None:
@@ -295,6 +296,39 @@ def test_what_is_compiled_is_not_computed_again(paged: tuple[Server, int]) -> No
 def test_requests_of_every_fate_leak_nothing(hybrid16: Server) -> None:
     """Pages and state slots: SGLang checks both whenever it is idle."""
     check_no_leak(hybrid16, 300)
+
+
+def checkpoints(server: Server) -> dict[str, int]:
+    (forest,) = server.get("/pic/forest").json()
+    assert forest["integrity"] == "ok"
+    return dict(forest["checkpoints"])
+
+
+def test_ordinary_prompts_go_on_from_checkpoints(paged: tuple[Server, int]) -> None:
+    """Questions about documents, at once and unmarked, are answered by the plain model, and
+    computed from where a state was kept."""
+    server, page = paged
+    before = checkpoints(server)
+    documents = [ids_of(700 + i, 200 + 130 * i) for i in range(3)]
+    prompts = [documents[(7 * i) % 3] + ids_of(720 + i, 3 + (11 * i) % 40) for i in range(18)]
+    salt = fresh_salt()
+
+    def ask(ids: list[int]) -> dict[str, Any]:
+        asked = body(ids, [], 3, salt)
+        del asked["pic"]
+        return server.generate(**asked)
+
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(ask, prompts))
+    for ids, answer in zip(prompts, answers, strict=True):
+        check_exact(answer, ids, page)
+    after = checkpoints(server)
+    cached = [answer["meta_info"]["cached_tokens"] for answer in answers]
+    if page == 1:
+        # SGLang holds the ends of sequences alone: nobody goes on from there.
+        assert sum(cached[9:]) >= 0.7 * sum(len(ids) // 64 * 64 for ids in prompts[9:])
+        assert after["tokens_resumed"] - before["tokens_resumed"] >= sum(cached[9:])
+        assert 3 <= after["placed"] - before["placed"] <= 9
 
 
 CONTEXT = ids_of(99, 8)

@@ -118,6 +118,8 @@ class PicCache(UnifiedRadixCache):
         if kept is not None and kept % self.page_size:
             req.kv.mamba_last_track_seqlen = None
         super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
+        with self.forest.contained("checkpoint", req):
+            self.forest.checkpoints.inserted(req)
 
     def insert(self, params: InsertParams) -> InsertResult:
         result = super().insert(params)

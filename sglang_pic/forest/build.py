@@ -21,6 +21,7 @@ from sglang_pic.forest.asked import Asked
 from sglang_pic.forest.assembly import Assembly, BothOrders, NoAssembly
 from sglang_pic.forest.budget import KV_SHARE, Budgets, Need
 from sglang_pic.forest.carried import Carried, Nothing
+from sglang_pic.forest.checkpoints import Checkpoints, NoCheckpoints
 from sglang_pic.forest.companies import Companies
 from sglang_pic.forest.consensus import ALONE, AllRanks, Consensus, Group, OneRank
 from sglang_pic.forest.containment import Containment
@@ -38,8 +39,9 @@ from sglang_pic.forest.planning import Ordinary, Planning
 from sglang_pic.forest.relocation import Relocation
 from sglang_pic.forest.segments import Segments
 from sglang_pic.linear.carried import LinearStates
+from sglang_pic.linear.checkpoints import SparseCheckpoints
 from sglang_pic.linear.state import LinearShape
-from sglang_pic.link.policy import floor_to
+from sglang_pic.link.policy import AUTO, floor_to
 from sglang_pic.manage.store import Store
 from sglang_pic.request.seal import ENV_NAME, is_made_here
 
@@ -156,6 +158,7 @@ def plant(
         consensus.note("lost", name)
         holder.remove(name)
         conversations.remove(name)
+        checkpoints.lost(name)
 
     def gone(names: Collection[str]) -> None:
         """Pages that these ended with went for want of memory."""
@@ -164,6 +167,7 @@ def plant(
             holder.evicted(name)
             companies.gone(name)
             conversations.evicted(name)
+            checkpoints.gone(name)
 
     contained = Containment(lambda: forest.check(), refusal)
     consensus: Consensus = OneRank()
@@ -176,8 +180,9 @@ def plant(
         context, cache.page_size, int(limit * FRESH_SHARE), lambda record: holder.release(record)
     )
     carried: Carried = Nothing()
+    checkpoints: Checkpoints = NoCheckpoints()
     if shape is not None and refusal is None:
-        carried = LinearStates(
+        carried = states = LinearStates(
             config,
             context=len(context),
             page=cache.page_size,
@@ -192,6 +197,11 @@ def plant(
             on_evict=lost,
             on_shortage=segments.release_all,
         )
+        if config.checkpoints == AUTO:
+            checkpoints = SparseCheckpoints(
+                cache, cache.match_as_sglang, nodes, states.store, shape, cost,
+                mamba_checkpoint_grid(cache.page_size), states.begin_row, contained, consensus,
+            )  # fmt: skip
 
     def release_all() -> None:
         segments.release_all()
@@ -234,6 +244,7 @@ def plant(
         carried,
         conversations,
         holder,
+        checkpoints,
         contained,
     )
     shortest, page = config.min_segment, cache.page_size
@@ -251,6 +262,7 @@ def plant(
         assembly=assembly,
         pages=pages,
         carried=carried,
+        checkpoints=checkpoints,
         nodes=nodes,
         eviction=in_order if refusal is None else AsSglang(),
         pins=Pins(budgets),

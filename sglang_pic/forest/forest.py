@@ -17,6 +17,7 @@ from sglang_pic.forest.asked import Asked
 from sglang_pic.forest.assembly import Assembly
 from sglang_pic.forest.budget import Budgets
 from sglang_pic.forest.carried import Carried
+from sglang_pic.forest.checkpoints import Checkpoints
 from sglang_pic.forest.companies import Companies
 from sglang_pic.forest.consensus import Consensus
 from sglang_pic.forest.containment import Containment
@@ -57,6 +58,7 @@ class Forest:
     assembly: Assembly
     pages: Pages
     carried: Carried
+    checkpoints: Checkpoints
     nodes: NodeIndex
     eviction: Eviction
     pins: Pins
@@ -99,6 +101,7 @@ class Forest:
         self.pins.clear()
         self.nodes.clear()
         self.carried.clear()
+        self.checkpoints.clear()
         self.conversations.clear()
         self.pages.reset()
 
@@ -149,6 +152,7 @@ class Forest:
             "evictable_tokens": self.cache.evictable_size(),
             "bytes_per_token": self.cost.kv_bytes,
             "live_plans": self.links.live,
+            "checkpoints": dataclasses.asdict(self.checkpoints.counts()),
             **self.carried.to_json(),
         }
 

@@ -21,6 +21,7 @@ from sglang_pic.faults import faults
 from sglang_pic.forest.asked import Asked
 from sglang_pic.forest.assembly import Assembly
 from sglang_pic.forest.carried import Carried
+from sglang_pic.forest.checkpoints import Checkpoints
 from sglang_pic.forest.companies import Companies
 from sglang_pic.forest.containment import Containment
 from sglang_pic.forest.conversations import Conversations
@@ -62,6 +63,7 @@ class Links:
         carried: Carried,
         conversations: Conversations,
         holder: Holder,
+        checkpoints: Checkpoints,
         contained: Containment,
     ):
         self._asked = asked
@@ -74,6 +76,7 @@ class Links:
         self._carried = carried
         self._conversations = conversations
         self._holder = holder
+        self._checkpoints = checkpoints
         self._contained = contained
         self._states: weakref.WeakKeyDictionary[Req, LinkState] = weakref.WeakKeyDictionary()
 
@@ -105,12 +108,13 @@ class Links:
                 return self._ordinary.nothing(req.extra_key)
             if asked.compile is not None and self._contained.refusal is None:
                 return self._match_compile(req, asked.compile.seams, params)
+            return self._checkpoints.resume(req, self._ordinary.match(params))
         except Exception:
             faults.note("match", [req.rid])
             return self._match_as_sglang(req, params)
-        return self._ordinary.match(params)
 
     def _match_as_sglang(self, req: Req, params: MatchPrefixParams) -> MatchResult:
+        self._checkpoints.released(req)
         link = self._states.get(req)
         if link is None:
             return self._ordinary.match(params)
@@ -332,6 +336,7 @@ class Links:
 
     def released(self, req: Req) -> None:
         """Its row is gone, for good or until it is scheduled again."""
+        self._checkpoints.released(req)
         link = self._states.get(req)
         if link is not None:
             link.plan = link.kept = link.found = None
@@ -343,21 +348,31 @@ class Links:
         links = (self._states.get(req) for req in reqs)
         return [link.plan if link is not None else None for link in links]
 
-    def hand_over(self, backend: Any, rids: Sequence[str], reqs: Sequence[Req]) -> None:
-        """Give the attention backend the plans of the batch that runs next."""
+    def hand_over(
+        self, backend: Any, rids: Sequence[str], reqs: Sequence[Req], *, extends: bool
+    ) -> None:
+        """Give the attention backend the plans of the batch that runs next.
+
+        Args:
+            extends: prompts are computed in it, not only single tokens.
+        """
         links = [self._states.get(req) for req in reqs]
         options = [link.request.options if link is not None else None for link in links]
         self._carried.hand_over(backend, rids, reqs, self.plans_of(reqs), options)
+        if extends:
+            self._checkpoints.hand_over(backend, reqs)
 
     def give_up(self, reqs: Sequence[Req]) -> list[Req]:
-        """Link these requests no more, whatever their plans; those that were linked, and
-        compiles whose result may stand behind rows that were taken for others."""
+        """Link these requests no more, whatever their plans; those that were linked or went
+        on from a checkpoint, and compiles whose result may stand behind rows that were
+        taken for others."""
         linked = []
         for req in reqs:
             link = self._states.get(req)
             if link is not None and link.plan is not None:
                 link.plan, link.cores = None, ()
                 linked.append(req)
+        linked += self._checkpoints.give_up(reqs)
         return [*linked, *(req for req in reqs if self._carried.end(req))]
 
     @property

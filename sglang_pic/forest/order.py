@@ -37,7 +37,7 @@ class Entry:
         cost: FLOPs that one use of it saves.
         nbytes: bytes that evicting it frees.
         uses: requests that used it, the one that made it included.
-        value: see the module; never falls.
+        value: see the module; never falls, unless it is appraised.
         last_use: tick of the order's clock.
     """
 
@@ -104,6 +104,19 @@ class EvictionOrder(Generic[Key]):
         entry = self._entries[key]
         entry.cost, entry.nbytes = cost, nbytes
         self._revalue(entry)
+
+    def appraise(self, key: Key, cost: float) -> None:
+        """It is known what all uses to come of it save; its value may fall by that."""
+        entry = self._entries[key]
+        entry.value = self.age + cost / max(1, entry.nbytes)
+        entry.last_use = self._tick()
+        if key in self._queued:
+            self._push(key)
+
+    def least(self) -> float:
+        """What the candidate of least value is above its age, per byte; 0 without one."""
+        tops = [top for group in self._heaps if (top := self._top(group)) is not None]
+        return max(0.0, min(tops)[0] - self.age) if tops else 0.0
 
     def use(self, key: Key) -> None:
         """One more request used it."""

@@ -1,4 +1,5 @@
-"""Capture: operators and end states of a segment while it is compiled.
+"""Capture: operators and end states of a segment while it is compiled, or the state of an
+ordinary prompt behind one of its tokens.
 
 A compile is an ordinary prefill of ``compile context + segment`` in chunks of
 any length. Beside it every linear layer runs its own kernel once more over the
@@ -31,8 +32,9 @@ class Capture:
         start: tokens of the compile context, in front of the segment.
         heads: first tokens of the cores wanted, relative to the segment.
         core_end: where all of them end, relative to the segment.
-        grown_from: states of a shorter segment that this one begins with; its cores
-            are gone on from.
+        first: the prompt's first token that is computed, unless it is ``grown_from`` the
+            states of a shorter segment that this one begins with; its cores are gone on
+            from.
     """
 
     def __init__(
@@ -42,12 +44,14 @@ class Capture:
         start: int,
         heads: Sequence[int],
         core_end: int,
+        first: int = 0,
         grown_from: SegmentState | None = None,
     ):
         self.shape = shape
         self.start = start
         self.heads = tuple(heads)
         self.core_end = core_end
+        self._first = first
         self.grown_from = grown_from
         self.conv_tail: torch.Tensor | None = None
         self.running: dict[int, torch.Tensor] = {}
@@ -55,7 +59,9 @@ class Capture:
     @property
     def first(self) -> int:
         """The prompt's first token that is computed."""
-        return 0 if self.grown_from is None else self.start + self.grown_from.core_end
+        if self.grown_from is None:
+            return self._first
+        return self.start + self.grown_from.core_end
 
     def restart(self, device: torch.device) -> None:
         """Begin with the first token."""

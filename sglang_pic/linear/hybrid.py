@@ -8,6 +8,7 @@ from typing import Any
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import HybridLinearAttnBackend
 
 from sglang_pic.linear.capture import Capture
+from sglang_pic.linear.checkpoints import Resumed
 from sglang_pic.linear.state import LinearShape
 from sglang_pic.link.plan import LinkPlan
 from sglang_pic.link.policy import LinkOptions
@@ -48,3 +49,9 @@ class PicHybridBackend(HybridLinearAttnBackend):
         """Requests of the batch that runs next; called once a forward pass."""
         self.full_attn_backend.set_plans(rids, plans)
         self.linear_attn_backend.set_rows(rids, plans, options, captures)
+
+    def set_checkpoints(
+        self, resumed: Sequence[Resumed | None], captures: Sequence[Capture | None]
+    ) -> None:
+        """As in the linear backend; to full attention they are ordinary rows."""
+        self.linear_attn_backend.set_checkpoints(resumed, captures)

@@ -17,6 +17,7 @@ from sglang.srt.layers.attention.hybrid_linear_attn_backend import MambaAttnBack
 from sglang_pic.attention.rows import by_row
 from sglang_pic.attention.ship import to_device
 from sglang_pic.linear.capture import Capture, CaptureRow, CaptureStep, build_capture
+from sglang_pic.linear.checkpoints import Resumed
 from sglang_pic.linear.state import LinearShape
 from sglang_pic.linear.step import LinkRow, LinkStep, build_link, has_core
 from sglang_pic.link.plan import LinkPlan
@@ -52,6 +53,7 @@ class PicLinearBackend(MambaAttnBackendBase):
         self._plans: Sequence[LinkPlan | None] = ()
         self._options: Sequence[LinkOptions | None] = ()
         self._captures: Sequence[Capture | None] = ()
+        self._resumed: Sequence[Resumed | None] = ()
         self._link_step: LinkStep | None = None
         self._capture_step: CaptureStep | None = None
         self._others: Any = None
@@ -70,6 +72,18 @@ class PicLinearBackend(MambaAttnBackendBase):
         """Requests of the batch that runs next; called once a forward pass."""
         self._rids, self._plans = list(rids), plans
         self._options, self._captures = options, captures
+        self._resumed = [None] * len(rids)
+
+    def set_checkpoints(
+        self, resumed: Sequence[Resumed | None], captures: Sequence[Capture | None]
+    ) -> None:
+        """Behind ``set_rows``: which of the ordinary rows go on from a checkpoint, and of
+        which a state is read off."""
+        self._resumed = resumed
+        self._captures = [
+            own if own is not None else of_checkpoint
+            for own, of_checkpoint in zip(self._captures, captures, strict=True)
+        ]
 
     @property
     def captures(self) -> bool:
@@ -79,7 +93,8 @@ class PicLinearBackend(MambaAttnBackendBase):
     def init_forward_metadata(self, forward_batch: Any) -> None:
         self._link_step = self._capture_step = None
         self._others = forward_batch
-        special = any(row is not None for row in (*self._plans, *self._captures))
+        rows = (*self._plans, *self._captures, *self._resumed)
+        special = any(row is not None for row in rows)
         if special and not forward_batch.forward_mode.is_decode_or_idle():
             self._arrange(forward_batch)
         if self._others is not None:
@@ -96,10 +111,13 @@ class PicLinearBackend(MambaAttnBackendBase):
             by_row(self._rids, self._plans, batch),
             by_row(self._rids, self._options, batch),
             by_row(self._rids, self._captures, batch),
+            by_row(self._rids, self._resumed, batch),
             strict=True,
         )
-        for i, (plan, options, capture) in enumerate(rows):
+        for i, (plan, options, capture, resumed) in enumerate(rows):
             where = (at, prefixes[i], extends[i], i)
+            if resumed is not None and prefixes[i] == resumed.depth:
+                self._load(resumed.state.end, resumed.state.conv_tail, slots[i : i + 1])
             if plan is not None and has_core(plan, prefixes[i], extends[i]):
                 assert options is not None
                 linked.append(LinkRow(plan, options, *where))
@@ -107,8 +125,10 @@ class PicLinearBackend(MambaAttnBackendBase):
                 others.append((i, torch.arange(at, at + extends[i])))
                 if capture is not None:
                     compiling.append(CaptureRow(capture, *where))
-                    if prefixes[i] == capture.first:
-                        self._grow(capture, slots[i : i + 1])
+                    held = capture.grown_from
+                    if held is not None and prefixes[i] == capture.first:
+                        # It goes on from where the shorter one's cores end.
+                        self._load(held.end, held.conv_tail, slots[i : i + 1])
             at += extends[i]
         if compiling:
             self._capture_step = build_capture(compiling, slots)
@@ -118,15 +138,12 @@ class PicLinearBackend(MambaAttnBackendBase):
             tokens = [tokens for _, tokens in others]
             self._other_tokens = to_device(torch.cat(tokens), self.device) if tokens else None
 
-    def _grow(self, capture: Capture, slot: torch.Tensor) -> None:
-        """A growing segment goes on from where the shorter one's cores end, in its state
-        slot, int64 [1]."""
-        held = capture.grown_from
-        if held is None:
-            return
+    def _load(self, end: torch.Tensor, conv_tail: torch.Tensor, slot: torch.Tensor) -> None:
+        """Set a row's state slot, int64 [1], to what stands at a core's end
+        (``CoreState``)."""
         cache = self.req_to_token_pool.mamba_pool.mamba_cache
-        cache.temporal[:, slot] = held.end.transpose(-1, -2).to(cache.temporal)[:, None]
-        cache.conv[0][:, slot] = held.conv_tail.to(cache.conv[0])[:, None]
+        cache.temporal[:, slot] = end.transpose(-1, -2).to(cache.temporal)[:, None]
+        cache.conv[0][:, slot] = conv_tail.to(cache.conv[0])[:, None]
 
 
 def _rows_of(batch: Any, rows: list[int]) -> Any:

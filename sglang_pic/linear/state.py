@@ -210,6 +210,7 @@ class StateStore:
         uses: int = 1,
         group: str = SEGMENT,
         offer: bool = True,
+        is_exact: bool = False,
     ) -> bool:
         """Keep what a compile captured, beside the pairs of other seam widths.
 
@@ -217,6 +218,7 @@ class StateStore:
             cost: FLOPs that one use of the segment saves.
             uses, group: as in ``EvictionOrder.add``.
             offer: it may go at once, or from ``release`` on.
+            is_exact: nothing is narrowed.
 
         Returns:
             Whether it fits; if not, what was held of this segment stays as it was.
@@ -230,7 +232,8 @@ class StateStore:
             packed = {**held.pairs, **packed}
         # Copies, all of them: what was captured is a view of a whole step's tensor.
         tail = conv_tail.clone(memory_format=torch.contiguous_format)
-        state = SegmentState(owner, core_end, tail, pack_state(end, self._dtype), packed)
+        kept = pack_state(end, torch.float32 if is_exact else self._dtype)
+        state = SegmentState(owner, core_end, tail, kept, packed)
         return self._put(segment, state, cost, uses, group, offer)
 
     def _put(
@@ -344,6 +347,17 @@ class StateStore:
             self.evicted += 1
             self._on_evict(victim)
         return True
+
+    def appraise(self, segment: str, cost: float) -> None:
+        """It is known what all uses to come of it save, in FLOPs."""
+        if segment in self._states:
+            self._order.appraise(segment, cost)
+
+    def price(self, nbytes: int) -> float:
+        """FLOPs that making room for so much costs: what goes for it would have saved."""
+        if self.nbytes + nbytes <= self.budget:
+            return 0.0
+        return self._order.least() * nbytes
 
     def pin(self, segment: str) -> None:
         """Keep a segment's state, if it has one, until ``unpin``."""

@@ -1,0 +1,137 @@
+"""Where requests leave the paths of ordinary prefixes, and what is to be expected of one.
+
+In a tree the depths at which requests leave a path are its branch points, which SGLang's
+tree has as nodes. Counted are, of each node, the requests that shared all up to its end,
+and of each tenant the tails, the tokens that a request did not share. A path that nobody
+has left yet is likely to be left by such a tail: a question behind a document.
+
+Of the paper's one histogram over all documents (arXiv 2605.05219) this is the part that
+is true of all of them, the distance from the end; the rest is counted where it belongs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Sequence
+
+from cachetools import LRUCache
+
+from sglang_pic.forest.placement import Expected
+
+# Nodes and tenants remembered.
+MAX_NODES = 65536
+MAX_TENANTS = 1024
+# Requests of a tenant after which one counts half.
+HALF_LIFE = 256
+# Of a tenant's last requests: what is expected of a path that nobody has left.
+RECENT = 64
+
+Tenant = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class End:
+    """Where a node of the tree ends: its id, and the tokens up to there."""
+
+    node: int
+    depth: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tail:
+    """Of one request: tokens that it did not share, and how far it began a path, from 0
+    where it left one as others do, to 1 where all others had left later."""
+
+    tokens: int
+    begun: float
+
+
+class _Recent:
+    """What is remembered of one tenant."""
+
+    def __init__(self) -> None:
+        self.clock = 0
+        self.tails: deque[_Tail] = deque(maxlen=RECENT)
+
+    def add(self, tail: int, *, has_left: bool, grid: int) -> None:
+        self.clock += 1
+        begun = 1.0
+        if has_left and self.tails:
+            later = sum(other.tokens <= tail - grid for other in self.tails)
+            begun = later / len(self.tails)
+        self.tails.append(_Tail(tail, begun))
+
+    def ahead(self, tokens: int, shared: int) -> list[Expected]:
+        """What is expected of the part of a prompt that is not shared; the deepest first.
+        As many requests leave a path that was begun as have done so of late."""
+        begun = max(1.0, sum(tail.begun for tail in self.tails))
+        found, passes = [], 0.0
+        left = [tail for tail in self.tails if tail.begun < 1]
+        for tail in sorted(left, key=lambda tail: tail.tokens):
+            depth = tokens - tail.tokens
+            if depth < shared:
+                break
+            passes += (1 - tail.begun) / begun
+            found.append(Expected(depth, passes))
+        return found
+
+
+class Overlaps:
+    """Counts, by tenant. There is no clock but the requests themselves: the same requests
+    are counted alike on every rank.
+
+    Args:
+        grid: states are kept in multiples of so many tokens; what differs by less is alike.
+    """
+
+    def __init__(self, grid: int):
+        self._grid = grid
+        self._passes: LRUCache[int, tuple[float, int]] = LRUCache(MAX_NODES)
+        self._recent: LRUCache[Tenant, _Recent] = LRUCache(MAX_TENANTS)
+
+    def note(self, tenant: Tenant, path: Sequence[End], tokens: int, *, has_left: bool) -> None:
+        """A prompt of so many tokens has shared a path up to its last end.
+
+        Args:
+            has_left: it left the path where no state is; else it goes on from its end.
+        """
+        recent = self._recent.get(tenant)
+        if recent is None:
+            recent = self._recent[tenant] = _Recent()
+        shared = path[-1].depth if path else 0
+        recent.add(tokens - shared, has_left=has_left, grid=self._grid)
+        passes = 0.0
+        for end in reversed(path):
+            passes = max(passes, self._of(end.node, recent.clock))
+            self._passes[end.node] = (passes + 1, recent.clock)
+
+    def _of(self, node: int, clock: int) -> float:
+        """Of a node that was split off one below it, nothing: it was passed as often."""
+        count, when = self._passes.get(node, (0.0, clock))
+        return float(count * 0.5 ** ((clock - when) / HALF_LIFE))
+
+    def is_left(self, tenant: Tenant) -> bool:
+        """Whether any of a tenant's last requests left a path where no state is."""
+        recent = self._recent.get(tenant)
+        return recent is not None and any(tail.begun < 1 for tail in recent.tails)
+
+    def expected(self, tenant: Tenant, path: Sequence[End], tokens: int) -> list[Expected]:
+        """What is expected of a prompt of so many tokens that shares a path; the deepest
+        first."""
+        recent = self._recent.get(tenant)
+        if recent is None:
+            return []
+        shared = path[-1].depth if path else 0
+        found = recent.ahead(tokens, shared + self._grid)
+        new = found[-1].passes if found else 0.0
+        passes = 0.0
+        for end in reversed(path):
+            passes = max(passes, self._of(end.node, recent.clock))
+            found.append(Expected(end.depth, new + passes))
+        return found
+
+    def forget(self) -> None:
+        """The tree was emptied."""
+        self._passes.clear()
+        self._recent.clear()

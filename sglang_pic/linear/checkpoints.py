@@ -1,0 +1,335 @@
+"""Checkpoints of a hybrid: which states of ordinary prefixes are kept, and gone on from.
+
+A request that has left a path where no state is computes it again from the deepest one in
+front. It is counted (``forest.overlaps``), what is worth keeping of its path is found
+(``forest.placement``), and if it computes one of those places anyway, its state is read off
+beside it: no prompt is ever computed for a checkpoint. A checkpoint stands at the end of a
+node of SGLang's tree and goes with it; its state lies with those of segments and turns,
+under one budget and in one order, valued by what dropping it would cost (``forest.steps``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult
+from sglang.srt.mem_cache.radix_cache import RadixKey
+
+from sglang_pic.forest.checkpoints import CHECKPOINT, Counts
+from sglang_pic.forest.consensus import Consensus
+from sglang_pic.forest.containment import Containment
+from sglang_pic.forest.cost import PrefillCost
+from sglang_pic.forest.eviction import ORDINARY
+from sglang_pic.forest.keys import is_reserved, owner_of
+from sglang_pic.forest.nodes import PREFIX, NodeIndex
+from sglang_pic.forest.overlaps import End, Overlaps, Tenant
+from sglang_pic.forest.placement import (
+    Expected,
+    Held,
+    most_wanted,
+    passes_at,
+    places,
+    worth_keeping,
+)
+from sglang_pic.forest.steps import Steps
+from sglang_pic.linear.capture import Capture
+from sglang_pic.linear.state import WIDEST, CoreState, LinearShape, StateStore
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+# Nodes of a path that are looked at, its deepest.
+MAX_ENDS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Left:
+    """Where a request leaves what the tree holds.
+
+    Attributes:
+        node: that ends what it shares.
+        depth: tokens that it shares.
+        stock: tokens from which SGLang would go on.
+    """
+
+    node: int | None
+    depth: int
+    stock: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumed:
+    """The state that a row goes on from, behind so many tokens."""
+
+    state: CoreState
+    depth: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """A checkpoint that a request passes.
+
+    Attributes:
+        capture: reads its state off.
+        depth: tokens in front of it.
+        passes: requests expected that share them.
+        before: node of the next shallower checkpoint.
+    """
+
+    capture: Capture
+    depth: int
+    passes: float
+    before: int | None
+
+
+class SparseCheckpoints:
+    """``forest.checkpoints.Checkpoints``.
+
+    Args:
+        tree: SGLang's tree of ordinary prefixes.
+        match: its own ``match_prefix``.
+        nodes: the order of its pages.
+        store: of states.
+        shape: of the linear layers.
+        grid: tokens; states are kept behind multiples of it, where the layers' kernels have
+            them between two chunks, so that what goes on from one is computed as it was.
+        begin_row: told that a row reuses nothing of SGLang's states (``Carried``).
+    """
+
+    def __init__(
+        self,
+        tree: Any,
+        match: Callable[[MatchPrefixParams], MatchResult],
+        nodes: NodeIndex,
+        store: StateStore,
+        shape: LinearShape,
+        cost: PrefillCost,
+        grid: int,
+        begin_row: Callable[[Req], None],
+        contained: Containment,
+        consensus: Consensus,
+    ):
+        self._tree = tree
+        self._match = match
+        self._nodes = nodes
+        self._store = store
+        self._shape = shape
+        self._cost = cost
+        self._grid = grid
+        self._begin_row = begin_row
+        self._contained = contained
+        self._consensus = consensus
+        self._overlaps = Overlaps(grid)
+        self._steps = Steps()
+        self._left: weakref.WeakKeyDictionary[Req, Left] = weakref.WeakKeyDictionary()
+        self._resumed: weakref.WeakKeyDictionary[Req, Resumed] = weakref.WeakKeyDictionary()
+        self._wanted: weakref.WeakKeyDictionary[Req, Wanted] = weakref.WeakKeyDictionary()
+        self._nbytes = shape.state_nbytes(0, WIDEST)
+        self._counts = Counts()
+
+    # -- matching -----------------------------------------------------------------------
+
+    def resume(self, req: Req, result: MatchResult) -> MatchResult:
+        self.released(req)
+        if is_reserved(req.cache_salt) or self._contained.refusal is not None:
+            return result
+        node, shared = result.last_visited_node_id, int(result.full_kv_hit_length)
+        self._left[req] = Left(node, shared, int(result.device_prefix_len))
+        end = self._deepest(result)
+        if end is None:
+            return result
+        held = self._store.find(_name(end.node), _tenant(req))
+        if held is None:
+            return result
+        self._resumed[req] = Resumed(CoreState(None, held.end, held.conv_tail), end.depth)
+        self._begin_row(req)
+        branching = result.mamba_branching_seqlen
+        return result._replace(
+            device_prefix_len=end.depth,
+            last_device_node=end.node,
+            last_host_node=end.node,
+            best_match_node=end.node,
+            mamba_branching_seqlen=(
+                branching if branching is not None and branching > end.depth else None
+            ),
+        )
+
+    def held(self, result: MatchResult) -> int:
+        end = self._deepest(result)
+        return int(result.device_prefix_len) if end is None else end.depth
+
+    def _deepest(self, result: MatchResult) -> End | None:
+        """Where the deepest checkpoint is, if it is deeper than SGLang's own."""
+        stock, shared = result.device_prefix_len, result.full_kv_hit_length
+        if not self._steps or shared - stock < self._grid:
+            return None
+        for end in reversed(self._path(result.last_visited_node_id)):
+            if end.depth <= stock:
+                return None
+            if end.depth <= shared and end.node in self._steps:
+                return end
+        return None
+
+    def _path(self, node: int | None) -> list[End]:
+        """The last nodes of a path, the deepest last."""
+        if node is None:
+            return []
+        try:
+            (path,) = self._tree.tree_core.collect_path_info([node])
+        except KeyError:
+            return []
+        return [End(info.node_id, info.path_end) for info in path[-MAX_ENDS:]]
+
+    # -- a row's beginning --------------------------------------------------------------
+
+    def _begin(self, req: Req) -> None:
+        """A row runs for the first time: count it, and see what it passes."""
+        left = self._left.pop(req)
+        resumed = self._resumed.get(req)
+        went_on = left.stock if resumed is None else resumed.depth
+        if resumed is not None:
+            self._counts.tokens_resumed += went_on - left.stock
+        tenant, tokens = _tenant(req), len(req.origin_input_ids)
+        self._counts.tokens_recomputed += left.depth - went_on
+        has_left = left.depth - left.stock >= self._grid
+        if not has_left and tokens - left.depth < self._grid:
+            return
+        path = self._path(left.node) if has_left else _end_of(left)
+        path = [end for end in path if end.depth <= left.depth]
+        self._overlaps.note(tenant, path, tokens, has_left=has_left)
+        if self._overlaps.is_left(tenant):
+            self._plan(req, left.stock, path, self._overlaps.expected(tenant, path, tokens))
+
+    def _plan(self, req: Req, stock: int, path: Sequence[End], expected: list[Expected]) -> None:
+        """Value the checkpoints of a path, and have one more read off where it pays."""
+        self._counts.plans += 1
+        on_path = [end for end in path if end.node in self._steps]
+        before: int | None = None
+        for end in on_path:
+            self._put(end.node, end.depth, passes_at(expected, end.depth), before)
+            before = end.node
+        held = Held({end.depth for end in on_path}, stock, self._store.price(self._nbytes))
+        chosen = worth_keeping(places(expected, held, self._grid, self._work))
+        passed = range(req.prefix_len + 1, len(req.origin_input_ids))
+        best = most_wanted(chosen, held, passed)
+        if best is None:
+            return
+        nearest = [end.node for end in on_path if end.depth < best.depth]
+        self._wanted[req] = Wanted(
+            Capture(self._shape, start=0, heads=(), core_end=best.depth, first=req.prefix_len),
+            best.depth,
+            best.passes,
+            nearest[-1] if nearest else None,
+        )
+
+    def _work(self, depth: int) -> float:
+        return self._cost.flops(0, depth)
+
+    # -- what it has computed -----------------------------------------------------------
+
+    def hand_over(self, backend: Any, reqs: Sequence[Req]) -> None:
+        for req in reqs:
+            if req in self._left:
+                with self._contained("checkpoint", req):
+                    self._begin(req)
+        if not self._resumed and not self._wanted:
+            return
+        wanted = [self._wanted.get(req) for req in reqs]
+        backend.set_checkpoints(
+            [self._resumed.get(req) for req in reqs],
+            [None if one is None or one.capture.complete else one.capture for one in wanted],
+        )
+
+    def give_up(self, reqs: Sequence[Req]) -> list[Req]:
+        given_up = [req for req in reqs if req in self._resumed]
+        for req in reqs:
+            self.released(req)
+        return given_up
+
+    def inserted(self, req: Req) -> None:
+        wanted = self._wanted.get(req)
+        if wanted is None or not (req.output_ids or req.finished()):
+            return
+        if not wanted.capture.complete:
+            del self._wanted[req]
+            return
+        ids = req.origin_input_ids[: wanted.depth]
+        key = RadixKey(ids, req.extra_key, cache_salt=req.cache_salt)
+        found = self._match(MatchPrefixParams(key=key))
+        node = found.last_visited_node_id
+        if node is None or found.full_kv_hit_length != wanted.depth:
+            return  # SGLang has not kept so much, or not yet
+        del self._wanted[req]
+        if node in self._steps:
+            return
+        capture = wanted.capture
+        kept = self._store.add(
+            _name(node),
+            _tenant(req),
+            core_end=wanted.depth,
+            conv_tail=capture.conv_tail,
+            end=capture.end(),
+            pairs={},
+            group=CHECKPOINT,
+            is_exact=True,
+        )
+        if not kept:
+            return
+        self._counts.placed += 1
+        self._consensus.note("kept", _name(node))
+        self._nodes.note(ORDINARY, node, PREFIX, req.cache_salt)
+        self._nodes.end_segment(ORDINARY, node, _name(node))
+        self._put(node, wanted.depth, wanted.passes, wanted.before)
+
+    def released(self, req: Req) -> None:
+        for of in (self._left, self._resumed, self._wanted):
+            of.pop(req, None)
+
+    # -- what is held -------------------------------------------------------------------
+
+    def _put(self, node: int, depth: int, passes: float, before: int | None) -> None:
+        self._value(self._steps.put(node, depth, self._work(depth), passes, before))
+
+    def _value(self, nodes: Sequence[int]) -> None:
+        for node in nodes:
+            self._store.appraise(_name(node), self._steps.cost(node))
+
+    def gone(self, name: str) -> None:
+        node = _node(name)
+        if node is not None and node in self._steps:
+            self._store.drop(name)
+            self._value(self._steps.drop(node))
+
+    def lost(self, name: str) -> None:
+        node = _node(name)
+        if node is not None and node in self._steps:
+            self._nodes.unend_segment(ORDINARY, node, name)
+            self._value(self._steps.drop(node))
+
+    def counts(self) -> Counts:
+        held = self._store.bytes_of_group(CHECKPOINT)
+        return dataclasses.replace(self._counts, held=len(self._steps), bytes=held)
+
+    def clear(self) -> None:
+        self._steps.clear()
+        self._overlaps.forget()
+
+
+def _tenant(req: Req) -> Tenant:
+    return owner_of(req.cache_salt or "", req.extra_key)
+
+
+def _name(node: int) -> str:
+    return f"{CHECKPOINT}:{node}"
+
+
+def _node(name: str) -> int | None:
+    kind, _, node = name.partition(":")
+    return int(node) if kind == CHECKPOINT else None
+
+
+def _end_of(left: Left) -> list[End]:
+    return [] if left.node is None else [End(left.node, left.depth)]

@@ -1,0 +1,257 @@
+"""Where states of ordinary prefixes are worth keeping: placement, counts, what dropping costs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_pic.forest.order import EvictionOrder
+from sglang_pic.forest.overlaps import HALF_LIFE, End, Overlaps
+from sglang_pic.forest.placement import (
+    Expected,
+    Held,
+    Place,
+    most_wanted,
+    passes_at,
+    places,
+    worth_keeping,
+)
+from sglang_pic.forest.steps import MENDED, Steps
+
+TENANT = ("", "")
+numbers = st.floats(0, 8, allow_nan=False, width=16)
+
+
+def value(chosen: Sequence[Place]) -> float:
+    """What these states spare, prices paid: the sum of the paper, term by term."""
+    spared, before = 0.0, 0.0
+    for place in chosen:
+        spared += (place.work - before) * place.passes - place.price
+        before = place.work
+    return spared
+
+
+def recomputed(depths: Sequence[int], mass: dict[int, float], work: dict[int, float]) -> float:
+    """Work of all requests from the deepest state at or before where each leaves."""
+    return sum(
+        share * (work[left] - work[max((c for c in depths if c <= left), default=0)])
+        for left, share in mass.items()
+    )
+
+
+@st.composite
+def paths(draw: st.DrawFn) -> list[Place]:
+    depths = sorted(draw(st.sets(st.integers(1, 60), max_size=7)))
+    passes = sorted(draw(st.lists(numbers, min_size=7, max_size=7)), reverse=True)
+    steps = draw(st.lists(st.floats(0.125, 8, width=16), min_size=7, max_size=7))
+    prices = draw(st.lists(st.one_of(st.just(0.0), numbers), min_size=7, max_size=7))
+    works = list(itertools.accumulate(steps))
+    return [Place(depth, works[i], passes[i], prices[i]) for i, depth in enumerate(depths)]
+
+
+class TestPlacement:
+    @given(paths())
+    def test_no_choice_is_better(self, path: list[Place]) -> None:
+        choices = itertools.chain.from_iterable(
+            itertools.combinations(path, n) for n in range(len(path) + 1)
+        )
+        chosen = worth_keeping(path)
+        assert value(chosen) == pytest.approx(max(map(value, choices)), abs=1e-9)
+        assert chosen == [place for place in path if place in chosen]
+
+    @given(paths(), st.data())
+    def test_what_is_spared_is_not_recomputed(self, path: list[Place], data: st.DataObject) -> None:
+        """The paper's identity: E[W(D)] - spared = E[W(D) - W(c(D))]."""
+        work = {0: 0.0} | {place.depth: place.work for place in path}
+        passes = [*(place.passes for place in path), 0.0]
+        mass = {p.depth: passes[i] - passes[i + 1] for i, p in enumerate(path)}
+        chosen = data.draw(st.lists(st.sampled_from(path), unique=True)) if path else []
+        chosen.sort(key=lambda place: place.depth)
+        spared = value([Place(p.depth, p.work, p.passes, 0.0) for p in chosen])
+        everything = recomputed([], mass, work)
+        assert everything - spared == pytest.approx(
+            recomputed([p.depth for p in chosen], mass, work), abs=1e-9
+        )
+
+    @given(paths(), st.floats(0, 20, width=16), st.floats(0, 20, width=16))
+    def test_dearer_memory_holds_no_more_states(
+        self, path: list[Place], one: float, other: float
+    ) -> None:
+        def at(price: float) -> tuple[int, float]:
+            chosen = worth_keeping([Place(p.depth, p.work, p.passes, price) for p in path])
+            return len(chosen), value([Place(p.depth, p.work, p.passes, 0.0) for p in chosen])
+
+        cheap, dear = at(min(one, other)), at(max(one, other))
+        assert dear[1] <= cheap[1] + 1e-9
+        if one != other and dear[1] < cheap[1] - 1e-9:
+            assert dear[0] < cheap[0]
+
+    def test_the_grid_is_in_front_of_where_a_path_is_left(self) -> None:
+        found = places([Expected(130, 1.0), Expected(70, 2.0)], Held((), 0, 0.0), 64, float)
+        assert [(place.depth, place.passes) for place in found] == [(64, 2.0), (128, 1.0)]
+
+    def test_what_is_held_may_be_worth_moving(self) -> None:
+        """Where memory is short a state that is held pays for its room as a new one does."""
+        short = Held({960}, 0, 600.0)
+        chosen = worth_keeping(places([Expected(1024, 1.0)], short, 64, float))
+        assert [place.depth for place in chosen] == [960]
+        chosen = worth_keeping(places([Expected(1024, 8.0)], short, 64, float))
+        assert [place.depth for place in chosen] == [1024]
+        assert most_wanted(chosen, short, range(2000)) is not None
+        assert most_wanted(chosen, short, range(1000)) is None
+
+    def test_what_sglang_holds_is_not_kept_again(self) -> None:
+        held = Held((), 128, 0.0)
+        chosen = worth_keeping(places([Expected(130, 9.0)], held, 64, float))
+        assert most_wanted(chosen, held, range(1000)) is None
+
+
+class TestOverlaps:
+    def test_a_document_is_left_by_its_questions(self) -> None:
+        overlaps = Overlaps(64)
+        overlaps.note(TENANT, [], 5040, has_left=False)
+        assert not overlaps.is_left(TENANT)
+        for _ in range(3):
+            overlaps.note(TENANT, [End(1, 5000)], 5040, has_left=True)
+        assert overlaps.is_left(TENANT)
+        expected = overlaps.expected(TENANT, [End(1, 5000)], 5040)
+        assert passes_at(expected, 5000) == pytest.approx(3, rel=0.05)
+        # One nobody has left yet is likely to be left as the first one was.
+        new = overlaps.expected(TENANT, [], 8040)
+        assert [(one.depth, one.passes) for one in new] == [(8000, 1), (8000, 2), (8000, 3)]
+
+    def test_who_goes_on_from_the_end_teaches_nothing(self) -> None:
+        overlaps = Overlaps(64)
+        for turn in range(1, 20):
+            overlaps.note(TENANT, [End(turn, turn * 300)], (turn + 1) * 300, has_left=False)
+        assert not overlaps.is_left(TENANT)
+        assert all(one.depth <= 5700 for one in overlaps.expected(TENANT, [End(19, 5700)], 6000))
+
+    def test_tenants_learn_nothing_of_each_other(self) -> None:
+        overlaps = Overlaps(64)
+        overlaps.note(TENANT, [], 540, has_left=False)
+        overlaps.note(TENANT, [End(1, 500)], 540, has_left=True)
+        assert overlaps.expected(("other", ""), [], 540) == []
+        assert not overlaps.is_left(("other", ""))
+
+    def test_what_is_split_off_was_passed_as_often(self) -> None:
+        overlaps = Overlaps(64)
+        for _ in range(4):
+            overlaps.note(TENANT, [End(7, 1000)], 1040, has_left=True)
+        overlaps.note(TENANT, [End(8, 600)], 2000, has_left=True)
+        expected = overlaps.expected(TENANT, [End(8, 600), End(7, 1000)], 1040)
+        assert passes_at(expected, 600) >= passes_at(expected, 1000)
+
+    def test_old_requests_count_less(self) -> None:
+        overlaps = Overlaps(64)
+        for _ in range(8):
+            overlaps.note(TENANT, [End(1, 1000)], 1010, has_left=True)
+        before = passes_at(overlaps.expected(TENANT, [End(1, 1000)], 1010), 1000)
+        for _ in range(HALF_LIFE):
+            overlaps.note(TENANT, [End(2, 1000)], 1010, has_left=True)
+        after = passes_at(overlaps.expected(TENANT, [End(1, 1000)], 1010), 1000)
+        assert after == pytest.approx(before / 2, rel=0.05)
+
+    @given(
+        st.lists(
+            st.tuples(st.lists(st.integers(1, 40), max_size=5, unique=True), st.booleans()),
+            max_size=20,
+        )
+    )
+    def test_the_deeper_the_fewer(self, requests: list[tuple[list[int], bool]]) -> None:
+        overlaps = Overlaps(4)
+        for depths, has_left in requests:
+            path = [End(depth, depth) for depth in sorted(depths)]
+            overlaps.note(TENANT, path, 50, has_left=has_left)
+            found = overlaps.expected(TENANT, path, 50)
+            assert [one.depth for one in found] == sorted(
+                (one.depth for one in found), reverse=True
+            )
+            passes = [one.passes for one in found]
+            assert passes == sorted(passes)
+
+
+class TestSteps:
+    @given(
+        st.lists(st.tuples(st.integers(0, 4), numbers), min_size=1, max_size=8),
+        st.lists(st.integers(0, 7), max_size=4),
+    )
+    def test_what_dropping_costs(self, tree: list[tuple[int, float]], dropped: list[int]) -> None:
+        """Against every request of the tree, each at its deepest state."""
+        parents: dict[int, int | None] = {}
+        depth: dict[int, int] = {}
+        own: dict[int, float] = {}
+        for node, (up, leaving) in enumerate(tree):
+            parent = node - 1 - up if node - 1 - up >= 0 else None
+            parents[node], own[node] = parent, leaving
+            depth[node] = 10 + (depth[parent] if parent is not None else 0)
+        passes = dict(own)
+        for node in reversed(range(len(tree))):
+            above = parents[node]
+            if above is not None:
+                passes[above] += passes[node]
+        steps = Steps()
+        for node in range(len(tree)):
+            steps.put(node, depth[node], float(depth[node]), passes[node], parents[node])
+        kept = set(range(len(tree)))
+
+        def total(of: set[int]) -> float:
+            def from_(node: int | None) -> int:
+                while node is not None and node not in of:
+                    node = parents[node]
+                return 0 if node is None else depth[node]
+
+            return sum(own[node] * (depth[node] - from_(node)) for node in own)
+
+        for node in dropped:
+            if node in kept:
+                kept.discard(node)
+                changed = steps.drop(node)
+                assert set(changed) <= kept
+            for one in kept:
+                assert steps.cost(one) == pytest.approx(total(kept - {one}) - total(kept))
+
+    def test_a_wide_branch_is_mended_in_part(self) -> None:
+        steps = Steps()
+        steps.put(0, 10, 10.0, 300.0, None)
+        for node in range(1, 200):
+            steps.put(node, 20, 20.0, 1.0, 0)
+        assert len(steps.drop(0)) == MENDED
+        for node in range(1, 200):
+            steps.put(node, 20, 20.0, 1.0, None)
+            assert steps.cost(node) == 20.0
+
+    def test_passed_again_behind_another(self) -> None:
+        steps = Steps()
+        steps.put(1, 10, 10.0, 5.0, None)
+        steps.put(2, 30, 30.0, 3.0, 1)
+        assert steps.put(3, 20, 20.0, 4.0, 1) == [1, 3]
+        steps.put(2, 30, 30.0, 3.0, 3)
+        assert [steps.cost(node) for node in (1, 3, 2)] == [10.0, 10.0, 30.0]
+
+
+class TestAppraisal:
+    def test_a_value_may_fall(self) -> None:
+        order: EvictionOrder[str] = EvictionOrder()
+        for name in "ab":
+            order.add(name, "state", cost=1.0, nbytes=1)
+            order.offer(name)
+        order.appraise("a", 10.0)
+        order.appraise("b", 5.0)
+        assert order.least() == 5.0
+        order.appraise("a", 1.0)
+        assert order.least() == 1.0
+        assert order.park() == "a"
+        order.evicted("a")
+        assert order.least() == 4.0
+        assert order.park() == "b"
+
+    def test_nobody_may_go(self) -> None:
+        order: EvictionOrder[str] = EvictionOrder()
+        order.add("a", "state", cost=1.0, nbytes=1)
+        assert order.least() == 0.0
+        assert order.park() is None
