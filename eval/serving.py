@@ -62,6 +62,11 @@ class Server:
         Raises:
             RuntimeError: the server refused the request or ended the stream early.
         """
+        seconds, first, _ = self.streamed(**body)
+        return seconds, first
+
+    def streamed(self, **body: Any) -> tuple[float, dict[str, Any], dict[str, Any]]:
+        """As ``first_token``, with the last chunk besides."""
         start = time.perf_counter()
         with requests.post(
             self.url + "/generate", json={**body, "stream": True}, stream=True, timeout=600
@@ -69,12 +74,15 @@ class Server:
             if response.status_code != 200:
                 raise RuntimeError(f"{self.url}: {response.status_code} {response.text[:500]}")
             first: tuple[float, dict[str, Any]] | None = None
+            last = b""
             for line in response.iter_lines():
-                if first is None and line.startswith(b"data: {"):
-                    first = time.perf_counter() - start, json.loads(line[6:])
+                if line.startswith(b"data: {"):
+                    last = line[6:]
+                    if first is None:
+                        first = time.perf_counter() - start, json.loads(last)
         if first is None or "error" in first[1]:
             raise RuntimeError(f"{self.url}: no token came: {first}")
-        return first
+        return *first, json.loads(last)
 
     @functools.cached_property
     def parts(self) -> list[str]:

@@ -45,6 +45,9 @@ ENGINE_STAGES = (
     Stage("match", "sglang_pic.forest.arrivals.Arrivals.missing"),
     Stage("match", "sglang_pic.forest.links.Links.match"),
     Stage("match", "sglang_pic.forest.lookups.Lookups.of"),
+    Stage("checkpoints", "sglang_pic.linear.checkpoints.SparseCheckpoints.resume"),
+    Stage("checkpoints", "sglang_pic.linear.checkpoints.SparseCheckpoints.hand_over"),
+    Stage("checkpoints", "sglang_pic.linear.checkpoints.SparseCheckpoints.inserted"),
     Stage(
         "SGLang's tree", "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.match_prefix"
     ),

@@ -35,6 +35,7 @@ STYLES = {
     "segment": "green",
     "company": "bright_green",
     "turn": "cyan",
+    "checkpoint": "bright_cyan",
     "prefix": "blue",
     "running": "yellow",
     "free": "bright_black",

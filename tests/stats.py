@@ -16,6 +16,13 @@ def rank_stats(**changes: Any) -> dict[str, Any]:
         "pins": 1,
         "page_size": 16,
         "refusal": None,
+        "checkpoints": {
+            "held": 3,
+            "placed": 9,
+            "plans": 40,
+            "tokens_resumed": 12_000,
+            "tokens_recomputed": 900,
+        },
         "kv": {
             "capacity": 100 * MIB,
             "budget": 75 * MIB,
@@ -26,7 +33,7 @@ def rank_stats(**changes: Any) -> dict[str, Any]:
             "pinned": 8 * MIB,
             "free": 26 * MIB,
         },
-        "state": {"budget": 64 * MIB, "segment": 16 * MIB, "turn": 0, "pinned": 4 * MIB},
+        "state": {"budget": 64 * MIB, "segment": 16 * MIB, "turn": 0, "checkpoint": 8 * MIB, "pinned": 4 * MIB},
         "quota": {"pinned_share": 0.5},
         "evicted": {"segment": 700, "prefix": 20, "turn": 3, "state": 5},
         "refused": {"admission": 6, "budget": 1, "quota": 2, "company": 3},

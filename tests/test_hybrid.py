@@ -256,8 +256,9 @@ def test_state_memory_is_reported_and_bounded(paged: tuple[Server, int]) -> None
     # three inputs of 128 channels, and which operators are kept.
     assert last["state_bytes"] == 2 * (4 * 3 * 16 * 16 + 3 * 128) * 4 + 2 * 4 * 8
     assert 0 < forest["state_bytes"] <= forest["state_budget"]
-    of_segments = sum(s["state_bytes"] for s in forest["segments"])
-    assert forest["state_bytes"] == of_segments + forest["checkpoints"]["bytes"]
+    held = server.get("/pic/stats").json()["ranks"][0]["state"]
+    assert held["segment"] == sum(s["state_bytes"] for s in forest["segments"])
+    assert forest["state_bytes"] == held["segment"] + held["turn"] + held["checkpoint"]
 
 
 def test_another_seam_width_compiles_its_own_pair(paged: tuple[Server, int]) -> None:

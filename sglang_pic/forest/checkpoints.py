@@ -71,7 +71,6 @@ class Counts:
 
     Attributes:
         held: checkpoints.
-        bytes: of their states.
         placed: since start.
         plans: solved since start.
         tokens_resumed: that requests did not compute, beyond what SGLang holds.
@@ -80,11 +79,13 @@ class Counts:
     """
 
     held: int = 0
-    bytes: int = 0
     placed: int = 0
     plans: int = 0
     tokens_resumed: int = 0
     tokens_recomputed: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return dataclasses.asdict(self)
 
 
 class NoCheckpoints:

@@ -152,7 +152,7 @@ class Forest:
             "evictable_tokens": self.cache.evictable_size(),
             "bytes_per_token": self.cost.kv_bytes,
             "live_plans": self.links.live,
-            "checkpoints": dataclasses.asdict(self.checkpoints.counts()),
+            "checkpoints": self.checkpoints.counts().to_json(),
             **self.carried.to_json(),
         }
 

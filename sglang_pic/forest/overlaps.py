@@ -25,7 +25,7 @@ MAX_TENANTS = 1024
 # Requests of a tenant after which one counts half.
 HALF_LIFE = 256
 # Of a tenant's last requests: what is expected of a path that nobody has left.
-RECENT = 64
+RECENT = 256
 
 Tenant = tuple[str, ...]
 
@@ -40,11 +40,18 @@ class End:
 
 @dataclasses.dataclass(frozen=True)
 class _Tail:
-    """Of one request: tokens that it did not share, and how far it began a path, from 0
-    where it left one as others do, to 1 where all others had left later."""
+    """Of one request.
+
+    Attributes:
+        tokens: that it did not share.
+        begun: how far it began a path, from 0 where it left one as others do, to 1 where
+            all others had left later.
+        is_first: it left a path where nobody had before.
+    """
 
     tokens: int
     begun: float
+    is_first: bool
 
 
 class _Recent:
@@ -54,25 +61,28 @@ class _Recent:
         self.clock = 0
         self.tails: deque[_Tail] = deque(maxlen=RECENT)
 
-    def add(self, tail: int, *, has_left: bool, grid: int) -> None:
+    def add(self, tail: int, *, has_left: bool, is_first: bool, grid: int) -> None:
         self.clock += 1
         begun = 1.0
         if has_left and self.tails:
             later = sum(other.tokens <= tail - grid for other in self.tails)
             begun = later / len(self.tails)
-        self.tails.append(_Tail(tail, begun))
+        self.tails.append(_Tail(tail, begun, is_first))
 
     def ahead(self, tokens: int, shared: int) -> list[Expected]:
         """What is expected of the part of a prompt that is not shared; the deepest first.
-        As many requests leave a path that was begun as have done so of late."""
-        begun = max(1.0, sum(tail.begun for tail in self.tails))
+        It is left for the first time as often as what was begun of late has been, and once
+        in one more (the rule of succession)."""
+        left = sorted((tail for tail in self.tails if tail.begun < 1), key=lambda tail: tail.tokens)
+        begun = sum(tail.begun for tail in self.tails)
+        chance = (sum(tail.is_first for tail in left) + 1) / (begun + 1)
+        shares = sum(1 - tail.begun for tail in left)
         found, passes = [], 0.0
-        left = [tail for tail in self.tails if tail.begun < 1]
-        for tail in sorted(left, key=lambda tail: tail.tokens):
+        for tail in left:
             depth = tokens - tail.tokens
             if depth < shared:
                 break
-            passes += (1 - tail.begun) / begun
+            passes += chance * (1 - tail.begun) / shares
             found.append(Expected(depth, passes))
         return found
 
@@ -100,7 +110,12 @@ class Overlaps:
         if recent is None:
             recent = self._recent[tenant] = _Recent()
         shared = path[-1].depth if path else 0
-        recent.add(tokens - shared, has_left=has_left, grid=self._grid)
+        recent.add(
+            tokens - shared,
+            has_left=has_left,
+            is_first=has_left and all(end.node not in self._passes for end in path[-1:]),
+            grid=self._grid,
+        )
         passes = 0.0
         for end in reversed(path):
             passes = max(passes, self._of(end.node, recent.clock))

@@ -22,7 +22,10 @@ import dataclasses
 from collections.abc import Callable, Collection, Sequence
 
 # What a new state must be expected to spare, in tokens: reading it off is not free.
-LEAST_SPARED = 256
+LEAST_SPARED = 64
+# New states that one request reads off: each takes the kernels of the linear layers once
+# more over a part of its prompt.
+AT_ONCE = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,21 +129,18 @@ def places(
     ]
 
 
-def most_wanted(chosen: Sequence[Place], held: Held, passed: range) -> Place | None:
-    """Of the places worth a state, the best among those that a request passes and that
-    have none.
+def wanted(chosen: Sequence[Place], held: Held, passed: range) -> list[Place]:
+    """Of the places worth a state, the deepest few that a request passes and that have none.
 
     Args:
         passed: depths behind which the request computes tokens.
     """
-    best, most, front = None, 0.0, 0.0
-    for place in chosen:
-        gain = (place.work - front) * place.passes - place.price
-        front = place.work
-        is_new = place.depth not in held.depths and place.depth != held.free
-        if is_new and place.depth in passed and gain > most:
-            best, most = place, gain
-    return best
+    new = [
+        place
+        for place in chosen
+        if place.depth in passed and place.depth not in held.depths and place.depth != held.free
+    ]
+    return new[-AT_ONCE:]
 
 
 def _is_covered(

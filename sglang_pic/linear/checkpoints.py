@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
+from sglang_pic.errors import PicIntegrityError
 from sglang_pic.forest.checkpoints import CHECKPOINT, Counts
 from sglang_pic.forest.consensus import Consensus
 from sglang_pic.forest.containment import Containment
@@ -29,9 +30,9 @@ from sglang_pic.forest.overlaps import End, Overlaps, Tenant
 from sglang_pic.forest.placement import (
     Expected,
     Held,
-    most_wanted,
     passes_at,
     places,
+    wanted,
     worth_keeping,
 )
 from sglang_pic.forest.steps import Steps
@@ -76,13 +77,11 @@ class Wanted:
         capture: reads its state off.
         depth: tokens in front of it.
         passes: requests expected that share them.
-        before: node of the next shallower checkpoint.
     """
 
     capture: Capture
     depth: int
     passes: float
-    before: int | None
 
 
 class SparseCheckpoints:
@@ -126,7 +125,7 @@ class SparseCheckpoints:
         self._steps = Steps()
         self._left: weakref.WeakKeyDictionary[Req, Left] = weakref.WeakKeyDictionary()
         self._resumed: weakref.WeakKeyDictionary[Req, Resumed] = weakref.WeakKeyDictionary()
-        self._wanted: weakref.WeakKeyDictionary[Req, Wanted] = weakref.WeakKeyDictionary()
+        self._wanted: weakref.WeakKeyDictionary[Req, list[Wanted]] = weakref.WeakKeyDictionary()
         self._nbytes = shape.state_nbytes(0, WIDEST)
         self._counts = Counts()
 
@@ -134,7 +133,8 @@ class SparseCheckpoints:
 
     def resume(self, req: Req, result: MatchResult) -> MatchResult:
         self.released(req)
-        if is_reserved(req.cache_salt) or self._contained.refusal is not None:
+        has_own_row = req.session is not None or req.beam_group is not None
+        if has_own_row or is_reserved(req.cache_salt) or self._contained.refusal is not None:
             return result
         node, shared = result.last_visited_node_id, int(result.full_kv_hit_length)
         self._left[req] = Left(node, shared, int(result.device_prefix_len))
@@ -213,17 +213,11 @@ class SparseCheckpoints:
             before = end.node
         held = Held({end.depth for end in on_path}, stock, self._store.price(self._nbytes))
         chosen = worth_keeping(places(expected, held, self._grid, self._work))
-        passed = range(req.prefix_len + 1, len(req.origin_input_ids))
-        best = most_wanted(chosen, held, passed)
-        if best is None:
-            return
-        nearest = [end.node for end in on_path if end.depth < best.depth]
-        self._wanted[req] = Wanted(
-            Capture(self._shape, start=0, heads=(), core_end=best.depth, first=req.prefix_len),
-            best.depth,
-            best.passes,
-            nearest[-1] if nearest else None,
-        )
+        first = req.prefix_len
+        passed = range(first + 1, len(req.origin_input_ids))
+        for place in wanted(chosen, held, passed):
+            capture = Capture(self._shape, start=0, heads=(), core_end=place.depth, first=first)
+            self._wanted.setdefault(req, []).append(Wanted(capture, place.depth, place.passes))
 
     def _work(self, depth: int) -> float:
         return self._cost.flops(0, depth)
@@ -233,14 +227,17 @@ class SparseCheckpoints:
     def hand_over(self, backend: Any, reqs: Sequence[Req]) -> None:
         for req in reqs:
             if req in self._left:
+                resumed = self._resumed.get(req)
+                if resumed is not None and req.prefix_len != resumed.depth:
+                    raise PicIntegrityError("a row begins elsewhere than at its checkpoint")
                 with self._contained("checkpoint", req):
                     self._begin(req)
         if not self._resumed and not self._wanted:
             return
-        wanted = [self._wanted.get(req) for req in reqs]
+        captures = [[one.capture for one in self._wanted.get(req, ())] for req in reqs]
         backend.set_checkpoints(
             [self._resumed.get(req) for req in reqs],
-            [None if one is None or one.capture.complete else one.capture for one in wanted],
+            [[one for one in of_row if not one.complete] for of_row in captures],
         )
 
     def give_up(self, reqs: Sequence[Req]) -> list[Req]:
@@ -250,22 +247,24 @@ class SparseCheckpoints:
         return given_up
 
     def inserted(self, req: Req) -> None:
-        wanted = self._wanted.get(req)
-        if wanted is None or not (req.output_ids or req.finished()):
-            return
-        if not wanted.capture.complete:
-            del self._wanted[req]
-            return
+        if req in self._wanted and (req.output_ids or req.finished()):
+            wanted = [one for one in self._wanted.pop(req) if one.capture.complete]
+            later = [one for one in wanted if not self._keep(req, one)]
+            if later:
+                self._wanted[req] = later
+
+    def _keep(self, req: Req, wanted: Wanted) -> bool:
+        """Keep what was read off, if it fits; whether SGLang has kept the pages in front
+        of it, without which there is nothing to go on from."""
         ids = req.origin_input_ids[: wanted.depth]
         key = RadixKey(ids, req.extra_key, cache_salt=req.cache_salt)
         found = self._match(MatchPrefixParams(key=key))
         node = found.last_visited_node_id
         if node is None or found.full_kv_hit_length != wanted.depth:
-            return  # SGLang has not kept so much, or not yet
-        del self._wanted[req]
-        if node in self._steps:
-            return
+            return False
         capture = wanted.capture
+        if node in self._steps:
+            return True
         kept = self._store.add(
             _name(node),
             _tenant(req),
@@ -277,12 +276,15 @@ class SparseCheckpoints:
             is_exact=True,
         )
         if not kept:
-            return
+            return True
         self._counts.placed += 1
         self._consensus.note("kept", _name(node))
         self._nodes.note(ORDINARY, node, PREFIX, req.cache_salt)
         self._nodes.end_segment(ORDINARY, node, _name(node))
-        self._put(node, wanted.depth, wanted.passes, wanted.before)
+        in_front = [end.node for end in self._path(node)[:-1] if end.node in self._steps]
+        before = in_front[-1] if in_front else None
+        self._put(node, wanted.depth, wanted.passes, before)
+        return True
 
     def released(self, req: Req) -> None:
         for of in (self._left, self._resumed, self._wanted):
@@ -310,8 +312,7 @@ class SparseCheckpoints:
             self._value(self._steps.drop(node))
 
     def counts(self) -> Counts:
-        held = self._store.bytes_of_group(CHECKPOINT)
-        return dataclasses.replace(self._counts, held=len(self._steps), bytes=held)
+        return dataclasses.replace(self._counts, held=len(self._steps))
 
     def clear(self) -> None:
         self._steps.clear()

@@ -51,7 +51,7 @@ class PicHybridBackend(HybridLinearAttnBackend):
         self.linear_attn_backend.set_rows(rids, plans, options, captures)
 
     def set_checkpoints(
-        self, resumed: Sequence[Resumed | None], captures: Sequence[Capture | None]
+        self, resumed: Sequence[Resumed | None], captures: Sequence[Sequence[Capture]]
     ) -> None:
         """As in the linear backend; to full attention they are ordinary rows."""
         self.linear_attn_backend.set_checkpoints(resumed, captures)

@@ -52,7 +52,7 @@ class PicLinearBackend(MambaAttnBackendBase):
         self._rids: list[str] = []
         self._plans: Sequence[LinkPlan | None] = ()
         self._options: Sequence[LinkOptions | None] = ()
-        self._captures: Sequence[Capture | None] = ()
+        self._captures: Sequence[Sequence[Capture]] = ()
         self._resumed: Sequence[Resumed | None] = ()
         self._link_step: LinkStep | None = None
         self._capture_step: CaptureStep | None = None
@@ -71,30 +71,28 @@ class PicLinearBackend(MambaAttnBackendBase):
     ) -> None:
         """Requests of the batch that runs next; called once a forward pass."""
         self._rids, self._plans = list(rids), plans
-        self._options, self._captures = options, captures
+        self._options = options
+        self._captures = [() if capture is None else (capture,) for capture in captures]
         self._resumed = [None] * len(rids)
 
     def set_checkpoints(
-        self, resumed: Sequence[Resumed | None], captures: Sequence[Capture | None]
+        self, resumed: Sequence[Resumed | None], captures: Sequence[Sequence[Capture]]
     ) -> None:
         """Behind ``set_rows``: which of the ordinary rows go on from a checkpoint, and of
-        which a state is read off."""
+        which states are read off."""
         self._resumed = resumed
-        self._captures = [
-            own if own is not None else of_checkpoint
-            for own, of_checkpoint in zip(self._captures, captures, strict=True)
-        ]
+        pairs = zip(self._captures, captures, strict=True)
+        self._captures = [(*of_segment, *of_prefix) for of_segment, of_prefix in pairs]
 
     @property
     def captures(self) -> bool:
-        """Whether pairs are read off any row of the batch that runs next."""
-        return any(capture is not None for capture in self._captures)
+        """Whether pairs or states are read off any row of the batch that runs next."""
+        return any(self._captures)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         self._link_step = self._capture_step = None
         self._others = forward_batch
-        rows = (*self._plans, *self._captures, *self._resumed)
-        special = any(row is not None for row in rows)
+        special = self.captures or any(row is not None for row in (*self._plans, *self._resumed))
         if special and not forward_batch.forward_mode.is_decode_or_idle():
             self._arrange(forward_batch)
         if self._others is not None:
@@ -114,7 +112,7 @@ class PicLinearBackend(MambaAttnBackendBase):
             by_row(self._rids, self._resumed, batch),
             strict=True,
         )
-        for i, (plan, options, capture, resumed) in enumerate(rows):
+        for i, (plan, options, captures, resumed) in enumerate(rows):
             where = (at, prefixes[i], extends[i], i)
             if resumed is not None and prefixes[i] == resumed.depth:
                 self._load(resumed.state.end, resumed.state.conv_tail, slots[i : i + 1])
@@ -123,7 +121,7 @@ class PicLinearBackend(MambaAttnBackendBase):
                 linked.append(LinkRow(plan, options, *where))
             else:
                 others.append((i, torch.arange(at, at + extends[i])))
-                if capture is not None:
+                for capture in captures or ():
                     compiling.append(CaptureRow(capture, *where))
                     held = capture.grown_from
                     if held is not None and prefixes[i] == capture.first:

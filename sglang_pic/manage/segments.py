@@ -12,6 +12,7 @@ from typing import Any
 from sglang_pic.errors import PicRefused
 from sglang_pic.faults import faults
 from sglang_pic.forest.budget import Need
+from sglang_pic.forest.checkpoints import CHECKPOINT
 from sglang_pic.forest.forest import Forest
 from sglang_pic.forest.nodes import PREFIX, SEGMENT, TURN
 from sglang_pic.forest.segments import SegmentRecord
@@ -179,6 +180,7 @@ def budgets(forest: Forest) -> dict[str, Any]:
             "budget": limit.state,
             "segment": forest.carried.nbytes_of_kind(SEGMENT),
             "turn": forest.carried.nbytes_of_kind(TURN),
+            "checkpoint": forest.carried.nbytes_of_kind(CHECKPOINT),
             "pinned": pinned.state,
         },
         "quota": {"pinned_share": forest.config.pin_share},
@@ -195,6 +197,7 @@ def stats(forest: Forest) -> dict[str, Any]:
         "pins": len(forest.pins),
         "page_size": forest.pages.page_size,
         "refusal": forest.refusal,
+        "checkpoints": forest.checkpoints.counts().to_json(),
         **budgets(forest),
         "evicted": {
             **{kind: nodes.evicted[kind] for kind in (SEGMENT, PREFIX, TURN)},

@@ -198,13 +198,38 @@ RANK_METRICS = (
     Metric(
         PREFIX + "state_bytes",
         "Linear state held, by kind; pinned is part of segment.",
-        lambda rank: _only(rank["state"], "segment", "turn", "pinned"),
+        lambda rank: _only(rank["state"], "segment", "turn", "checkpoint", "pinned"),
         "kind",
     ),
     Metric(
         PREFIX + "state_budget_bytes",
         "Linear state that may be held.",
         lambda rank: rank["state"]["budget"],
+    ),
+    Metric(
+        PREFIX + "checkpoints",
+        "Checkpoints of ordinary prefixes held.",
+        lambda rank: rank["checkpoints"]["held"],
+    ),
+    Metric(
+        PREFIX + "checkpoints_placed_total",
+        "Checkpoints kept.",
+        lambda rank: rank["checkpoints"]["placed"],
+    ),
+    Metric(
+        PREFIX + "checkpoint_plans_total",
+        "Times that the places of a path's checkpoints were looked for.",
+        lambda rank: rank["checkpoints"]["plans"],
+    ),
+    Metric(
+        PREFIX + "shared_tokens_total",
+        "Tokens of ordinary prefixes shared beyond SGLang's own states: resumed behind a "
+        "checkpoint, or recomputed for want of one.",
+        lambda rank: {
+            "resumed": rank["checkpoints"]["tokens_resumed"],
+            "recomputed": rank["checkpoints"]["tokens_recomputed"],
+        },
+        "fate",
     ),
     Metric(
         PREFIX + "evicted_tokens_total",

@@ -93,6 +93,7 @@ class StateBytes(Answer):
     budget: int
     segment: int
     turn: int
+    checkpoint: int = Field(description="held by checkpoints of ordinary prefixes")
     pinned: int
 
 
@@ -117,6 +118,10 @@ class RankStats(RankBudgets):
     pins: int
     page_size: int
     refusal: str | None = Field(description="why this server does not link at all")
+    checkpoints: dict[str, int] = Field(
+        description="of ordinary prefixes: held; since start: placed, plans, tokens resumed "
+        "and recomputed"
+    )
     evicted: dict[str, int] = Field(description="since start: tokens, of states their number")
     refused: dict[str, int] = Field(description="since start, by what refused")
     fallback_evictions: int
