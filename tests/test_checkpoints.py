@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import pathlib
+import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
+from conftest import CHECKS, TINY, serve
 from hypothesis import given
 from hypothesis import strategies as st
+from linking import ids_of
+from tiny_models import tiny_hybrid, tiny_mamba2
 
+from sglang_pic.eval.serving import Server
 from sglang_pic.forest.order import EvictionOrder
 from sglang_pic.forest.overlaps import HALF_LIFE, End, Overlaps
 from sglang_pic.forest.placement import (
@@ -257,3 +265,86 @@ class TestAppraisal:
         order.add("a", "state", cost=1.0, nbytes=1)
         assert order.least() == 0.0
         assert order.park() is None
+
+
+# -- on servers -------------------------------------------------------------------------
+
+NO_BUFFER = (
+    "--page-size=1",
+    "--mamba-radix-cache-strategy=no_buffer",
+    "--disable-overlap-schedule",
+)
+# Room for some 90 states of the tiny models.
+SMALL = ("--pic-state-mib=1", "--max-total-tokens=60000")
+
+
+def traffic(seed: int, count: int, documents: int) -> list[list[int]]:
+    """Questions about documents, users behind prompts that branch, chats, loners."""
+    draw = random.Random(seed)
+    chats: dict[int, list[int]] = {}
+    prompts = []
+    for i in range(count):
+        kind = draw.choice(["document", "document", "branch", "chat", "alone"])
+        tail = ids_of(10_000 + i, draw.randint(2, 40))
+        if kind == "document":
+            one = draw.randrange(documents)
+            prompts.append(ids_of(one, 150 + 37 * (one % 11)) + tail)
+        elif kind == "branch":
+            company, team = draw.randrange(3), draw.randrange(3)
+            own = ids_of(300 + 10 * company + team, 100 + 30 * team)
+            prompts.append(ids_of(200 + company, 130) + own + tail)
+        elif kind == "chat":
+            one = draw.randrange(4)
+            chats[one] = [*chats.get(one, ids_of(400 + one, 90)), *tail]
+            prompts.append(chats[one][:900])
+        else:
+            prompts.append(ids_of(20_000 + i, draw.randint(1, 300)))
+    return prompts
+
+
+def answers(server: Server, prompts: Sequence[list[int]]) -> list[list[int]]:
+    def ask(ids: list[int]) -> list[int]:
+        sampling = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
+        answer: dict[str, Any] = server.generate(input_ids=ids, sampling_params=sampling)
+        return list(answer["output_ids"])
+
+    with ThreadPoolExecutor(6) as pool:
+        return list(pool.map(ask, prompts))
+
+
+@pytest.mark.server
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("family", "flags"),
+    [
+        ("qwen3_5", NO_BUFFER),
+        ("granite", ("--page-size=16", "--mamba-radix-cache-strategy=extra_buffer")),
+        ("qwen3_5", (*NO_BUFFER, "--tp-size=2")),
+    ],
+    ids=["page1", "page16", "two ranks"],
+)
+def test_a_thousand_answers_are_as_without(
+    tmp_path: pathlib.Path, logs: pathlib.Path, family: str, flags: tuple[str, ...]
+) -> None:
+    """Greedily, in float32, six at a time, over more documents than there is room for."""
+    make = tiny_hybrid if family == "qwen3_5" else tiny_mamba2
+    model = make(tmp_path, family)
+    prompts = traffic(1, 1000, 120)
+    found = {}
+    for mode in ("auto", "off"):
+        every = (*TINY, *SMALL, *flags, f"--pic-checkpoints={mode}")
+        with serve(model, logs / f"checkpoints_{mode}.log", *every, env=CHECKS) as server:
+            found[mode] = answers(server, prompts)
+            told = server.forest()
+            assert told["integrity"] == "ok" and told["refusal"] is None
+            held = server.get("/pic/stats").json()["ranks"][0]
+            assert not held["faults"]
+            if mode == "auto":
+                print(told["checkpoints"], held["state"], held["evicted"])
+                assert told["checkpoints"]["tokens_resumed"] > 2000
+                assert held["state"]["checkpoint"] <= held["state"]["budget"] == 1 << 20
+                if "--page-size=1" in flags:
+                    assert held["evicted"]["state"] > 0
+    same = sum(one == other for one, other in zip(found["auto"], found["off"], strict=True))
+    assert same == 1000

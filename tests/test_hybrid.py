@@ -330,6 +330,9 @@ def test_ordinary_prompts_go_on_from_checkpoints(paged: tuple[Server, int]) -> N
         assert sum(cached[9:]) >= 0.7 * sum(len(ids) // 64 * 64 for ids in prompts[9:])
         assert after["tokens_resumed"] - before["tokens_resumed"] >= sum(cached[9:])
         assert 3 <= after["placed"] - before["placed"] <= 9
+        asked = {"input_ids": documents[2] + [1, 2, 3], "cache_salt": salt, "pic": {}}
+        told = server.post("/pic/explain", asked).json()
+        assert told["prefix_tokens"] == 460 // 64 * 64
 
 
 CONTEXT = ids_of(99, 8)

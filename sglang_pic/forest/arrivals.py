@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sglang_pic.forest.checkpoints import Checkpoints
 from sglang_pic.forest.holder import Holder
 from sglang_pic.forest.links import Links
 from sglang_pic.forest.planning import Ordinary, Planning
@@ -32,6 +33,7 @@ class Arrivals:
         ordinary: Ordinary,
         planning: Planning,
         holder: Holder,
+        checkpoints: Checkpoints,
         shortest: int,
         page: int,
     ):
@@ -39,6 +41,7 @@ class Arrivals:
         self._ordinary = ordinary
         self._planning = planning
         self._holder = holder
+        self._checkpoints = checkpoints
         self._shortest = shortest
         self._page = page
 
@@ -88,6 +91,8 @@ class Arrivals:
         options = link.request.options
         ids = req.origin_input_ids
         prefix = self._ordinary.held(ids[:-1], req)
+        if not link.request.spans:
+            prefix = self._checkpoints.found(req, prefix)
         reason = self._links.refusal(link) or unlinkable(req)
         seen = [Found(span.start, span.end) for span in link.request.spans]
         plan, prefix_tokens = None, prefix.device_prefix_len

@@ -248,7 +248,7 @@ def plant(
         contained,
     )
     shortest, page = config.min_segment, cache.page_size
-    arrivals = Arrivals(links, ordinary, planning, holder, shortest, page)
+    arrivals = Arrivals(links, ordinary, planning, holder, checkpoints, shortest, page)
     forest = Forest(
         cache=cache,
         config=config,

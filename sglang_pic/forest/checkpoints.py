@@ -23,12 +23,13 @@ CHECKPOINT = "checkpoint"
 class Checkpoints(Protocol):
     """Told of every ordinary request, at the points where SGLang asks the tree."""
 
-    def resume(self, req: Req, result: MatchResult) -> MatchResult:
-        """Go on from the deepest checkpoint, where it is deeper than what SGLang holds."""
+    def found(self, req: Req, result: MatchResult) -> MatchResult:
+        """A match with what a request could go on from: the deepest checkpoint, where it is
+        deeper than what SGLang holds. Nothing is prepared."""
         ...
 
-    def held(self, result: MatchResult) -> int:
-        """Tokens of a match from which a request could go on."""
+    def resume(self, req: Req, result: MatchResult) -> MatchResult:
+        """``found``, and the request, an ordinary one, goes on from there."""
         ...
 
     def inserted(self, req: Req) -> None:
@@ -91,11 +92,11 @@ class Counts:
 class NoCheckpoints:
     """Of models whose attention is full, and where they are off."""
 
-    def resume(self, req: Req, result: MatchResult) -> MatchResult:
+    def found(self, req: Req, result: MatchResult) -> MatchResult:
         return result
 
-    def held(self, result: MatchResult) -> int:
-        return int(result.device_prefix_len)
+    def resume(self, req: Req, result: MatchResult) -> MatchResult:
+        return result
 
     def inserted(self, req: Req) -> None:
         pass

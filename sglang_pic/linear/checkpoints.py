@@ -131,21 +131,10 @@ class SparseCheckpoints:
 
     # -- matching -----------------------------------------------------------------------
 
-    def resume(self, req: Req, result: MatchResult) -> MatchResult:
-        self.released(req)
-        has_own_row = req.session is not None or req.beam_group is not None
-        if has_own_row or is_reserved(req.cache_salt) or self._contained.refusal is not None:
+    def found(self, req: Req, result: MatchResult) -> MatchResult:
+        end, state = self._deepest(req, result)
+        if state is None:
             return result
-        node, shared = result.last_visited_node_id, int(result.full_kv_hit_length)
-        self._left[req] = Left(node, shared, int(result.device_prefix_len))
-        end = self._deepest(result)
-        if end is None:
-            return result
-        held = self._store.find(_name(end.node), _tenant(req))
-        if held is None:
-            return result
-        self._resumed[req] = Resumed(CoreState(None, held.end, held.conv_tail), end.depth)
-        self._begin_row(req)
         branching = result.mamba_branching_seqlen
         return result._replace(
             device_prefix_len=end.depth,
@@ -157,21 +146,42 @@ class SparseCheckpoints:
             ),
         )
 
-    def held(self, result: MatchResult) -> int:
-        end = self._deepest(result)
-        return int(result.device_prefix_len) if end is None else end.depth
+    def resume(self, req: Req, result: MatchResult) -> MatchResult:
+        self.released(req)
+        if self._is_apart(req):
+            return result
+        node, shared = result.last_visited_node_id, int(result.full_kv_hit_length)
+        self._left[req] = Left(node, shared, int(result.device_prefix_len))
+        end, state = self._deepest(req, result)
+        if state is None:
+            return result
+        self._resumed[req] = Resumed(state, end.depth)
+        self._begin_row(req)
+        return self.found(req, result)
 
-    def _deepest(self, result: MatchResult) -> End | None:
-        """Where the deepest checkpoint is, if it is deeper than SGLang's own."""
-        stock, shared = result.device_prefix_len, result.full_kv_hit_length
-        if not self._steps or shared - stock < self._grid:
-            return None
+    def _is_apart(self, req: Req) -> bool:
+        """Whether a request's rows are not those of one prompt, or it is one of ours."""
+        return (
+            req.session is not None
+            or req.beam_group is not None
+            or is_reserved(req.cache_salt)
+            or self._contained.refusal is not None
+        )
+
+    def _deepest(self, req: Req, result: MatchResult) -> tuple[End, CoreState | None]:
+        """Where the deepest checkpoint is, if it is deeper than SGLang's own, and its state."""
+        stock, shared = int(result.device_prefix_len), int(result.full_kv_hit_length)
+        nothing = End(-1, stock)
+        if not self._steps or shared - stock < self._grid or self._is_apart(req):
+            return nothing, None
         for end in reversed(self._path(result.last_visited_node_id)):
             if end.depth <= stock:
-                return None
+                break
             if end.depth <= shared and end.node in self._steps:
-                return end
-        return None
+                held = self._store.find(_name(end.node), _tenant(req))
+                if held is not None:
+                    return end, CoreState(None, held.end, held.conv_tail)
+        return nothing, None
 
     def _path(self, node: int | None) -> list[End]:
         """The last nodes of a path, the deepest last."""
@@ -188,10 +198,8 @@ class SparseCheckpoints:
     def _begin(self, req: Req) -> None:
         """A row runs for the first time: count it, and see what it passes."""
         left = self._left.pop(req)
-        resumed = self._resumed.get(req)
-        went_on = left.stock if resumed is None else resumed.depth
-        if resumed is not None:
-            self._counts.tokens_resumed += went_on - left.stock
+        went_on = req.prefix_len
+        self._counts.tokens_resumed += went_on - left.stock
         tenant, tokens = _tenant(req), len(req.origin_input_ids)
         self._counts.tokens_recomputed += left.depth - went_on
         has_left = left.depth - left.stock >= self._grid
