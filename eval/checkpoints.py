@@ -51,8 +51,8 @@ from sglang_pic.eval.tables import Table
 
 POOL_TOKENS = 65536
 ANSWER_TOKENS = 8
-# Running requests need states of SGLang's own.
-RUNNING = 8
+# Slots of states that running requests need.
+RUNNING = 4
 BLOCK = 512
 NO_BUFFER, EXTRA_BUFFER, BLOCKS, OURS = "no_buffer", "extra_buffer", "blocks", "checkpoints"
 DOCUMENTS, BRANCHES, NOTHING = "documents", "branches", "nothing shared"
@@ -71,8 +71,8 @@ class Sizes:
     state_mib: int
 
 
-FULL = Sizes(12, 3800, 30, 6, 240, 60, 4)
-QUICK = Sizes(4, 1000, 6, 3, 24, 12, 1)
+FULL = Sizes(12, 3800, 30, 6, 240, 60, 8)
+QUICK = Sizes(4, 1000, 8, 3, 48, 12, 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,12 +164,12 @@ def measure(model: pathlib.Path, sizes: Sizes, *, seed: int) -> Outcome:
     rows: list[dict[str, Any]] = []
     seconds, held = 0.0, {}
     for arm in arms(states, sizes):
-        # Of the memory of ours half is SGLang's, as the states of all sequences' ends are.
+        # Beside those, ours has its memory elsewhere.
         slots = RUNNING + (0 if arm.ours else arm.states)
         common = (
             "--skip-tokenizer-init",
             f"--max-total-tokens={POOL_TOKENS}",
-            f"--max-running-requests={RUNNING // 4}",
+            "--max-running-requests=1",
             f"--max-mamba-cache-size={slots}",
         )
         module: dict[str, Any] = {} if arm.ours else {"module": STOCK_MODULE}

@@ -14,10 +14,10 @@ from sglang_pic.eval.serving import Server
 pytestmark = pytest.mark.server
 
 
-@pytest.fixture(params=[1, 16])
+@pytest.fixture(params=["page1", "page16"])
 def paged(request: pytest.FixtureRequest) -> tuple[Server, int]:
     """Each server with its page size."""
-    return request.getfixturevalue(f"page{request.param}"), request.param
+    return request.getfixturevalue(request.param), int(request.param.removeprefix("page"))
 
 
 def _reused(answer: dict[str, Any]) -> int:
