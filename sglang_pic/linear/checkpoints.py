@@ -133,18 +133,7 @@ class SparseCheckpoints:
 
     def found(self, req: Req, result: MatchResult) -> MatchResult:
         end, state = self._deepest(req, result)
-        if state is None:
-            return result
-        branching = result.mamba_branching_seqlen
-        return result._replace(
-            device_prefix_len=end.depth,
-            last_device_node=end.node,
-            last_host_node=end.node,
-            best_match_node=end.node,
-            mamba_branching_seqlen=(
-                branching if branching is not None and branching > end.depth else None
-            ),
-        )
+        return result if state is None else _gone_on(result, end)
 
     def resume(self, req: Req, result: MatchResult) -> MatchResult:
         self.released(req)
@@ -157,7 +146,7 @@ class SparseCheckpoints:
             return result
         self._resumed[req] = Resumed(state, end.depth)
         self._begin_row(req)
-        return self.found(req, result)
+        return _gone_on(result, end)
 
     def _is_apart(self, req: Req) -> bool:
         """Whether a request's rows are not those of one prompt, or it is one of ours."""
@@ -325,6 +314,20 @@ class SparseCheckpoints:
     def clear(self) -> None:
         self._steps.clear()
         self._overlaps.forget()
+
+
+def _gone_on(result: MatchResult, end: End) -> MatchResult:
+    """A match that ends with a checkpoint."""
+    branching = result.mamba_branching_seqlen
+    return result._replace(
+        device_prefix_len=end.depth,
+        last_device_node=end.node,
+        last_host_node=end.node,
+        best_match_node=end.node,
+        mamba_branching_seqlen=(
+            branching if branching is not None and branching > end.depth else None
+        ),
+    )
 
 
 def _tenant(req: Req) -> Tenant:
