@@ -43,6 +43,9 @@ from sglang_pic.forest.adapter import PicCache
 from sglang_pic.forest.build import plant
 from sglang_pic.forest.cost import PrefillCost
 from sglang_pic.forest.keys import namespace
+from sglang_pic.forest.overlaps import RECENT, End, Overlaps
+from sglang_pic.forest.placement import Held, places, worth_keeping
+from sglang_pic.linear.checkpoints import MAX_ENDS
 from sglang_pic.link.policy import LinkOptions
 from sglang_pic.request.base import LinkRequest, TokenSpan
 from sglang_pic.request.internal import compile_hints, link_hints
@@ -50,18 +53,21 @@ from sglang_pic.request.internal import compile_hints, link_hints
 OURS, STOCK = "ours", "stock"
 LONGEST = 1 << 17
 VOCABULARY = 30_000
+GRID = 64
 PREFIX_TOKENS, COMPILED_TOKENS = 16, 256
 REPEATS = 7
-COMPILE, ROUND, ORDINARY, FIRST, AGAIN, MANY = (
+COMPILE, ROUND, ORDINARY, FIRST, AGAIN, MANY, PLAN = (
     "a compile where the budget is full, beside so many ordinary prefixes",
     "a round of SGLang's `lpm` over so many waiting requests of 16 x 512 tokens",
     "a match of an ordinary request of so many tokens, held",
     "the first match of one request of so many tokens, in segments of 1024",
     "the next match of the same",
     "one request of so many segments of 32 tokens: arrival, match, lock, unlock",
+    "a plan of a hybrid's checkpoints for a path of so many nodes (stock makes none)",
 )
 NODES, QUICK_NODES = (1024, 4096, 16384, 65536), (1024, 4096)
 WAITING, TOKENS, SEGMENTS = (16, 32, 64), (16384, 32768, 65536), (128, 256, 512)
+PATHS = (8, 32, MAX_ENDS)
 
 _rids = itertools.count()
 
@@ -273,6 +279,26 @@ def many_segments(method: str, segments: int) -> float:
     return _median_ms([_timed(life, req) for req in asked])
 
 
+def plan_of(nodes: int) -> float:
+    """Count a request that leaves a path, and find what is worth keeping of it, where a
+    tenant's last requests are all remembered."""
+    draw = random.Random(0)
+    overlaps = Overlaps(GRID)
+    path = [End(i, GRID * (i + 1)) for i in range(nodes)]
+    tenant = ("", "")
+    for i in range(RECENT):
+        part = path[: draw.randrange(nodes + 1)]
+        overlaps.note(tenant, part, GRID * (nodes + 1) + i, has_left=bool(part))
+    held = Held({end.depth for end in path[::8]}, 0, 1.0)
+
+    def plan() -> None:
+        overlaps.note(tenant, path, GRID * (nodes + 4), has_left=True)
+        expected = overlaps.expected(tenant, path, GRID * (nodes + 4))
+        worth_keeping(places(expected, held, GRID, float))
+
+    return _median_ms([_timed(plan) for _ in range(REPEATS)])
+
+
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """One row: what, of which size, whose cache, milliseconds."""
@@ -297,20 +323,20 @@ def measure(*, quick: bool) -> list[Cost]:
             rows += [Cost(FIRST, size, method, first), Cost(AGAIN, size, method, again)]
         for size in SEGMENTS:
             rows.append(Cost(MANY, size, method, many_segments(method, size)))
-    return rows
+    return [*rows, *(Cost(PLAN, size, OURS, plan_of(size)) for size in PATHS)]
 
 
 def tables(rows: Sequence[Cost]) -> list[Table]:
     """One a kind of work, growth from left to right."""
     made = []
-    for what in (COMPILE, ROUND, ORDINARY, FIRST, AGAIN, MANY):
+    for what in (COMPILE, ROUND, ORDINARY, FIRST, AGAIN, MANY, PLAN):
         found = {(row.size, row.method): row.ms for row in rows if row.what == what}
         sizes = sorted({size for size, _ in found})
-        cells = [
-            (method, *(f"{found[size, method]:.3g}" for size in sizes)) for method in (OURS, STOCK)
-        ]
-        ratios = (f"{found[size, OURS] / found[size, STOCK]:.2f}" for size in sizes)
-        cells.append(("ours / stock", *ratios))
+        methods = [OURS] if what == PLAN else [OURS, STOCK]
+        cells = [(method, *(f"{found[size, method]:.3g}" for size in sizes)) for method in methods]
+        if what != PLAN:
+            ratios = (f"{found[size, OURS] / found[size, STOCK]:.2f}" for size in sizes)
+            cells.append(("ours / stock", *ratios))
         made.append(Table(f"ms: {what}", ("", *map(str, sizes)), cells))
     return made
 

@@ -123,10 +123,14 @@ def places(
     prices |= dict.fromkeys(held.depths, held.room)
     if held.free:
         prices[held.free] = 0.0
-    return [
-        Place(depth, work(depth), passes_at(expected, depth), prices[depth])
-        for depth in sorted(prices)
-    ]
+    found = []
+    deeper = sorted(expected, key=lambda one: one.depth)
+    passes = 0.0
+    for depth in sorted(prices, reverse=True):
+        while deeper and deeper[-1].depth >= depth:
+            passes = max(passes, deeper.pop().passes)
+        found.append(Place(depth, work(depth), passes, prices[depth]))
+    return found[::-1]
 
 
 def wanted(chosen: Sequence[Place], held: Held, passed: range) -> list[Place]:

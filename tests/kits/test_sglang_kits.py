@@ -4,7 +4,7 @@ Each kit runs three times with SmolLM2-135M, on a server of its own: on stock SG
 ours only the platform that lets it start on a CPU is loaded), on ours, and on ours with
 linked traffic beside. What stock does not pass is no kit for this model, and is named in
 ``NOT_FOR_US``; what stock does not pass this time (a kit's own clock may be too fast for the
-machine) is not asked of ours (``conftest``).
+machine) is not asked of ours (``tests/conftest``).
 """
 
 from __future__ import annotations
