@@ -426,32 +426,38 @@ def test_what_is_remembered_is_of_a_fixed_size() -> None:
 
 def test_what_is_worth_it() -> None:
     times, tokens = np.array([0, 1, 1, 1, 3]), np.array([500, 32, 31, 100, 20])
-    assert worth(times, tokens, 16).tolist() == [False, True, False, True, True]
-    assert not worth(np.array([1]), np.array([40]), 64)[0]
+    assert worth(times, tokens, 16, 0.5).tolist() == [False, True, False, True, True]
+    assert worth(times, tokens, 16, 1.0).tolist() == [False, False, False, False, False]
+    assert worth(times + 1, tokens, 16, 1.0).tolist() == [False, True, False, True, False]
+    assert not worth(np.array([1]), np.array([40]), 64, 0.5)[0]
 
 
-ranges = st.lists(st.tuples(st.integers(0, 50), st.integers(1, 20)), max_size=20)
+ranges = st.lists(st.tuples(st.integers(0, 50), st.integers(1, 20)), max_size=12)
 
 
-@given(ranges, st.integers(0, 6))
-def test_cuts_that_are_taken_are_apart_and_the_longest(
-    drawn: list[tuple[int, int]], most: int
-) -> None:
+@given(ranges)
+def test_cuts_that_are_taken_are_apart_and_save_the_most(drawn: list[tuple[int, int]]) -> None:
     cuts = [Cut(at, at + length, "x") for at, length in drawn]
-    eligible = [i % 4 != 3 for i in range(len(cuts))]
-    taken = apart(cuts, eligible, most)
+    eligible = np.array([i % 4 != 3 and length > 2 for i, (_, length) in enumerate(drawn)], bool)
+    taken = apart(cuts, eligible, 2, 100)
     chosen = [cuts[i] for i in taken]
-    assert len(chosen) <= most and all(eligible[i] for i in taken)
+    assert all(eligible[i] for i in taken)
     assert all(a.end <= b.start for a, b in itertools.pairwise(chosen))
-    if len(chosen) < most:
-        for cut, good in zip(cuts, eligible, strict=True):
-            rivals = [
-                one
-                for one in chosen
-                if one.start < cut.end and cut.start < one.end
-                and one.end - one.start >= cut.end - cut.start
-            ]  # fmt: skip
-            assert not good or cut in chosen or rivals
+
+    def best(left: list[Cut], at: int) -> int:
+        rest = [cut for cut in left if cut.start >= at]
+        if not rest:
+            return 0
+        first = min(rest)
+        without = [cut for cut in rest if cut is not first]
+        return max(best(without, at), first.end - first.start - 2 + best(without, first.end))
+
+    assert sum(cut.end - cut.start - 2 for cut in chosen) == best(
+        [cut for cut, good in zip(cuts, eligible, strict=True) if good], 0
+    )
+    few = [cuts[i] for i in apart(cuts, eligible, 2, 2)]
+    longest = sorted((cut.end - cut.start for cut in chosen), reverse=True)[:2]
+    assert sorted((cut.end - cut.start for cut in few), reverse=True) == longest
 
 
 def test_a_prompts_cuts() -> None:
