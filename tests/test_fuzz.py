@@ -109,6 +109,7 @@ def test_bodies_are_read_or_refused_by_name(
     path: str, pic: Any, prompt: Any, messages: Any
 ) -> None:
     body = {"pic": pic, "text": prompt, "prompt": prompt, "messages": messages, "system": messages}
+    body["tools"] = messages
     raw = json.dumps(body).encode()
     try:
         rest, exchange = take(path, raw, LinkOptions())

@@ -3,7 +3,8 @@
 The prompt is built twice over a stand-in for the tokenizer (``server.texts``): from
 the messages as they are, which is the prompt, and from a copy with signs around the
 marked texts. If the copy, its signs cut out, is the same text, and every marked text
-stands in it unchanged, they are segments; else the request is refused.
+stands in it unchanged, they are segments; else the request is refused. Marked tools are
+looked for in the prompt itself (``server.tools``).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from sglang_pic.server.exchange import Exchange, current, entered, noting
 from sglang_pic.server.funnel import funnel_of
 from sglang_pic.server.marks import Mark, Marks
 from sglang_pic.server.texts import CANNOT, Piece, Texts
+from sglang_pic.server.tools import add_tools
 
 _messages = TypeAdapter(list[ChatCompletionMessageParam])
 
@@ -100,10 +102,21 @@ def _linked(
     pieces = texts.pieces(result.prompt_ids)
     text = "".join(piece.text for piece in pieces)
     check_length(text, manager.model_config.context_len, "messages")
-    ranges = locate(marks, pieces, signed)
+    ranges = locate(marks, pieces, signed) if marks.all else [[] for _ in pieces]
+    ranges = add_tools(marks.tools, _offered(request, *args), pieces, ranges)
+    if sum(map(len, ranges)) > MAX_SEGMENTS:
+        raise PicRequestError("messages", f"at most {MAX_SEGMENTS} segments a request")
     exchange.ids, exchange.spans = funnel_of(manager).resolver.chat(pieces, ranges, exchange.pic)
     result.prompt_ids = list(exchange.ids)
     return result
+
+
+def _offered(request: Any, tools: Any, *_: Any) -> list[Any]:
+    """The tools that a template in Jinja is given, without those that ``tool_choice`` leaves
+    out. The other kind is given none, and all are missed."""
+    if isinstance(tools, bool):
+        return [tool.model_dump() for tool in request.tools or ()]
+    return tools or []
 
 
 def locate(
@@ -135,8 +148,6 @@ def locate(
     for number, mark in enumerate(marks.all):
         if mark.core and number not in seen:
             raise PicRequestError(mark.field, "the chat template leaves this text out")
-    if sum(map(len, found)) > MAX_SEGMENTS:
-        raise PicRequestError("messages", f"at most {MAX_SEGMENTS} segments a request")
     return _with_empty(marks, found)
 
 

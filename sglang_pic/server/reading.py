@@ -169,7 +169,7 @@ def _marked(pic: dict[str, Any], marks: Marks | None) -> Exchange:
 
 def _chat(path: str, body: dict[str, Any], defaults: LinkOptions) -> Exchange:
     pic = _options(body)
-    marks = mark_messages(body.get("messages"), pic.pop("segments", []))
+    marks = mark_messages(body.get("messages"), pic.pop("segments", []), body.get("tools"))
     parse_fields(pic, defaults)
     if marks is not None and body.get("input_ids") is not None:
         raise PicRequestError("input_ids", "stands for the messages: they cannot be marked")
