@@ -24,7 +24,7 @@ from sglang_pic.find.cutting import MAX_CUTS, Cutter
 from sglang_pic.find.rendered import chat_cuts, regions_of, tools_in
 from sglang_pic.find.seen import Named, Seen, named
 from sglang_pic.find.sketch import HALF_LIFE, MOST, Sketch
-from sglang_pic.find.spans import token_cuts
+from sglang_pic.find.spans import settled, token_cuts
 from sglang_pic.find.structure import MESSAGE, PART, RULES, TOOL, own_rules, structure
 from sglang_pic.find.worth import apart, worth
 
@@ -343,6 +343,23 @@ def test_tokens_across_an_edge_belong_to_none(lengths: list[int], data: st.DataO
         assert cut.start == cut.end
 
 
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("The tower of Veldra stands.", " tower of Veldra"),
+        ("one two", " two"),
+        ("word", "word"),
+        ("", ""),
+        ('{\n    "a": 1,\n    "b": [2 ]\n}', ' "a": 1,\n    "b": [2'),
+        ("x" * 60 + " y " + "z" * 60, "x" * 60 + " y " + "z" * 60),
+    ],
+)
+def test_what_has_the_same_tokens_anywhere(text: str, kept: str) -> None:
+    around = f"({text})"
+    cut = settled(around, Cut(1, 1 + len(text), "x"))
+    assert around[cut.start : cut.end] == kept
+
+
 def test_no_cut_of_no_tokens() -> None:
     assert token_cuts([], [Cut(0, 3, "x")]) == [Cut(0, 0, "x")]
     assert token_cuts([(0, 0), (0, 1)], []) == []
@@ -462,7 +479,7 @@ def test_cuts_that_are_taken_are_apart_and_save_the_most(drawn: list[tuple[int, 
 
 def test_a_prompts_cuts() -> None:
     cutter = Cutter(shortest=3)
-    text = "one two three\n\nfour\n\none two three"
+    text = "-".join(["one two three four\n\nfive-six\n\none two three four"])
     cuts = cutter.of_text(text, [Cut(0, len(text), PART)], [(0, len(text))])
     offsets = [(i, i + 1) for i in range(len(text))]
     made = cutter.of_tokens(offsets, cuts)

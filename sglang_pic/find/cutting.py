@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from sglang_pic.find.base import CONTENT, Cut
 from sglang_pic.find.content import chunks
-from sglang_pic.find.spans import token_cuts
+from sglang_pic.find.spans import settled, token_cuts
 from sglang_pic.find.structure import RULES, Range, Rule, structure
 
 # Cuts of a prompt; those that come first are kept.
@@ -30,13 +30,14 @@ class Cutter:
     rules: Sequence[Rule] = RULES
 
     def of_text(self, text: str, given: Sequence[Cut], regions: Sequence[Range]) -> list[Cut]:
-        """Cuts of a text, in characters.
+        """Cuts of a text, in characters, without what may have other tokens elsewhere.
 
         Args:
             given: those that are known.
             regions: what is cut further.
         """
-        return [*given, *structure(text, regions, self.rules, self.shortest)]
+        cuts = [*given, *structure(text, regions, self.rules, self.shortest)]
+        return [settled(text, cut) for cut in cuts]
 
     def of_tokens(self, offsets: npt.ArrayLike, cuts: Sequence[Cut]) -> list[Cut]:
         """Cuts in characters as cuts in tokens, without those that are too short or there

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from sglang_pic.find.base import Cut
 from sglang_pic.find.seen import Named, Seen, named
-from sglang_pic.find.sketch import Sketch
+from sglang_pic.find.sketch import Names, Sketch
 from sglang_pic.find.worth import IDLE_PRICE, apart, worth
 
 
@@ -72,9 +72,9 @@ class Finder:
         """
         self._seen.saw(looked.names, ordinary=ordinary)
 
-    def compiled(self, looked: Looked, indices: Sequence[int]) -> None:
-        """These of its cuts are compiled, or were just found to be."""
-        self._ready.add(looked.names.chunks[list(indices)])
+    def compiled(self, chunks: Names) -> None:
+        """Chunks of these names are compiled, or were just found to be."""
+        self._ready.add(chunks)
 
     def is_ready(self, looked: Looked, index: int) -> bool:
         """Whether one of its cuts is compiled, as far as it is known."""

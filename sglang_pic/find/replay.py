@@ -108,7 +108,7 @@ class _Found:
         ready = [i for i in looked.linked if self._finder.is_ready(looked, i)]
         new = [i for i in [*looked.linked, *looked.wanted] if i not in set(ready)]
         self._finder.came(looked, ordinary=not ready)
-        self._finder.compiled(looked, [*ready, *new])
+        self._finder.compiled(looked.names.chunks[[*ready, *new]])
         return [looked.cuts[i] for i in ready], [looked.cuts[i] for i in new]
 
 
