@@ -54,6 +54,7 @@ NEARLY = {
     "company_seam": st.integers(-1, 1 << 21),
     "share": st.floats(-0.5, 1.5) | st.integers(0, 2),
     "seam": st.integers(-1, 1 << 21),
+    "find": st.sampled_from(["off", "structure", "content", "all"]),
     "mode": st.sampled_from(["share", "relocate", "own"]),
     "state": st.sampled_from(["compose", "last", "auto", "first"]),
     "ablation": st.sampled_from([None, "no_conv_tail", "no_state"]),
