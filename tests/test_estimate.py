@@ -205,6 +205,8 @@ def test_marks_in_all_their_forms() -> None:
         assert prompt is not None
         # SmolLM2's template shows no tools.
         assert len(prompt.cuts[MARKED]) == (3 if isinstance(rendering, Plain) else 2)
+        # In the order of the prompt, which is not that of the body.
+        assert prompt.cuts[MARKED] == sorted(prompt.cuts[MARKED])
     assert flat([{"text": "a"}, {"text": 3}, 4, {"text": "b"}]) == "a b" and flat(None) == ""
 
 

@@ -9,13 +9,15 @@ import itertools
 import json
 import pathlib
 import random
+import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import pytest
 from chats import Chat
+from conftest import CHECKS, serve
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from sglang.srt.managers.io_struct import GenerateReqInput
 from test_chat import SHIPPED, TOOLS, WITH_TOOLS
@@ -23,8 +25,10 @@ from transformers import AutoTokenizer
 
 from sglang_pic.config import PicConfig
 from sglang_pic.errors import PicConfigError, PicRequestError
+from sglang_pic.eval.found_chats import TEMPLATE
 from sglang_pic.eval.models.smollm2 import ensure_model
 from sglang_pic.eval.passages import load_passages
+from sglang_pic.eval.serving import Server
 from sglang_pic.find.own import rules_with
 from sglang_pic.metrics import front
 from sglang_pic.metrics.front import Counts
@@ -430,3 +434,136 @@ def test_a_prompt_without_a_text_is_left_to_sglang(tokenizer) -> None:
     assert ids == chat.stock(body) and not found
     off = Front(chat.tokenizer, find="off")
     assert cut(off, chat, body) == (ids, {})
+
+
+# -- a real server ------------------------------------------------------------------------
+
+BRIEF = {"max_tokens": 4, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def finding(tmp_path_factory: pytest.TempPathFactory, logs: pathlib.Path) -> Iterator[Server]:
+    """Finds by content and structure in whatever comes; its template writes tools."""
+    template = tmp_path_factory.mktemp("template") / "tools.jinja"
+    template.write_text(TEMPLATE)
+    flags = ("--max-total-tokens=16384", "--pic-find=content", "--pic-company-when=asked")
+    path = f"--chat-template={template}"
+    with serve(ensure_model(), logs / "finding.log", *flags, path, env=CHECKS) as server:
+        yield server
+
+
+def settled(server: Server) -> dict[str, Any]:
+    """The front's counters, once nothing is compiled any more."""
+    for _ in range(200):
+        time.sleep(0.2)
+        counters = server.get("/pic/stats").json()["front"]
+        if not counters["compiling"]:
+            return counters
+    raise AssertionError("still compiling")
+
+
+def chat_of(numbers: Sequence[int], salt: str, **fields: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": stuffed(*numbers)}]
+    return {"model": "m", "messages": messages, "cache_salt": salt, **BRIEF, **fields}
+
+
+def told(server: Server, path: str, body: dict[str, Any]) -> Any:
+    """Its report, or ``None``."""
+    answer = server.post(path, body)
+    assert answer.status_code == 200, answer.text
+    usage = answer.json()["usage"]
+    return (usage or {}).get("pic")
+
+
+@pytest.mark.server
+def test_a_plain_client_is_linked(finding: Server) -> None:
+    path = "/v1/chat/completions"
+    assert told(finding, path, chat_of((0, 1, 2), "a")) is None
+    settled(finding)
+    assert told(finding, path, chat_of((1, 0, 3), "a")) is None
+    before = settled(finding)
+    # Of another tenant nothing is known, nor that it was ever seen.
+    assert told(finding, path, chat_of((1, 0), "b")) is None
+    report = told(finding, path, chat_of((4, 1, 0), "a"))
+    assert report["exactness"] == "composed" and report["tokens_compiled"] == 0
+    assert [one["found"] for one in report["segments"]] == 2 * ["structure"]
+    assert [one["reason"] for one in report["segments"]] == 2 * ["hit"]
+    after = settled(finding)
+    linked = after["chunks_linked"].get("paragraph", 0) - before["chunks_linked"].get(
+        "paragraph", 0
+    )
+    assert linked == 2 and after["tokens_found"]["paragraph"] > 100
+    # Told to be exact, it is.
+    assert told(finding, path, chat_of((0, 1), "a", pic={"require_exact": True})) is None
+    assert told(finding, path, chat_of((0, 1), "a", pic={"find": "off"})) is None
+    bad = finding.post(path, chat_of((0, 1), "a", pic={"find": "all"}))
+    assert (bad.status_code, bad.json()["error"]["param"]) == (400, "pic.find")
+
+
+@pytest.mark.server
+def test_every_route_is_searched(finding: Server) -> None:
+    """Streams too: each tells its report where its kind of answer has one."""
+    salt = "routes"
+    for _ in range(2):
+        assert told(finding, "/v1/chat/completions", chat_of((5, 6), salt)) is None
+        settled(finding)
+    text = {"prompt": stuffed(6, 5), "cache_salt": salt, "model": "m", **BRIEF}
+    assert len(told(finding, "/v1/completions", text)["segments"]) == 2
+    sampling = {"max_new_tokens": 4, "temperature": 0}
+    out = finding.generate(text=stuffed(5, 6), cache_salt=salt, sampling_params=sampling)
+    assert len(out["meta_info"]["pic"]["segments"]) == 2
+    for usage in ({}, {"stream_options": {"include_usage": True}}):
+        streamed = finding.post(
+            "/v1/chat/completions", chat_of((6, 5), salt, stream=True, **usage)
+        ).text
+        chunks = [json.loads(line[6:]) for line in streamed.splitlines() if line[:7] == "data: {"]
+        reports = [chunk.get("pic") or (chunk.get("usage") or {}).get("pic") for chunk in chunks]
+        assert sum(report is not None for report in reports) == 1 and reports[-1] is not None
+    asked = {"max_tokens": 4, "model": "m", "messages": chat_of((5, 6), salt)["messages"]}
+    assert finding.post("/v1/messages", asked).status_code == 200
+    batch = [stuffed(5, 6), stuffed(6, 5)]
+    answers = finding.generate(text=batch, cache_salt=[salt, salt], sampling_params=sampling)
+    assert not any("pic" in one["meta_info"] for one in answers)
+
+
+@pytest.mark.server
+def test_tools_in_another_order_are_linked(finding: Server) -> None:
+    body = chat_of((), "tools")
+    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+        body["messages"] = [{"role": "user", "content": f"Order {order}?"}]
+        body["tools"] = [TOOLS[i] for i in order]
+        report = told(finding, "/v1/chat/completions", body)
+        settled(finding)
+    explained = finding.post("/pic/explain", body).json()
+    cuts = [cut for cut in explained["cuts"] if cut["rule"] == "tool"]
+    assert len(cuts) == 3 and all(set(cut) >= {"start", "end", "times", "linked"} for cut in cuts)
+    assert {one["found"] for one in report["segments"]} == {"structure"}
+    assert len(report["segments"]) >= 2
+    # Marked ones are the client's.
+    body["tools"] = [{**tool, "pic_segment": True} for tool in body["tools"]]
+    report = told(finding, "/v1/chat/completions", body)
+    assert [one["found"] for one in report["segments"]] == 3 * ["marked"]
+
+
+@pytest.mark.server
+def test_where_nothing_recurs_an_answer_is_stocks(finding: Server) -> None:
+    """The same tokens go in, and the very same come out as with nothing looked for."""
+    seeds = random.Random(3)
+    words = " ".join(PASSAGES).split()
+    for i in range(6):
+        text = "\n\n".join(" ".join(seeds.choices(words, k=60)) for _ in range(3))
+        made = {}
+        for mode in ("content", "off"):
+            body = {
+                "text": text,
+                "pic": {"find": mode} if mode == "off" else None,
+                "cache_salt": f"same-{mode}-{i}",
+                "sampling_params": {"max_new_tokens": 6, "temperature": 0},
+                "return_logprob": True,
+            }
+            out = finding.generate(**{name: one for name, one in body.items() if one is not None})
+            meta = out["meta_info"]
+            logprobs = [token for _, token, *_ in meta["output_token_logprobs"]]
+            made[mode] = (out["text"], meta["prompt_tokens"], logprobs)
+        assert made["content"] == made["off"]
+    assert finding.forest()["integrity"] == "ok"

@@ -124,7 +124,7 @@ def prompt_of(body: dict[str, Any], rendering: Rendering, cutter: Cutter) -> Pro
         tools = [tool for tool in _list(body.get("tools")) if isinstance(tool, dict)]
         text = rendering.text(messages, tools or None)
         given = chat_cuts(text, messages, [_name(tool) for tool in tools], cutter.shortest)
-        marked = list(_marked(text, messages, tools, pic))
+        marked = sorted(_marked(text, messages, tools, pic))
         regions = regions_of(given)
     else:
         plain = _plain_prompt(body, pic)

@@ -113,7 +113,11 @@ def _found(
     if pic is None and exchange is not None:
         pic = exchange.find
     found = funnel_of(manager).finding.search(obj, exchange, pic)
-    return found if found is not None and found.looked.linked else None
+    if found is None or found.looked.linked:
+        return found
+    if samples_of(obj) == 1:
+        obj.input_ids = found.ids  # SGLang's own: it takes them, and tokenises no text again
+    return None
 
 
 def abort_request(manager: Any, rid: str = "", abort_all: bool = False) -> None:
