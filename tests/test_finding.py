@@ -199,9 +199,16 @@ def test_one_tenants_flood_does_not_take_anothers_place(tokenizer) -> None:
     run(go)
 
 
-def test_what_is_remembered_is_bounded(tokenizer) -> None:
+def test_what_is_remembered_is_bounded(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     async def go() -> None:
         front = Front(tokenizer)
+        front.is_idle = False
+        monkeypatch.setattr(module, "MAX_TOKENS", 200)
+        for _ in range(2):
+            await front.ask(stuffed(0, 1, 2, 3, 4))
+        waiting = front.finding._idle
+        tokens = sum(len(item.ids) for item in waiting._chunks)
+        assert 0 < tokens == waiting._tokens <= 200 and 0 < len(waiting._chunks) < 5
         for i in range(MAX_TENANTS + 9):
             await front.ask(stuffed(1), cache_salt=f"{i}")
         assert len(front.finding._finders) == MAX_TENANTS

@@ -19,7 +19,8 @@ Report = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class _Unmarked:
-    """A state's text without its marks, as far as ``RuntimeEndpoint`` reads a state."""
+    """A state's text without its marks, in which nothing is to be found, as far as
+    ``RuntimeEndpoint`` reads a state."""
 
     text_: str
     images_: list[Any] = dataclasses.field(default_factory=list)
@@ -172,7 +173,7 @@ class PicRuntimeEndpoint(RuntimeEndpoint):
             data["cache_salt"] = self._cache_salt
         ranges = segment_ranges(s)
         if not ranges:
-            if self._finding and not s.images_:
+            if self._finding and not s.images_ and not isinstance(s, _Unmarked):
                 data["pic"] = {**self._options, **self._finding}
             return
         if s.images_:

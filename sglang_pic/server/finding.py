@@ -42,8 +42,9 @@ from sglang_pic.server.wanted import Wanted, caller_of
 
 logger = logging.getLogger(__name__)
 
-# Tenants whose prompts are remembered, 1.4 MB each; chunks of one that wait for an idle moment.
-MAX_TENANTS, MAX_WAITING = 64, 256
+# Tenants whose prompts are remembered, 1.4 MB each; chunks of one that wait for an idle moment,
+# and tokens of all that do, some 36 bytes each.
+MAX_TENANTS, MAX_WAITING, MAX_TOKENS = 64, 256, 1 << 20
 
 
 def names_none(pic: Any) -> bool:
@@ -118,16 +119,22 @@ class WhenIdle:
         self._is_idle = is_idle
         self._queue: FairQueue[CompileItem] = FairQueue(1, 1, MAX_WAITING)
         self._chunks: dict[CompileItem, Chunk] = {}
+        self._tokens = 0
         self._task: asyncio.Task[None] | None = None
 
     def want(self, chunks: Sequence[Chunk]) -> None:
         """Compile these chunks of one tenant, as far as there is room for them to wait."""
-        new = {one.item: one for one in chunks if one.item not in self._chunks}
+        room = MAX_TOKENS - self._tokens
+        new: dict[CompileItem, Chunk] = {}
+        for one in chunks:
+            if one.item not in self._chunks and len(one.item.ids) <= room:
+                room -= len(one.item.ids)
+                new[one.item] = one
         if not new:
             return
-        tenant = chunks[0].caller.tenant
-        for item in self._queue.add(new, tenant, 0):
+        for item in self._queue.add(new, chunks[0].caller.tenant, 0):
             self._chunks[item] = new[item]
+            self._tokens += len(item.ids)
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._work())
 
@@ -145,6 +152,7 @@ class WhenIdle:
             except Exception as error:
                 logger.warning("sglang_pic: a found segment could not be compiled: %r", error)
             del self._chunks[item]
+            self._tokens -= len(item.ids)
             self._queue.done(chunk.caller.tenant)
 
 
