@@ -85,10 +85,14 @@ def settle(server: Server) -> None:
         RuntimeError: that does not come.
     """
     until = time.monotonic() + WAIT_S
+    before = None
     while time.monotonic() < until:
         time.sleep(IDLE_S)
-        if not server.get("/pic/stats").json()["front"]["compiling"]:
+        front = server.get("/pic/stats").json()["front"]
+        now = front["compiling"], front["compiles"], front["chunks_compiled"]
+        if now == before and not front["compiling"]:
             return
+        before = now
     raise RuntimeError(f"{server.url}: still compiling after {WAIT_S:.0f} s")
 
 
