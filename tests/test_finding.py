@@ -494,7 +494,9 @@ def test_a_plain_client_is_linked(finding: Server) -> None:
     # Of another tenant nothing is known, nor that it was ever seen.
     assert told(finding, path, chat_of((1, 0), "b")) is None
     report = told(finding, path, chat_of((4, 1, 0), "a"))
-    assert report["exactness"] == "composed" and report["tokens_compiled"] == 0
+    assert report["exactness"] == "composed"
+    # No segment was waited for, only the text in front of them.
+    assert [one["segment"] for one in report["waited_for"]] == [None]
     assert [one["found"] for one in report["segments"]] == 2 * ["structure"]
     assert [one["reason"] for one in report["segments"]] == 2 * ["hit"]
     after = settled(finding)
