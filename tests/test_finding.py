@@ -33,11 +33,13 @@ from sglang_pic.find.own import rules_with
 from sglang_pic.metrics import front
 from sglang_pic.metrics.front import Counts
 from sglang_pic.server import chat as chat_module
+from sglang_pic.server import chunks as chunks_module
 from sglang_pic.server import finding as module
 from sglang_pic.server.answers import as_found, reports_of
+from sglang_pic.server.chunks import MAX_WAITING
 from sglang_pic.server.compiler import COMPILED, FAILED, CompileItem, Made
 from sglang_pic.server.exchange import Exchange, carry
-from sglang_pic.server.finding import MAX_TENANTS, MAX_WAITING, Finding, Found, names_none
+from sglang_pic.server.finding import MAX_TENANTS, Finding, Found, names_none
 from sglang_pic.server.reading import take
 from sglang_pic.server.resolve import Resolver
 from sglang_pic.server.wanted import Wanted
@@ -58,7 +60,7 @@ def tokenizer():
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
     fresh = Counts()
-    for one in (front, module):
+    for one in (front, module, chunks_module):
         monkeypatch.setattr(one, "counts", fresh)
     return fresh
 
@@ -203,7 +205,7 @@ def test_what_is_remembered_is_bounded(tokenizer, monkeypatch: pytest.MonkeyPatc
     async def go() -> None:
         front = Front(tokenizer)
         front.is_idle = False
-        monkeypatch.setattr(module, "MAX_TOKENS", 200)
+        monkeypatch.setattr(chunks_module, "MAX_TOKENS", 200)
         for _ in range(2):
             await front.ask(stuffed(0, 1, 2, 3, 4))
         waiting = front.finding._idle
@@ -212,6 +214,10 @@ def test_what_is_remembered_is_bounded(tokenizer, monkeypatch: pytest.MonkeyPatc
         for i in range(MAX_TENANTS + 9):
             await front.ask(stuffed(1), cache_salt=f"{i}")
         assert len(front.finding._finders) == MAX_TENANTS
+        foretold = GenerateReqInput(text=stuffed(1), cache_salt="new")
+        front.finding.search(foretold, None, None, remember=False)
+        assert len({one[0] for one in front.finding._finders}) == MAX_TENANTS
+        assert not any("new" in one[0] for one in front.finding._finders)
         assert sum(one.nbytes for one in front.finding._finders.values()) < 100 << 20
 
     run(go)
@@ -224,7 +230,7 @@ def test_what_could_not_be_compiled_is_not_linked(tokenizer) -> None:
         for _ in range(2):
             assert await front.ask(stuffed(1)) == []
         assert len(front.compiler.items) == 1
-        finder = front.finding._finder(GenerateReqInput(text="x"))
+        finder = front.finding._finder(GenerateReqInput(text="x"), remember=True)
         assert not finder._ready._names.any()
 
     run(go)

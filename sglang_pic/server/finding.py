@@ -7,10 +7,8 @@ linked. Token ids are never changed: where nothing is linked the request goes on
 
 from __future__ import annotations
 
-import asyncio
 import collections
 import dataclasses
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,27 +22,22 @@ from sglang_pic.find.cutting import Cutter
 from sglang_pic.find.finder import Finder, Looked
 from sglang_pic.find.own import rules_with
 from sglang_pic.find.rendered import chat_cuts, regions_of
-from sglang_pic.find.sketch import Names
 from sglang_pic.link.policy import LinkOptions
 from sglang_pic.link.report import HIT
 from sglang_pic.metrics.front import counts
 from sglang_pic.request.base import LinkRequest, TokenSpan
 from sglang_pic.request.fields import MAX_SEGMENTS, PicFields, parse_fields
 from sglang_pic.server.answers import reports_of
-from sglang_pic.server.compiler import COMPILED, SHARED, Caller, CompileItem, Compiler
+from sglang_pic.server.chunks import Chunk, IdleCompiles
+from sglang_pic.server.compiler import Compiler
 from sglang_pic.server.exchange import Exchange
-from sglang_pic.server.idle import idle
 from sglang_pic.server.placing import rank_of
-from sglang_pic.server.queue import FairQueue
 from sglang_pic.server.resolve import Resolver
 from sglang_pic.server.texts import Piece
 from sglang_pic.server.wanted import Wanted, caller_of
 
-logger = logging.getLogger(__name__)
-
-# Tenants whose prompts are remembered, 1.4 MB each; chunks of one that wait for an idle moment,
-# and tokens of all that do, some 36 bytes each.
-MAX_TENANTS, MAX_WAITING, MAX_TOKENS = 64, 256, 1 << 20
+# Tenants whose prompts are remembered, 1.4 MB each.
+MAX_TENANTS = 64
 
 
 def names_none(pic: Any) -> bool:
@@ -96,66 +89,6 @@ class Found:
             self.finder.compiled(self.looked.names.chunks[hits])
 
 
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """A chunk to compile, and who is to know."""
-
-    item: CompileItem
-    rule: str
-    caller: Caller
-    ready: Callable[[Names], None]
-    name: int
-
-
-class WhenIdle:
-    """Compiles chunks when there is nothing else to do, tenants in turn.
-
-    Args:
-        is_idle: whether the server has nothing to do.
-    """
-
-    def __init__(self, compiler: Compiler, is_idle: Callable[[], bool]):
-        self._compiler = compiler
-        self._is_idle = is_idle
-        self._queue: FairQueue[CompileItem] = FairQueue(1, 1, MAX_WAITING)
-        self._chunks: dict[CompileItem, Chunk] = {}
-        self._tokens = 0
-        self._task: asyncio.Task[None] | None = None
-
-    def want(self, chunks: Sequence[Chunk]) -> None:
-        """Compile these chunks of one tenant, as far as there is room for them to wait."""
-        room = MAX_TOKENS - self._tokens
-        new: dict[CompileItem, Chunk] = {}
-        for one in chunks:
-            if one.item not in self._chunks and len(one.item.ids) <= room:
-                room -= len(one.item.ids)
-                new[one.item] = one
-        if not new:
-            return
-        for item in self._queue.add(new, chunks[0].caller.tenant, 0):
-            self._chunks[item] = new[item]
-            self._tokens += len(item.ids)
-        if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._work())
-
-    async def _work(self) -> None:
-        while len(self._queue):
-            await idle(self._is_idle)
-            item = self._queue.take()
-            assert item is not None
-            chunk = self._chunks[item]
-            try:
-                (made,) = await self._compiler.compile([item], chunk.caller)
-                if made.outcome in (COMPILED, SHARED):
-                    chunk.ready(np.array([chunk.name], dtype=np.uint64))
-                    counts.observe_found_compile(chunk.rule)
-            except Exception as error:
-                logger.warning("sglang_pic: a found segment could not be compiled: %r", error)
-            del self._chunks[item]
-            self._tokens -= len(item.ids)
-            self._queue.done(chunk.caller.tenant)
-
-
 class Finding:
     """Finds segments for one tokenizer manager.
 
@@ -177,7 +110,7 @@ class Finding:
         self._resolver = resolver
         self._wanted = wanted
         self._is_linking = is_linking
-        self._idle = WhenIdle(compiler, is_idle)
+        self._idle = IdleCompiles(compiler, is_idle)
         self._finders: LRUCache[Any, Finder] = LRUCache(MAX_TENANTS)
         self.cutter = Cutter(config.min_segment, rules_with(config.find_rules))
 
@@ -239,7 +172,7 @@ class Finding:
         ids, cuts = read
         if mode == CONTENT:
             cuts = self.cutter.by_content(ids, cuts)
-        finder = self._finder(obj)
+        finder = self._finder(obj, remember)
         seam = 0 if options.policy == "none" else options.seam
         looked = finder.look(ids, cuts, seam=seam, most=MAX_SEGMENTS)
         if remember:
@@ -253,11 +186,12 @@ class Finding:
         linked = self._is_linking() and self._wanted.links(LinkRequest((), fields.options))
         return (fields.find or self._config.find) if linked else OFF
 
-    def _finder(self, obj: GenerateReqInput) -> Finder:
+    def _finder(self, obj: GenerateReqInput, remember: bool) -> Finder:
+        """The one of whoever asks; a new one is kept only to be remembered by."""
         owner = (self._wanted.space(obj.cache_salt), obj.extra_key, obj.lora_path)
-        finder = self._finders.get(owner)
-        if finder is None:
-            finder = self._finders[owner] = Finder()
+        finder = self._finders.get(owner) or Finder()
+        if remember:
+            self._finders[owner] = finder
         return finder
 
     def _read(
@@ -304,5 +238,5 @@ class Finding:
                 ids[cut.start : cut.end], *owner, seam=seam, rank=rank_of(obj)
             )
             name = int(looked.names.chunks[i])
-            chunks.append(Chunk(item, cut.rule, caller_of(obj), finder.compiled, name))
+            chunks.append(Chunk(item, cut.rule, caller_of(obj), name, finder.compiled))
         self._idle.want(chunks)
