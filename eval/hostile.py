@@ -258,6 +258,7 @@ class Forger:
             "state": ("compose", "last", "auto"),
             "tokenize": ("pieces", "whole"),
             "turns": (True, False),
+            "find": ("off", "structure", "content"),
             "require_exact": (True, False),
         }.items():
             if rng.random() < 0.3:

@@ -139,12 +139,25 @@ class ExplainedSegment:
     tokens_computed: int
     company: int
     guests: int
+    found: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ExplainedCut:
+    """Where a prompt that names no segment may be cut: tokens, the rule, how often what
+    stands there has come again behind other tokens, and whether it would be linked."""
+
+    start: int
+    end: int
+    rule: str
+    times: int
+    linked: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
     """The report that a request would get now; ``tokens_to_compile`` are those of
-    missing segments, compiled first."""
+    missing segments, compiled first; ``cuts`` of a prompt in which segments are looked for."""
 
     exactness: str
     reason: str | None
@@ -157,6 +170,7 @@ class Explanation:
     turn_tokens: int
     tokens_to_compile: int
     segments: list[ExplainedSegment]
+    cuts: list[ExplainedCut]
 
 
 _Result = TypeVar("_Result")
@@ -327,7 +341,8 @@ class PicClient:
         }
         answer = self._post("explain", body)
         segments = [_made(ExplainedSegment, one) for one in answer["segments"]]
-        return _made(Explanation, {**answer, "segments": segments})
+        cuts = [_made(ExplainedCut, one) for one in answer["cuts"]]
+        return _made(Explanation, {**answer, "segments": segments, "cuts": cuts})
 
     def report(self, id: str) -> dict[str, Any]:
         """The report of one of the last answers, by its id."""

@@ -13,6 +13,7 @@ import json
 import os
 
 from sglang_pic.errors import PicConfigError
+from sglang_pic.find.base import FIND
 from sglang_pic.link.policy import AUTO, COMPANIES, MODES, POLICIES, STATE_POLICIES, LinkOptions
 
 ENV_NAME = "SGLANG_PIC_CONFIG"
@@ -49,6 +50,11 @@ class PicConfig:
             with K rotated to its true position.
         compile_context: token ids behind which every segment is compiled;
             empty compiles a segment from nothing.
+        find: where segments are looked for in requests that name none: nowhere (``off``),
+            in the blocks that prompts are built of (``structure``), and by what their tokens
+            are too (``content``).
+        find_rules: JSON file of an operator's own rules of structure, regular expressions
+            by name; ``None`` for none.
         min_segment: a segment shorter than this many tokens is computed, not
             compiled.
         cold: what a request gets that would wait for more than it gains, since none or
@@ -94,6 +100,8 @@ class PicConfig:
     share: float = 0.15
     mode: str = "share"
     compile_context: tuple[int, ...] = ()
+    find: str = OFF
+    find_rules: str | None = None
     min_segment: int = 32
     cold: str = EXACT
     compile_timeout_s: float = 60.0
@@ -123,6 +131,8 @@ class PicConfig:
                 raise PicConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.company not in COMPANIES:
             raise PicConfigError(f"company must be one of {COMPANIES}, got {self.company!r}")
+        if self.find not in FIND:
+            raise PicConfigError(f"find must be one of {FIND}, got {self.find!r}")
         if self.cold not in COLD:
             raise PicConfigError(f"cold must be one of {COLD}, got {self.cold!r}")
         if self.guests not in GUESTS:

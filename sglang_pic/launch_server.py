@@ -25,6 +25,8 @@ from sglang_pic.config import (
     PicConfig,
 )
 from sglang_pic.errors import PicConfigError
+from sglang_pic.find.base import FIND
+from sglang_pic.find.own import rules_with
 from sglang_pic.link.policy import AUTO, COMPANIES, MODES, POLICIES, STATE_POLICIES
 
 # As like one of our flags as none of SGLang's is.
@@ -111,6 +113,18 @@ def pic_parser() -> argparse.ArgumentParser:
         type=pathlib.Path,
         metavar="FILE",
         help="the same, read from a UTF-8 file",
+    )
+    parser.add_argument(
+        "--pic-find",
+        choices=FIND,
+        default=defaults.find,
+        help="find segments in requests that name none: in the blocks that prompts are built of "
+        "(structure), and by what their tokens are too (content) (%(default)s)",
+    )
+    parser.add_argument(
+        "--pic-find-rules",
+        metavar="FILE",
+        help="JSON object of your own rules of structure: regular expressions by name",
     )
     parser.add_argument(
         "--pic-min-segment",
@@ -305,8 +319,13 @@ def check_files(args: argparse.Namespace) -> None:
     """Refuse now what would be refused when SGLang has loaded the model.
 
     Raises:
-        PicConfigError: ``--pic-tenants`` or ``--pic-store`` is not what it must be.
+        PicConfigError: ``--pic-tenants``, ``--pic-store`` or ``--pic-find-rules`` is not what
+            it must be.
     """
+    try:
+        rules_with(args.pic_find_rules)
+    except PicConfigError as error:
+        raise PicConfigError(f"--pic-find-rules: {error}") from error
     if args.pic_tenants is not None:
         from sglang_pic.server.tenants import read_salts
 

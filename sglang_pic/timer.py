@@ -38,6 +38,9 @@ FRONT_STAGES = (
     Stage("request", "sglang_pic.server.resolve.Resolver.resolve"),
     Stage("request", "sglang_pic.server.funnel.tidy"),
     Stage("tokenise", "sglang_pic.server.resolve.encode_marked"),
+    Stage("tokenise", "sglang_pic.server.resolve.Resolver.with_offsets"),
+    Stage("find", "sglang_pic.server.finding.Finding.cut_chat"),
+    Stage("find", "sglang_pic.server.finding.Finding.search"),
 )
 ENGINE_STAGES = (
     Stage(HOOKS, "sglang_pic.manage.arrival.answer"),

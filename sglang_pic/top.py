@@ -102,6 +102,7 @@ def frame(now: Poll, before: Poll | None = None) -> RenderableType:
         _counters("prompt tokens", now, before, _prompt_tokens),
         _counters("segments named", now, before, lambda poll: poll.front["segments"]),
         _counters("answers", now, before, _answers),
+        *([_found(now)] if now.front["chunks_seen"] else []),
         _counters("evicted tokens, states", now, before, lambda poll: _over_ranks(poll, "evicted")),
         _counters("refused", now, before, lambda poll: _over_ranks(poll, "refused")),
     ]
@@ -187,6 +188,25 @@ def _counters(
             grown = max(0.0, value - earlier.get(name, 0))
             rate = f"{grown / max(now.at - before.at, 1e-9):,.1f}"
         table.add_row(name, f"{value:,.0f}", rate)
+    return table
+
+
+def _found(now: Poll) -> Table:
+    """What was found in prompts without segments, by rule, what saves most first."""
+    front = now.front
+    table = _table("found by rule")
+    names = {
+        "seen": "chunks_seen",
+        "recur": "chunks_recurring",
+        "compiled": "chunks_compiled",
+        "linked": "chunks_linked",
+        "tokens": "tokens_found",
+    }
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+    for rule in sorted(front["chunks_seen"], key=lambda rule: -front["tokens_found"].get(rule, 0)):
+        table.add_row(rule, *(_short(front[key].get(rule, 0)) for key in names.values()))
     return table
 
 

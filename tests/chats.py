@@ -120,7 +120,7 @@ class Chat:
         Raises:
             PicRequestError: it cannot carry them.
         """
-        self.marks = mark_messages(body["messages"], [])
+        self.marks = mark_messages(body["messages"], [], body.get("tools"))
         exchange = Exchange(pic or {}, self.marks)
         request = ChatCompletionRequest(model="x", **body)
         self.tokenizer.given.clear()

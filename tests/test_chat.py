@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import pathlib
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mistral_common.integrations.chat_templates.chat_templates import generate_chat_template
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
+from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from sglang.srt.parser.conversation import chat_templates
 from sglang.srt.parser.python_chat_template import GLM53, GLM53_FLASH
 from transformers import AutoTokenizer
@@ -26,6 +28,8 @@ from sglang_pic.eval.models.smollm2 import ensure_model
 from sglang_pic.eval.serving import Server
 from sglang_pic.request.base import TokenSpan
 from sglang_pic.server.marks import Mark, Marks, mark_messages
+from sglang_pic.server.texts import Piece
+from sglang_pic.server.tools import MarkedTool, add_tools
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +295,99 @@ def templates(draw: st.DrawFn) -> str:
         + body
         + "\n{% endfor %}{{ seen.of|length }}<assistant>"
     )
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": f'Looks for {name} in {{braces}}, "quotes" and ümlauts.',
+            "parameters": {"type": "object", "properties": {"of": {"type": "string"}}},
+        },
+    }
+    for name in ("tower", "ferry", "bell")
+]
+_LINES = "{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}\n"
+QWEN = (
+    f"{{% if tools %}}<tools>{_LINES}</tools>{{% endif %}}"
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
+)
+# How models' templates write tools: a line each, all as one list, indented, functions alone.
+WITH_TOOLS = {
+    "lines": QWEN,
+    "list": QWEN.replace(_LINES, "{{ tools | tojson }}"),
+    "indented": QWEN.replace("tool | tojson", "tool | tojson(indent=4)"),
+    "functions": QWEN.replace("tool | tojson", "tool.function | tojson"),
+    **{name: text for name, text in SHIPPED.items() if text and "tools" in text},
+}
+
+
+def _with_tools(tools: list[Any], **marks: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "Which tower?"}], "tools": tools, **marks}
+
+
+@pytest.mark.parametrize("name", WITH_TOOLS)
+def test_a_marked_tool_is_its_own_rendered_text(tokenizer, name: str) -> None:
+    chat = Chat(tokenizer, WITH_TOOLS[name])
+    found = {}
+    for order in itertools.permutations(range(3)):
+        tools = [{**copy.deepcopy(TOOLS[i]), "pic_segment": i != 1} for i in order]
+        exchange = chat.marked(_with_tools(tools), {"tokenize": "whole"})
+        assert exchange.ids == chat.stock(_with_tools([TOOLS[i] for i in order]))
+        exchange = chat.marked(
+            _with_tools(
+                [{**tool, "pic_segment": i != 1} for i, tool in zip(order, tools, strict=True)]
+            )
+        )
+        assert exchange.ids is not None
+        texts = [chat.tokenizer.decode(exchange.ids[s.start : s.end]) for s in exchange.spans]
+        for text, i in zip(texts, [i for i in order if i != 1], strict=True):
+            tool = json.loads(text)
+            assert tool.get("function", tool)["name"] == TOOLS[i]["function"]["name"]  # type: ignore
+            assert found.setdefault(i, text) == text
+
+
+def test_marked_tools_stand_beside_marked_texts(tokenizer) -> None:
+    """Also where a marked text holds the very words of the tool."""
+    template = "{% for message in messages %}{{ message.content }}|{% endfor %}{{ tools|tojson }}"
+    chat = Chat(tokenizer, template)
+    said = json.dumps(TOOLS[0])
+    body = {
+        "messages": [{"role": "user", "content": said, "pic_segment": True}],
+        "tools": [{**TOOLS[0], "pic_segment": True}],
+    }
+    exchange = chat.marked(body)
+    assert exchange.ids is not None and len(exchange.spans) == 2
+    prompt = chat.tokenizer.decode(exchange.ids)
+    assert exchange.spans[1].start > len(chat.tokenizer.decode(exchange.ids[:3])) and said in prompt
+
+
+def test_a_tool_that_is_not_offered_is_no_segment(tokenizer) -> None:
+    chat = Chat(tokenizer, QWEN)
+    body = _with_tools([{**copy.deepcopy(TOOLS[0]), "pic_segment": True}])
+    request = ChatCompletionRequest(model="x", messages=body["messages"])
+    ranges = add_tools((MarkedTool(0, "tower"),), [], [Piece("x", special=False)], [[]])
+    assert ranges == [[]] and request.tools is None and chat.stock(body)
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content }}", QWEN.replace("| tojson", "")])
+def test_a_template_that_writes_no_json_cannot_carry_a_marked_tool(
+    tokenizer, template: str
+) -> None:
+    body = _with_tools([TOOLS[1], {**TOOLS[0], "pic_segment": True}])
+    with pytest.raises(PicRequestError, match="does not write this tool") as refused:
+        Chat(tokenizer, template).marked(body)
+    assert refused.value.field == "tools[1]"
+
+
+@pytest.mark.parametrize("flag", [1, "yes", [], {}])
+def test_bad_marks_on_tools_are_refused_by_name(flag: Any) -> None:
+    with pytest.raises(PicRequestError) as refused:
+        mark_messages([], [], [TOOLS[0], {**TOOLS[1], "pic_segment": flag}])
+    assert refused.value.field == "tools[1].pic_segment"
+    assert mark_messages([], [], [{**TOOLS[0], "pic_segment": None}, 3, "x"]) is None
+    assert mark_messages([], [], "tools") is None
 
 
 def test_generated_templates(tokenizer) -> None:

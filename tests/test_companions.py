@@ -25,6 +25,7 @@ from sglang_pic.link.policy import LinkOptions
 from sglang_pic.request.base import LinkRequest, TokenSpan
 from sglang_pic.request.internal import MAX_COMPANY_TOKENS, MAX_MEMBERS
 from sglang_pic.server import companions as module
+from sglang_pic.server import idle
 from sglang_pic.server.companions import Company, Kind, Maker, WhenIdle, companies_of
 from sglang_pic.server.compiler import COMPILED, FAILED, CompileItem, Made
 from sglang_pic.server.guests import NO_GUESTS, Guests, Inviting, Nobody, Own, Shipped
@@ -208,7 +209,7 @@ def test_what_is_gone_again_is_made_at_longer_intervals() -> None:
 def test_a_company_waits_for_an_idle_moment_but_not_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "IDLE_POLL_S", 0.001)
+    monkeypatch.setattr(idle, "IDLE_POLL_S", 0.001)
 
     async def go() -> None:
         front = Front()
@@ -219,7 +220,7 @@ def test_a_company_waits_for_an_idle_moment_but_not_for_ever(
         front.is_idle = True
         await asyncio.sleep(0.01)
         assert len(await front.made()) == 2
-        monkeypatch.setattr(module, "PATIENCE_S", 0.01)
+        monkeypatch.setattr(idle, "PATIENCE_S", 0.01)
         front.is_idle = False
         front.see(C, D)
         front.see(C, D)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import collections
 import importlib
+import itertools
+import json
 import pathlib
 import random
 import sys
@@ -17,6 +19,8 @@ import pytest
 
 from sglang_pic.eval import (
     breakdown,
+    found,
+    found_chats,
     hybrid_quality,
     load,
     memory,
@@ -232,6 +236,38 @@ def test_growth_and_stages(smollm: Server, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(found.tables) == 2 and len(found.tables[0].rows) == 2
 
 
+@pytest.mark.server
+def test_what_is_found_without_marks(smollm: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(found, "QUICK_REQUESTS", 6)
+    monkeypatch.setattr(found, "COSTS", 2)
+    stuffed = {"stuffed": found.WORKLOADS["stuffed"]}
+    monkeypatch.setattr(found, "WORKLOADS", stuffed)
+    monkeypatch.setattr(found_chats, "DOCUMENTS", 7)  # of ten: most have come before
+    pair = Bench(ensure_model(), "smollm2", smollm, smollm, range(1500, 47000), 8192, 16384)
+    outcome = found.run(pair, quick=True)
+    rows: dict[str, Any] = {row["method"]: row for row in outcome.rows if "reused" in row}
+    assert list(rows) == list(found.METHODS)
+    assert rows["stock"]["kl"] == 0 and rows["stock"]["segments"] == 0
+    assert rows["structure"]["reused"] > 0.5 * rows["marked"]["reused"] > 0.2
+    assert rows["content"]["segments"] > 0 and rows["structure"]["kl"] >= 0
+    cost = outcome.rows[-1]
+    assert cost["find_us"] > 0 and cost["find_of_ttft"] < 0.05 and cost["compiled"] == 0
+    assert [len(table.rows) for table in outcome.tables] == [4, 1]
+
+
+def test_what_eval_found_compares() -> None:
+    """Workloads in both forms hold the same texts; of equal answers nothing diverges."""
+    for name, make in found.WORKLOADS.items():
+        chats = list(itertools.islice(make(random.Random(0)), 3))
+        assert len({json.dumps(chat.plain) for chat in chats}) == 3
+        for chat in chats:
+            assert "pic_segment" not in json.dumps(chat.plain)
+            assert json.dumps(chat.marked).count('"pic_segment": true') >= 2, name
+    top = {"a": -0.1, "b": -3.0}
+    assert found.divergence(top, top) == pytest.approx(0, abs=1e-9)
+    assert found.divergence(top, {"b": -0.1}) > 1
+
+
 # -- the report --------------------------------------------------------------------
 
 
@@ -295,6 +331,7 @@ def test_parts_have_names_of_their_own() -> None:
     "module",
     [
         breakdown,
+        found,
         hybrid_quality,
         load,
         memory,

@@ -120,6 +120,9 @@ def test_names_tell_segments_apart(a: Any, b: Any) -> None:
 
 def test_an_ordinary_answer_beside_a_link_is_stocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(funnel_module, "is_enabled", lambda: True)
+    finding = types.SimpleNamespace(search=lambda *_: None)
+    funnel = types.SimpleNamespace(finding=finding)
+    monkeypatch.setattr(funnel_module, "funnel_of", lambda manager: funnel)
     closed = []
 
     async def original(manager: Any, obj: Any, request: Any) -> Any:

@@ -54,6 +54,7 @@ NEARLY = {
     "company_seam": st.integers(-1, 1 << 21),
     "share": st.floats(-0.5, 1.5) | st.integers(0, 2),
     "seam": st.integers(-1, 1 << 21),
+    "find": st.sampled_from(["off", "structure", "content", "all"]),
     "mode": st.sampled_from(["share", "relocate", "own"]),
     "state": st.sampled_from(["compose", "last", "auto", "first"]),
     "ablation": st.sampled_from([None, "no_conv_tail", "no_state"]),
@@ -109,6 +110,7 @@ def test_bodies_are_read_or_refused_by_name(
     path: str, pic: Any, prompt: Any, messages: Any
 ) -> None:
     body = {"pic": pic, "text": prompt, "prompt": prompt, "messages": messages, "system": messages}
+    body["tools"] = messages
     raw = json.dumps(body).encode()
     try:
         rest, exchange = take(path, raw, LinkOptions())

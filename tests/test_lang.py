@@ -51,7 +51,7 @@ class FakeServer(http.server.ThreadingHTTPServer):
             meta["input_token_logprobs"] = [[score, 1, "is"], [score, 2, text.split()[-1]]]
             meta["output_token_logprobs"] = []
         if self.links and "pic" in body:
-            spans = body["pic"]["segments"]
+            spans = body["pic"].get("segments", [])
             reused = sum(span["end"] - span["start"] for span in spans)
             meta["pic"] = {"tokens_reused": reused, "tokens_computed": len(text) - reused}
             meta["pic"]["exactness"] = "composed"
@@ -433,6 +433,20 @@ def test_plain_server(plain_server):
     assert state["answer"] == "".join(ANSWER)
     assert report_of(state, "answer") is None
     assert backend.last_report is None
+
+
+def test_a_text_without_segments_may_be_searched(server):
+    program = sgl.function(lambda s: s.__iadd__("text" + sgl.gen("a", max_tokens=1)))
+    program.run(backend=endpoint(server, find="content", seam=8))["a"]
+    assert server.bodies[-1]["pic"] == {"seam": 8, "find": "content"}
+    program.run(backend=endpoint(server, seam=8))["a"]
+    assert "pic" not in server.bodies[-1]
+    # What is to be exact is searched for nothing.
+    endpoint(server, find="content").cache_prefix("text")
+    assert "pic" not in server.bodies[-1]
+    marked = sgl.function(lambda s: s.__iadd__(pic_segment("one") + sgl.gen("a", max_tokens=1)))
+    marked.run(backend=endpoint(server, find="content"))["a"]
+    assert "find" not in server.bodies[-1]["pic"]
 
 
 def test_a_states_segments_are_compiled_in_company(server):

@@ -266,6 +266,7 @@ class FakeSchedulers:
                         "tokens_computed": 2,
                         "company": 0,
                         "guests": 0,
+                        "found": "marked",
                     }
                     for span in fields["link"].spans
                 ],
@@ -294,6 +295,7 @@ class FakeFunnel:
         self.compiler = self
         self.wanted = self
         self.guards = self
+        self.finding = types.SimpleNamespace(search=lambda *_, **__: None)
         self.resolver = FakeResolver(self.config.link_defaults)
 
     async def compile(self, items: list[Any], caller: Any) -> list[Made]:

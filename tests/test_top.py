@@ -128,6 +128,18 @@ def test_a_frame_shows_every_number(fake: tuple[FakeServer, str]) -> None:
     assert "saved about 0.2 s" in text
 
 
+def test_the_rules_that_pay_come_first(fake: tuple[FakeServer, str]) -> None:
+    server, url = fake
+    assert "found by rule" not in drawn(top.poll(PicClient(url)))
+    server.counts.observe_chunks({"tool": 40, "paragraph": 9000}, {"tool": 30})
+    server.counts.observe_found_compile("tool")
+    server.counts.observe_found("tool", 1234)
+    text = drawn(top.poll(PicClient(url)))
+    assert text.index("found by rule") < text.index("tool ") < text.index("paragraph ")
+    assert re.search(r"tool +40 +30 +1 +1 +1\.2k", text)
+    assert re.search(r"paragraph +9\.0k +0 +0 +0 +0", text)
+
+
 def test_a_bar_is_as_full_as_the_pool() -> None:
     held = {"pinned": 10, "segment": 30, "turn": 0, "prefix": 20, "free": 50}
     bar, words = top._bar("KV", held, 100, "a limit")

@@ -19,7 +19,8 @@ Report = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class _Unmarked:
-    """A state's text without its marks, as far as ``RuntimeEndpoint`` reads a state."""
+    """A state's text without its marks, in which nothing is to be found, as far as
+    ``RuntimeEndpoint`` reads a state."""
 
     text_: str
     images_: list[Any] = dataclasses.field(default_factory=list)
@@ -41,6 +42,8 @@ class PicRuntimeEndpoint(RuntimeEndpoint):
             server's own if ``None``.
         company: whose company a segment may have been computed in, ``off``, ``subset`` or
             ``tenant``; the server's own if ``None``.
+        find: find segments in texts that have none, ``off``, ``structure`` or ``content``; the
+            server's own if ``None``.
         require_exact: recompute everything that a link would only approximate.
         cache_salt: cached tokens are shared only with requests of equal salt.
         api_key, verify, chat_template_name: as in ``RuntimeEndpoint``.
@@ -67,6 +70,7 @@ class PicRuntimeEndpoint(RuntimeEndpoint):
         cache_salt: str | None = None,
         *,
         company: str | None = None,
+        find: str | None = None,
         api_key: str | None = None,
         verify: str | None = None,
         chat_template_name: str | None = None,
@@ -84,6 +88,7 @@ class PicRuntimeEndpoint(RuntimeEndpoint):
             self._options["company"] = company
         if require_exact:
             self._options["require_exact"] = True
+        self._finding = {} if find is None else {"find": find}
 
     def pic_info(self) -> dict[str, Any] | None:
         """The server's version and settings; ``None`` if it links no segments."""
@@ -168,6 +173,8 @@ class PicRuntimeEndpoint(RuntimeEndpoint):
             data["cache_salt"] = self._cache_salt
         ranges = segment_ranges(s)
         if not ranges:
+            if self._finding and not s.images_ and not isinstance(s, _Unmarked):
+                data["pic"] = {**self._options, **self._finding}
             return
         if s.images_:
             raise ValueError("a prompt with images cannot be linked: use no segments in it")

@@ -37,6 +37,9 @@ class SegmentReport:
     (``forest.companies``); 0 if that was compiled alone, or nothing is reused.
     ``guests``: those of them that were there for it alone.
 
+    ``found``: how it came to be one; it was ``marked``, unless the front, which alone
+    knows, says otherwise.
+
     ``hit`` is true when at least one token was reused; ``reason`` is one of the
     constants of this module.
     """
@@ -50,6 +53,7 @@ class SegmentReport:
     tokens_computed: int
     company: int = 0
     guests: int = 0
+    found: str = "marked"
 
 
 @dataclasses.dataclass(frozen=True)

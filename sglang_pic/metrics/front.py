@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sglang_pic.link.report import HIT
@@ -55,6 +55,10 @@ class Counts:
         tokens_compiled: computed ahead of a link, on demand or by ``/pic/compile``.
         tokens_opening: those of ``tokens_compiled`` in text that opens a prompt,
             which then counts as prefix.
+        chunks_seen, chunks_recurring, chunks_compiled, chunks_linked: chunks of prompts
+            that name no segments, by the rule that has cut them: all; those seen again
+            behind other tokens; those of them compiled in idle time; and links of them.
+        tokens_found: tokens that those links have reused, by rule.
         companies: made, in both orders.
         compiles, compile_failures: segments and opening texts, by outcome.
         compile_timeouts: those that a link did not wait for any longer.
@@ -75,6 +79,11 @@ class Counts:
     tokens_computed: int = 0
     tokens_compiled: int = 0
     tokens_opening: int = 0
+    chunks_seen: dict[str, int] = dataclasses.field(default_factory=dict)
+    chunks_recurring: dict[str, int] = dataclasses.field(default_factory=dict)
+    chunks_compiled: dict[str, int] = dataclasses.field(default_factory=dict)
+    chunks_linked: dict[str, int] = dataclasses.field(default_factory=dict)
+    tokens_found: dict[str, int] = dataclasses.field(default_factory=dict)
     companies: int = 0
     compiles: int = 0
     compile_failures: int = 0
@@ -90,16 +99,32 @@ class Counts:
     def observe(self, report: dict[str, Any]) -> None:
         """Count one report: one for each answer, of a batch one for each prompt, of
         several samples one for each sample, since each is linked."""
-        _add_one(self.answers, report["exactness"])
+        _add(self.answers, report["exactness"])
         if report["reason"] is not None:
-            _add_one(self.unlinked, report["reason"])
+            _add(self.unlinked, report["reason"])
         for segment in report["segments"]:
-            _add_one(self.segments, segment["reason"])
+            _add(self.segments, segment["reason"])
             if segment["reason"] == HIT:
-                _add_one(self.variants, variant_of(segment))
+                _add(self.variants, variant_of(segment))
         self.tokens_reused += report["tokens_reused"]
         self.tokens_prefix += report["prefix_tokens"]
         self.tokens_computed += report["tokens_computed"]
+
+    def observe_chunks(self, seen: Mapping[str, int], recurring: Mapping[str, int]) -> None:
+        """Count the chunks of one prompt, by rule."""
+        for rule, n in seen.items():
+            _add(self.chunks_seen, rule, n)
+        for rule, n in recurring.items():
+            _add(self.chunks_recurring, rule, n)
+
+    def observe_found_compile(self, rule: str) -> None:
+        """Count a chunk that was compiled in idle time."""
+        _add(self.chunks_compiled, rule)
+
+    def observe_found(self, rule: str, tokens: int) -> None:
+        """Count a chunk that was linked, and its tokens that were reused."""
+        _add(self.chunks_linked, rule)
+        _add(self.tokens_found, rule, tokens)
 
     def observe_compile(
         self, computed: Sequence[int], of_segment: Sequence[bool], seconds: float, page_size: int
@@ -149,8 +174,8 @@ def variant_of(segment: dict[str, Any]) -> str:
     return "guests" if segment["guests"] else "company"
 
 
-def _add_one(counter: dict[str, int], name: str) -> None:
-    counter[name] = counter.get(name, 0) + 1
+def _add(counter: dict[str, int], name: str, n: int = 1) -> None:
+    counter[name] = counter.get(name, 0) + n
 
 
 counts = Counts()

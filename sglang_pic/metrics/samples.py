@@ -79,6 +79,36 @@ FRONT_METRICS = (
         "variant",
     ),
     Metric(
+        PREFIX + "found_chunks_seen_total",
+        "Chunks of prompts that name no segments, by the rule that has cut them.",
+        lambda front: front["chunks_seen"],
+        "rule",
+    ),
+    Metric(
+        PREFIX + "found_chunks_recurring_total",
+        "Those of them that were seen again behind other tokens.",
+        lambda front: front["chunks_recurring"],
+        "rule",
+    ),
+    Metric(
+        PREFIX + "found_chunks_compiled_total",
+        "Those of them compiled in idle time.",
+        lambda front: front["chunks_compiled"],
+        "rule",
+    ),
+    Metric(
+        PREFIX + "found_chunks_linked_total",
+        "Links of such chunks.",
+        lambda front: front["chunks_linked"],
+        "rule",
+    ),
+    Metric(
+        PREFIX + "found_tokens_total",
+        "Tokens of such chunks reused by links.",
+        lambda front: front["tokens_found"],
+        "rule",
+    ),
+    Metric(
         PREFIX + "companies_made_total",
         "Sets of segments computed together, in both orders.",
         lambda front: front["companies"],

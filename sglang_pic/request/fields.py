@@ -9,6 +9,7 @@
         "company": "off" | "subset" | "tenant",
         "company_seam": 0,
         "share": 0.15,
+        "find": "off" | "structure" | "content",
         "mode": "share" | "relocate",
         "state": "compose" | "last" | "auto",
         "require_exact": false,
@@ -29,6 +30,7 @@ import dataclasses
 from typing import Any
 
 from sglang_pic.errors import PicRequestError
+from sglang_pic.find.base import FIND
 from sglang_pic.link.policy import (
     ABLATIONS,
     AUTO,
@@ -55,6 +57,7 @@ _KNOWN = {
     "company",
     "company_seam",
     "share",
+    "find",
     "mode",
     "state",
     "ablation",
@@ -70,14 +73,15 @@ class PicFields:
 
     ``ranges`` are in the unit of the prompt (tokens or characters); they are
     sorted and disjoint, but not yet checked against its length.
-    ``tokenize`` is ``None`` where the request names no rule. ``text`` is the prompt
-    when it was given as ``parts``.
+    ``tokenize`` and ``find`` are ``None`` where the request does not say. ``text`` is
+    the prompt when it was given as ``parts``.
     """
 
     ranges: tuple[TokenSpan, ...]
     options: LinkOptions
     tokenize: str | None = None
     text: str | None = None
+    find: str | None = None
 
 
 def _is_int(value: Any) -> bool:
@@ -220,6 +224,7 @@ def parse_fields(pic: Any, defaults: LinkOptions) -> PicFields:
         if pic.get("tokenize") is None
         else _choice(pic["tokenize"], "tokenize", TOKENIZE_RULES),
         text=text,
+        find=None if pic.get("find") is None else _choice(pic["find"], "find", FIND),
     )
 
 

@@ -144,11 +144,12 @@ def tidy(
     counted: set[int],
     waited: Sequence[Waited] = (NOTHING,),
     samples: int = 1,
+    found: Sequence[str] = (),
 ) -> Any:
     """Turn what SGLang holds of a report into the report, and add what its prompt
     waited for. Every chunk of a stream may repeat it: it is handed on, and counted,
     once. ``counted`` holds the answers whose report was; each prompt has ``samples``
-    of them."""
+    of them. ``found``: how its segments were, where they were not named."""
     items = out if isinstance(out, list) else [out]
     for i, item in enumerate(items):
         meta = item.get("meta_info", {})
@@ -158,12 +159,26 @@ def tidy(
             continue
         counted.add(index)
         prompt = index // samples
-        meta["pic"] = {**values[0], **waited[prompt].to_json()}
+        meta["pic"] = {**as_found(values[0], found), **waited[prompt].to_json()}
         counts.observe(meta["pic"])
         if exchange is not None:
             exchange.reports[index] = meta["pic"]
             last_reports.keep(exchange.salt_of(prompt), meta["id"], meta["pic"])
     return out
+
+
+def as_found(report: dict[str, Any], found: Sequence[str]) -> dict[str, Any]:
+    """A report whose segments say how they were found, if they were."""
+    if not found:
+        return report
+    segments = [{**one, "found": how} for one, how in zip(report["segments"], found, strict=True)]
+    return {**report, "segments": segments}
+
+
+def reports_of(out: Any) -> list[dict[str, Any]]:
+    """The reports that came with an output of a prompt, put in order."""
+    items = out if isinstance(out, list) else [out]
+    return [item["meta_info"]["pic"] for item in items if "pic" in item.get("meta_info", {})]
 
 
 def samples_of(obj: GenerateReqInput) -> int:

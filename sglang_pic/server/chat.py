@@ -3,7 +3,8 @@
 The prompt is built twice over a stand-in for the tokenizer (``server.texts``): from
 the messages as they are, which is the prompt, and from a copy with signs around the
 marked texts. If the copy, its signs cut out, is the same text, and every marked text
-stands in it unchanged, they are segments; else the request is refused.
+stands in it unchanged, they are segments; else the request is refused. Marked tools are
+looked for in the prompt itself (``server.tools``).
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from sglang_pic.errors import PicRequestError
 from sglang_pic.request.base import TokenSpan
 from sglang_pic.request.fields import MAX_SEGMENTS, check_length
 from sglang_pic.server.exchange import Exchange, current, entered, noting
-from sglang_pic.server.funnel import funnel_of
+from sglang_pic.server.funnel import funnel_of, is_enabled
 from sglang_pic.server.marks import Mark, Marks
 from sglang_pic.server.texts import CANNOT, Piece, Texts
+from sglang_pic.server.tools import add_tools, name_of
 
 _messages = TypeAdapter(list[ChatCompletionMessageParam])
 
@@ -50,16 +52,27 @@ class _Manager:
         return getattr(self._manager, name)
 
 
+def _shadow(serving: Any, texts: Texts) -> Any:
+    """SGLang's chat serving with a stand-in for its tokenizer."""
+    shadow = copy.copy(serving)
+    shadow.tokenizer_manager = _Manager(serving.tokenizer_manager, texts)
+    shadow._chat_template_cache = collections.OrderedDict()
+    return shadow
+
+
 def build(
     original: Callable[..., Any], serving: Any, request: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Around SGLang's two ways to make a prompt of messages,
     ``OpenAIServingChat._apply_jinja_template`` and ``_apply_conversation_template``."""
     exchange = current.get()
-    if exchange is None or exchange.marks is None:
+    if exchange is None:
         return original(serving, request, *args, **kwargs)
     with noting(exchange):
-        return _linked(exchange, exchange.marks, original, serving, request, *args, **kwargs)
+        if exchange.marks is not None:
+            return _linked(exchange, exchange.marks, original, serving, request, *args, **kwargs)
+        found = _cut(exchange, original, serving, request, *args, **kwargs)
+        return original(serving, request, *args, **kwargs) if found is None else found
 
 
 def _linked(
@@ -79,10 +92,9 @@ def _linked(
     manager = serving.tokenizer_manager
     texts = Texts(manager.tokenizer)
 
+    shadow = _shadow(serving, texts)
+
     def make(asked: Any) -> Any:
-        shadow = copy.copy(serving)
-        shadow.tokenizer_manager = _Manager(manager, texts)
-        shadow._chat_template_cache = collections.OrderedDict()
         return original(shadow, asked, *args, **kwargs)
 
     def signed(count: int) -> list[Piece]:
@@ -100,10 +112,61 @@ def _linked(
     pieces = texts.pieces(result.prompt_ids)
     text = "".join(piece.text for piece in pieces)
     check_length(text, manager.model_config.context_len, "messages")
-    ranges = locate(marks, pieces, signed)
+    ranges = locate(marks, pieces, signed) if marks.all else [[] for _ in pieces]
+    ranges = add_tools(marks.tools, _offered(request, *args), pieces, ranges)
+    if sum(map(len, ranges)) > MAX_SEGMENTS:
+        raise PicRequestError("messages", f"at most {MAX_SEGMENTS} segments a request")
     exchange.ids, exchange.spans = funnel_of(manager).resolver.chat(pieces, ranges, exchange.pic)
     result.prompt_ids = list(exchange.ids)
     return result
+
+
+def _cut(
+    exchange: Exchange,
+    original: Callable[..., Any],
+    serving: Any,
+    request: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """SGLang's prompt of a request that names no segment, and where it may be cut, in the
+    exchange; ``None`` where none are looked for, or SGLang makes it without a text."""
+    manager = serving.tokenizer_manager
+    if not is_enabled():
+        return None
+    finding = funnel_of(manager).finding
+    if not finding.is_asked(exchange.find):
+        return None
+    if (
+        serving.chat_encoding_spec not in (None, "dsv32")
+        or serving._prompt_text_round_trip_is_lossy
+    ):
+        return None
+    texts = Texts(manager.tokenizer)
+    shadow = _shadow(serving, texts)
+    try:
+        result = original(shadow, request, *args, **kwargs)
+        pieces = texts.pieces(result.prompt_ids)
+    except Exception:
+        return None  # SGLang says in its own words what is wrong, if anything is
+    if result.image_data or result.video_data or result.audio_data:
+        return None
+    messages = [message.model_dump() for message in request.messages]
+    tools = [name for tool in _offered(request, *args) if (name := name_of(tool)) is not None]
+    made = finding.cut_chat(pieces, messages, tools)
+    if made is None:
+        return None
+    exchange.ids, exchange.cuts = made
+    result.prompt_ids = list(exchange.ids)
+    return result
+
+
+def _offered(request: Any, tools: Any, *_: Any) -> list[Any]:
+    """The tools that a template in Jinja is given, without those that ``tool_choice`` leaves
+    out. The other kind is given none, and all are missed."""
+    if isinstance(tools, bool):
+        return [tool.model_dump() for tool in request.tools or ()]
+    return tools or []
 
 
 def locate(
@@ -135,8 +198,6 @@ def locate(
     for number, mark in enumerate(marks.all):
         if mark.core and number not in seen:
             raise PicRequestError(mark.field, "the chat template leaves this text out")
-    if sum(map(len, found)) > MAX_SEGMENTS:
-        raise PicRequestError("messages", f"at most {MAX_SEGMENTS} segments a request")
     return _with_empty(marks, found)
 
 

@@ -29,15 +29,13 @@ from sglang_pic.request.internal import MAX_COMPANY_TOKENS, MAX_MEMBERS
 from sglang_pic.server.cold import FIRST_TIME
 from sglang_pic.server.compiler import COMPILED, SHARED, Caller, CompileItem, Compiler, Made
 from sglang_pic.server.guests import NO_GUESTS, Guests, Inviting
+from sglang_pic.server.idle import idle
 from sglang_pic.server.recurring import MAX_SEGMENTS, Recurring
 
 logger = logging.getLogger(__name__)
 
 # Companies that wait for an idle moment; the oldest gives way.
 MAX_WAITING = 64
-# An idle moment is waited for so long; then one company at a time is made all the same.
-PATIENCE_S = 10.0
-IDLE_POLL_S = 0.05
 # Companies whose making is remembered.
 MAX_KNOWN = 8192
 
@@ -288,7 +286,7 @@ class WhenIdle:
 
     async def _work(self) -> None:
         while self._waiting:
-            await self._idle()
+            await idle(self._is_idle)
             # Who has no company but guests comes last.
             company = min(self._waiting, key=lambda one: len(one.guests.texts))
             try:
@@ -297,9 +295,3 @@ class WhenIdle:
                 logger.warning("sglang_pic: a company could not be made: %r", error)
             # Until now it was not to be wanted again.
             self._waiting.pop(company, None)
-
-    async def _idle(self) -> None:
-        loop = asyncio.get_running_loop()
-        until = loop.time() + PATIENCE_S
-        while not self._is_idle() and loop.time() < until:
-            await asyncio.sleep(IDLE_POLL_S)

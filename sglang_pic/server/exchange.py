@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sglang_pic.errors import PicRequestError
+from sglang_pic.find.base import Cut
 from sglang_pic.request.base import TokenSpan
 from sglang_pic.server.marks import Marks
 
@@ -33,7 +34,9 @@ class Exchange:
         twin: makes chat messages with signs around the first so many of the marks
             (``Marks.written``), for endpoints whose body is not ``messages`` as the
             chat endpoint has them.
+        find: the ``pic`` object of a chat request that names no segment.
         ids, spans: for chat, the prompt, once it is made.
+        cuts: for chat that names no segment, where ``ids`` may be cut.
         usage_chunk: whether a stream of OpenAI's ends with a chunk that tells usage.
         salt: the tenant, or a list of them for a batch, once it is known.
         reports: the exactness report of each answer by its index, as they come.
@@ -43,8 +46,10 @@ class Exchange:
     pic: Any = None
     marks: Marks | None = None
     twin: Callable[[int], Sequence[Any]] | None = None
+    find: dict[str, Any] | None = None
     ids: list[int] | None = None
     spans: tuple[TokenSpan, ...] = ()
+    cuts: Sequence[Cut] = ()
     usage_chunk: bool = False
     salt: Any = None
     reports: dict[int, Any] = dataclasses.field(default_factory=dict)

@@ -1,9 +1,10 @@
 """Where every request passes: around ``TokenizerManager.generate_request``.
 
-A request without ``pic`` fields goes straight on. The life of one with them, six
-functions of six modules:
+A request without ``pic`` fields goes straight on, unless segments are found in it. The
+life of one with segments, six functions of six modules:
 
-1. ``resolve.Resolver.resolve``: its body is token ids and spans;
+1. ``resolve.Resolver.resolve``: its body is token ids and spans; or
+   ``finding.Finding.search``: it names none, and some are found;
 2. ``guards.Guards.settled``: whether anything is linked now, and by which policy;
 3. ``asking.Asking.ask``: what of it has to be compiled first;
 4. ``compiler.Compiler.compile``: that is compiled;
@@ -40,6 +41,7 @@ from sglang_pic.server.cold import Cold
 from sglang_pic.server.companions import Companions, Maker, WhenAsked, WhenIdle
 from sglang_pic.server.compiler import Compiler, Job
 from sglang_pic.server.exchange import Exchange, current, noting
+from sglang_pic.server.finding import Finding, Found, names_none
 from sglang_pic.server.guards import Guards
 from sglang_pic.server.guests import Inviting, Nobody, Own, Shipped
 from sglang_pic.server.life import Lives, Prompt
@@ -81,8 +83,14 @@ def generate_request(
         check_samples(obj)
         bind(obj)
         pic = check_public(obj)
-    if exchange is not None and exchange.pic is not None:
-        pic = exchange.pic
+        if exchange is not None and exchange.pic is not None:
+            pic = exchange.pic
+        found = _found(manager, obj, exchange, pic)
+    if found is not None:
+        if exchange is not None:
+            exchange.pic, exchange.salt = pic or {}, obj.cache_salt
+        outputs = funnel_of(manager).run(original, obj, request, pic, exchange, found)
+        return noted(outputs, exchange, obj)
     if pic is None:
         return noted(unmarked(original(manager, obj, request)), exchange, obj)
     if exchange is not None:
@@ -90,6 +98,26 @@ def generate_request(
     if isinstance(pic, dict) and is_list_of_one(obj):
         pic = [pic]
     return noted(funnel_of(manager).run(original, obj, request, pic, exchange), exchange, obj)
+
+
+def _found(
+    manager: Any, obj: GenerateReqInput, exchange: Exchange | None, pic: Any
+) -> Found | None:
+    """What is found in a request that names no segment, if anything of it is linked.
+
+    Raises:
+        PicRequestError: its ``pic`` object is malformed.
+    """
+    if not names_none(pic) or (exchange is not None and exchange.marks is not None):
+        return None
+    if pic is None and exchange is not None:
+        pic = exchange.find
+    found = funnel_of(manager).finding.search(obj, exchange, pic)
+    if found is None or found.looked.linked:
+        return found
+    if samples_of(obj) == 1:
+        obj.input_ids = found.ids  # SGLang's own: it takes them, and tokenises no text again
+    return None
 
 
 def abort_request(manager: Any, rid: str = "", abort_all: bool = False) -> None:
@@ -137,6 +165,14 @@ class Funnel:
             shortest = max(self.config.min_segment, page)
             companions = WhenIdle(self.maker, shortest, lambda: not manager.rid_to_state)
         cold = Cold(self.compiler, allowed=self.config.cold == EXACT)
+        self.finding = Finding(
+            self.config,
+            self.resolver,
+            self.wanted,
+            self.compiler,
+            lambda: not manager.rid_to_state,
+            lambda: self.guards.gate.reason is None,
+        )
         ranks = get_parallel().dp_size
         self.lives = Lives(
             manager,
@@ -172,9 +208,14 @@ class Funnel:
         request: Any,
         pic: Any,
         exchange: Exchange | None,
+        found: Found | None = None,
     ) -> AsyncGenerator[Any, None]:
-        """Outputs of a request with ``pic`` fields, a report in each."""
-        asked = self.resolver.resolve(obj, pic, exchange)
+        """Outputs of a request with ``pic`` fields, a report in each.
+
+        Args:
+            found: its segments, where it names none and some are linked.
+        """
+        asked = self.resolver.resolve(obj, pic, exchange) if found is None else [found.prompt]
         await self.guards.canary.settle()
         prompts = [self.guards.settled(*one) for one in asked]
         watching = self.guards.watching(obj, asked, prompts)
@@ -187,7 +228,9 @@ class Funnel:
         counted: set[int] = set()
         async with contextlib.aclosing(outputs):
             async for out in outputs:
-                out = tidy(out, exchange, counted, waited, samples)
+                out = tidy(out, exchange, counted, waited, samples, found.how if found else ())
+                if found is not None:
+                    found.see(out)
                 watching.see(out)
                 yield out
 

@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from sglang_pic.errors import PicRequestError
 from sglang_pic.request.base import TokenSpan
 from sglang_pic.request.fields import MAX_SEGMENTS
+from sglang_pic.server.tools import MarkedTool, marked_tools
 
 Path = tuple[str | int, ...]
 
@@ -49,21 +50,23 @@ class Mark:
 
 
 class Marks:
-    """The marked texts of one request, in the order of its body.
+    """What is marked in one request, in the order of its body.
 
     Args:
-        marks: at least one.
+        marks: its texts.
+        tools: its tools; with the texts at least one.
 
     Raises:
-        PicRequestError: there are too many.
+        PicRequestError: there are too many texts.
     """
 
-    def __init__(self, marks: Sequence[Mark]):
+    def __init__(self, marks: Sequence[Mark], tools: Sequence[MarkedTool] = ()):
         if len(marks) > MAX_SEGMENTS:
             raise PicRequestError(
                 marks[MAX_SEGMENTS].field, f"at most {MAX_SEGMENTS} segments a request"
             )
         self.all = tuple(marks)
+        self.tools = tuple(tools)
         self.nonce = secrets.token_hex(16)
         self._sign = re.compile(f"PIC(OPEN|CLOSE){self.nonce}([0-9a-f]{{4}})")
 
@@ -187,16 +190,17 @@ def find_marks(
     return marks
 
 
-def mark_messages(messages: Any, named: Any) -> Marks | None:
+def mark_messages(messages: Any, named: Any, tools: Any = None) -> Marks | None:
     """The marks of a chat request, or ``None`` if nothing is marked.
 
     Args:
         messages: the body's; flags are removed in place.
         named: ``pic.segments``, a list of ``{"message": i}`` and
             ``{"message": i, "part": j}``.
+        tools: the body's, as ``messages``.
 
     Raises:
-        PicRequestError: naming the message, part or entry at fault.
+        PicRequestError: naming the message, part, tool or entry at fault.
     """
     wanted = _named(named)
     marks = find_marks(messages, ("messages",), wanted)
@@ -204,7 +208,8 @@ def mark_messages(messages: Any, named: Any) -> Marks | None:
     for path in wanted:
         if path not in found:
             raise PicRequestError("pic.segments", f"{Mark(path, '').field} does not exist")
-    return Marks(marks) if marks else None
+    of_tools = marked_tools(tools)
+    return Marks(marks, of_tools) if marks or of_tools else None
 
 
 def _named(named: Any) -> dict[Path, None]:

@@ -35,6 +35,10 @@ def _written(name: bytes) -> bytes:
 
 _OURS = re.compile(b"|".join(map(_written, (b"pic", b"pic_segment", SALT.encode()))))
 
+# In JSON, of a request for a stream that ends with its usage; in a text its quotes would be
+# escaped.
+_USAGE = re.compile(rb'"include_usage"\s*:\s*true')
+
 
 def take(path: str, raw: bytes, defaults: LinkOptions, app: Any = None) -> tuple[bytes, Exchange]:
     """A request's body without its ``pic`` fields, and these.
@@ -48,7 +52,7 @@ def take(path: str, raw: bytes, defaults: LinkOptions, app: Any = None) -> tuple
         PicRequestError: naming the field at fault, or one that this route ignores.
     """
     if _OURS.search(raw) is None:
-        return raw, Exchange()
+        return raw, Exchange(usage_chunk=_USAGE.search(raw) is not None)
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError:
@@ -76,7 +80,7 @@ def read_request(path: str, body: dict[str, Any], defaults: LinkOptions) -> Exch
         unpack(body)
     reader = _READERS.get(path)
     exchange = reader(path, body, defaults) if reader is not None else Exchange()
-    if exchange.pic is not None and body.get("stream"):
+    if body.get("stream"):
         exchange.usage_chunk = _tells_usage(body.get("stream_options"))
     refuse_strays(body, "means nothing here" if reader else "this route takes no segments")
     return exchange
@@ -163,13 +167,13 @@ def _options(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _marked(pic: dict[str, Any], marks: Marks | None) -> Exchange:
-    # A chat request without a mark is an ordinary one.
-    return Exchange(pic, marks) if marks is not None else Exchange()
+    # A chat request without a mark is an ordinary one, unless something is found in it.
+    return Exchange(pic, marks) if marks is not None else Exchange(find=pic)
 
 
 def _chat(path: str, body: dict[str, Any], defaults: LinkOptions) -> Exchange:
     pic = _options(body)
-    marks = mark_messages(body.get("messages"), pic.pop("segments", []))
+    marks = mark_messages(body.get("messages"), pic.pop("segments", []), body.get("tools"))
     parse_fields(pic, defaults)
     if marks is not None and body.get("input_ids") is not None:
         raise PicRequestError("input_ids", "stands for the messages: they cannot be marked")

@@ -11,7 +11,13 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang_pic.errors import PicRequestError
 from sglang_pic.link.policy import LinkOptions
 from sglang_pic.request.base import LinkRequest, TokenSpan
-from sglang_pic.request.fields import PicFields, check_inside, check_length, parse_fields
+from sglang_pic.request.fields import (
+    MAX_CHARS_PER_TOKEN,
+    PicFields,
+    check_inside,
+    check_length,
+    parse_fields,
+)
 from sglang_pic.request.tokenize import PIECES, WHOLE, Rule, encode_marked, is_fast, usual_rule
 from sglang_pic.server.exchange import Exchange
 from sglang_pic.server.texts import CANNOT, Piece
@@ -113,6 +119,18 @@ class Resolver:
         """
         check_length(text, self._manager.model_config.context_len, "opening")
         return self._manager.tokenizer(text)["input_ids"]
+
+    def with_offsets(self, piece: Piece) -> tuple[list[int], list[tuple[int, int]]] | None:
+        """Token ids as stock makes them, and of each its characters in the text; ``None``
+        where the tokenizer does not tell, or the text cannot fit the model's context."""
+        tokenizer = self._manager.tokenizer
+        longest = self._manager.model_config.context_len * MAX_CHARS_PER_TOKEN
+        if not is_fast(tokenizer) or len(piece.text) > longest:
+            return None
+        made = tokenizer(piece.text, add_special_tokens=piece.special, return_offsets_mapping=True)
+        ids, offsets = made["input_ids"], made["offset_mapping"]
+        drop = not piece.bos and bool(ids) and ids[0] == tokenizer.bos_token_id
+        return ids[drop:], offsets[drop:]
 
     def chat(
         self, pieces: Sequence[Piece], ranges: Sequence[Sequence[TokenSpan]], pic: Any

@@ -15,9 +15,12 @@ from sglang.srt.utils.auth import AuthLevel, auth_level
 from sglang.srt.utils.json_response import orjson_response
 
 from sglang_pic.errors import PicRequestError
+from sglang_pic.find.finder import Looked
 from sglang_pic.link.report import LinkReport
 from sglang_pic.request.base import LinkRequest
-from sglang_pic.server.exchange import carry
+from sglang_pic.server.answers import as_found
+from sglang_pic.server.exchange import Exchange, carry
+from sglang_pic.server.finding import Found, names_none
 from sglang_pic.server.funnel import Funnel, funnel_of
 from sglang_pic.server.reading import CHATS, GENERATE, read_request
 from sglang_pic.server.routes.base import ExtraKey, Tenant, field_of, manager, pic_router, tell
@@ -45,11 +48,24 @@ class ExplainBody(Tenant):
 
 
 @dataclasses.dataclass(frozen=True)
+class ShownCut:
+    """Where a prompt may be cut: tokens, the rule, how often what stands there has come
+    again behind other tokens, and whether it is a segment of the link."""
+
+    start: int
+    end: int
+    rule: str
+    times: int
+    linked: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Explanation(LinkReport):
-    """The report that the request would get now, and ``tokens_to_compile``, of
-    missing segments, which are compiled first."""
+    """The report that the request would get now; ``tokens_to_compile``, of missing
+    segments, which are compiled first; and, if it names none, its ``cuts``."""
 
     tokens_to_compile: int
+    cuts: list[ShownCut]
 
 
 @router.post("/explain", response_model=Explanation)
@@ -61,10 +77,12 @@ async def explain(body: ExplainBody, request: Request) -> Any:
     """
     funnel = funnel_of(manager())
     if body.messages is None:
-        obj, (ids, link), field = _read_plain(body, funnel)
+        obj, (ids, link), field, found = _read_plain(body, funnel)
     else:
-        obj, (ids, link) = await _read_chat(body, funnel, request.app)
+        obj, (ids, link), found = await _read_chat(body, funnel, request.app)
         field = "messages"
+    if found is not None and found.looked.linked:
+        ids, link = found.prompt
     limit, vocabulary = manager().max_req_input_len, manager().model_config.vocab_size
     check_prompt(ids, field, limit=limit, vocabulary=vocabulary)
     ids, link = funnel.guards.settled(ids, link)
@@ -76,15 +94,26 @@ async def explain(body: ExplainBody, request: Request) -> Any:
         extra_key=obj.extra_key,
         lora_path=obj.lora_path,
     )
-    return orjson_response(min(ranks, key=lambda rank: rank["tokens_reused"]))
+    told = min(ranks, key=lambda rank: rank["tokens_reused"])
+    told = as_found(told, () if found is None else found.how)
+    return orjson_response({**told, "cuts": [] if found is None else _shown(found.looked)})
+
+
+def _shown(looked: Looked) -> list[dict[str, Any]]:
+    linked = set(looked.linked)
+    times = looked.times.tolist()
+    return [
+        {**cut._asdict(), "times": times[i], "linked": i in linked}
+        for i, cut in enumerate(looked.cuts)
+    ]
 
 
 Read = tuple[list[int], LinkRequest]
 
 
-def _read_plain(body: ExplainBody, funnel: Funnel) -> tuple[Any, Read, str]:
-    """The request, its prompt and link, and the field that the prompt came in, as if the
-    body had come to ``/generate`` or ``/v1/completions``."""
+def _read_plain(body: ExplainBody, funnel: Funnel) -> tuple[Any, Read, str, Found | None]:
+    """The request, its prompt and link, the field that the prompt came in, and what is found
+    in it, as if the body had come to ``/generate`` or ``/v1/completions``."""
     fields = {"text": body.text, "input_ids": body.input_ids, "prompt": _one_prompt(body.prompt)}
     given = {name: value for name, value in fields.items() if value is not None}
     pic = body.pic or {}
@@ -98,7 +127,15 @@ def _read_plain(body: ExplainBody, funnel: Funnel) -> tuple[Any, Read, str]:
     obj = GenerateReqInput(
         cache_salt=body.cache_salt, extra_key=body.extra_key, lora_path=body.lora_path
     )
-    return obj, funnel.resolver.one(read["text"], read["input_ids"], exchange.pic), field
+    obj.text, obj.input_ids = read["text"], read["input_ids"]
+    made = funnel.resolver.one(obj.text, obj.input_ids, exchange.pic)
+    return obj, made, field, _found(obj, None, exchange.pic, funnel)
+
+
+def _found(obj: Any, exchange: Exchange | None, pic: Any, funnel: Funnel) -> Found | None:
+    if not names_none(pic):
+        return None
+    return funnel.finding.search(obj, exchange, pic, remember=False)
 
 
 def _one_prompt(prompt: Any) -> str | list[int] | None:
@@ -117,7 +154,7 @@ def _empty_beside_parts(given: dict[str, Any], pic: dict[str, Any]) -> bool:
     return "parts" in pic and not any(given.values())
 
 
-async def _read_chat(body: ExplainBody, funnel: Funnel, app: Any) -> tuple[Any, Read]:
+async def _read_chat(body: ExplainBody, funnel: Funnel, app: Any) -> tuple[Any, Read, Found | None]:
     """The same through SGLang's own chat serving, as its endpoint does it.
 
     Raises:
@@ -145,7 +182,8 @@ async def _read_chat(body: ExplainBody, funnel: Funnel, app: Any) -> tuple[Any, 
     if obj.image_data or obj.video_data or obj.audio_data:
         raise PicRequestError("messages", "only what holds no images, audio or video is foretold")
     (read,) = funnel.resolver.resolve(obj, exchange.pic or {}, exchange)
-    return obj, read
+    found = _found(obj, exchange, exchange.find, funnel) if exchange.marks is None else None
+    return obj, read, found
 
 
 def _place(location: tuple[int | str, ...], value: Any) -> str:

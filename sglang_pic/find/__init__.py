@@ -1,0 +1,1 @@
+"""Segments found in prompts that carry no marks: where they may be cut, and what recurs."""

@@ -1,0 +1,586 @@
+"""Segments that the front finds: only what recurs, each tenant's by itself, and never
+another prompt than SGLang's."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import itertools
+import json
+import pathlib
+import random
+import time
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import pytest
+from chats import Chat
+from conftest import CHECKS, serve
+from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+from sglang.srt.managers.io_struct import GenerateReqInput
+from test_chat import SHIPPED, TOOLS, WITH_TOOLS
+from transformers import AutoTokenizer
+
+from sglang_pic.config import PicConfig
+from sglang_pic.errors import PicConfigError, PicRequestError
+from sglang_pic.eval.found_chats import TEMPLATE
+from sglang_pic.eval.models.smollm2 import ensure_model
+from sglang_pic.eval.passages import load_passages
+from sglang_pic.eval.serving import Server
+from sglang_pic.find.own import rules_with
+from sglang_pic.metrics import front
+from sglang_pic.metrics.front import Counts
+from sglang_pic.server import chat as chat_module
+from sglang_pic.server import chunks as chunks_module
+from sglang_pic.server import finding as module
+from sglang_pic.server.answers import as_found, reports_of
+from sglang_pic.server.chunks import MAX_WAITING
+from sglang_pic.server.compiler import COMPILED, FAILED, CompileItem, Made
+from sglang_pic.server.exchange import Exchange, carry
+from sglang_pic.server.finding import MAX_TENANTS, Finding, Found, names_none
+from sglang_pic.server.reading import take
+from sglang_pic.server.resolve import Resolver
+from sglang_pic.server.wanted import Wanted
+
+PASSAGES = [passage.document for passage in load_passages()]
+
+
+def inner(text: str) -> str:
+    """What of it has the same tokens anywhere."""
+    return text[text.index(" ") : text.rindex(" ")]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(pathlib.Path(ensure_model()))
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
+    fresh = Counts()
+    for one in (front, module, chunks_module):
+        monkeypatch.setattr(one, "counts", fresh)
+    return fresh
+
+
+class Compiler:
+    """Notes what it is given."""
+
+    def __init__(self) -> None:
+        self.items: list[CompileItem] = []
+        self.outcome = COMPILED
+
+    async def compile(self, items: Sequence[CompileItem], caller: Any = None) -> list[Made]:
+        self.items += items
+        await asyncio.sleep(0)
+        return [Made(self.outcome, len(item.ids)) for item in items]
+
+
+class Front:
+    """A front that gets prompts of one text."""
+
+    def __init__(self, tokenizer: Any, **settings: Any) -> None:
+        self.config = PicConfig(**{"find": "structure", **settings})
+        model = types.SimpleNamespace(context_len=1 << 20)
+        manager = types.SimpleNamespace(tokenizer=tokenizer, model_config=model)
+        self.compiler = Compiler()
+        self.is_idle = self.is_linking = True
+        compiler: Any = self.compiler
+        self.resolver = Resolver(manager, self.config.link_defaults)
+        self.finding = Finding(
+            self.config,
+            self.resolver,
+            Wanted((), self.config),
+            compiler,
+            lambda: self.is_idle,
+            lambda: self.is_linking,
+        )
+
+    async def ask(
+        self, prompt: Any, pic: Any = None, exchange: Exchange | None = None, **fields: Any
+    ) -> list[str]:
+        """The texts that are linked of a prompt; what it has compiled is done by then."""
+        name = "text" if isinstance(prompt, str) else "input_ids"
+        obj = GenerateReqInput(**{name: prompt}, **fields)
+        found = self.finding.search(obj, exchange, pic)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        if found is None:
+            return []
+        return [self.resolver._manager.tokenizer.decode(found.ids[c.start : c.end])
+                for c in found.cuts]  # fmt: skip
+
+
+def stuffed(*numbers: int, question: str = "") -> str:
+    return "\n\n".join([question or f"Read {random.random()}.", *(PASSAGES[i] for i in numbers)])
+
+
+def run(go: Callable[[], Any]) -> None:
+    asyncio.run(go())
+
+
+# -- what recurs --------------------------------------------------------------------------
+
+
+def test_what_recurs_is_compiled_and_then_linked(tokenizer, counts: Counts) -> None:
+    async def go() -> None:
+        front = Front(tokenizer)
+        assert await front.ask(stuffed(0, 1, 2)) == [] and not front.compiler.items
+        assert await front.ask(stuffed(3, 1, 4)) == []
+        (item,) = front.compiler.items
+        assert tokenizer.decode(item.ids) == inner(PASSAGES[1])
+        assert await front.ask(stuffed(5, 6, 1)) == [inner(PASSAGES[1])]
+        assert len(front.compiler.items) == 1
+
+    run(go)
+    assert set(counts.chunks_seen) == {"paragraph"}
+    assert counts.chunks_recurring == {"paragraph": 2}
+    assert counts.chunks_compiled == {"paragraph": 1}
+
+
+def test_what_stands_behind_the_same_prefix_is_left_to_the_cache(tokenizer) -> None:
+    async def go() -> None:
+        front = Front(tokenizer, find="content")
+        for _ in range(4):
+            assert await front.ask(stuffed(0, 1, 2, question="Read.")) == []
+        assert await front.ask(stuffed(0, 1, 2, 3, question="Read.")) == []
+        assert not front.compiler.items
+
+    run(go)
+
+
+def test_what_pays_at_once_is_linked_without_waiting(tokenizer) -> None:
+    """Seen often enough while the server has never been idle."""
+
+    async def go() -> None:
+        front = Front(tokenizer)
+        front.is_idle = False
+        linked = [await front.ask(stuffed(1, i)) for i in range(2, 5)]
+        assert linked == [[], [], [inner(PASSAGES[1])]] and not front.compiler.items
+
+    run(go)
+
+
+def test_tenants_and_adapters_are_apart(tokenizer) -> None:
+    async def go() -> None:
+        front = Front(tokenizer)
+        for owner in ({"cache_salt": "a"}, {"cache_salt": "b"}, {"extra_key": "k"}, {}):
+            for _ in range(2):
+                assert await front.ask(stuffed(1), **owner) == []
+        # Of each its own, under its own name.
+        assert len({(one.salt, one.extra_key) for one in front.compiler.items}) == 4
+        assert len(front.compiler.items) == 4
+        front.compiler.items.clear()
+        assert await front.ask(stuffed(1), cache_salt="c") == []
+        assert not front.compiler.items
+
+    run(go)
+
+
+def test_one_tenants_flood_does_not_take_anothers_place(tokenizer) -> None:
+    async def go() -> None:
+        front = Front(tokenizer)
+        front.is_idle = False
+        ids = list(range(1000, 1000 + 40))
+        for salt, many in (("a", MAX_WAITING + 40), ("b", 1)):
+            for i in range(many):
+                text = [i + 2, *ids]
+                for before in ([7, 7], [8, 8]):
+                    exchange = Exchange(ids=[*before, *text], cuts=[module.Cut(2, 43, "part")])
+                    await front.ask([*before, *text], None, exchange, cache_salt=salt)
+        waiting = front.finding._idle._queue
+        assert len(waiting) <= MAX_WAITING + 1
+        first = [waiting.take()]
+        waiting.done(
+            None if first[0] is None else front.finding._idle._chunks[first[0]].caller.tenant
+        )
+        assert len({waiting.take(), *first}) == 2
+
+    run(go)
+
+
+def test_what_is_remembered_is_bounded(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def go() -> None:
+        front = Front(tokenizer)
+        front.is_idle = False
+        monkeypatch.setattr(chunks_module, "MAX_TOKENS", 200)
+        for _ in range(2):
+            await front.ask(stuffed(0, 1, 2, 3, 4))
+        waiting = front.finding._idle
+        tokens = sum(len(item.ids) for item in waiting._chunks)
+        assert 0 < tokens == waiting._tokens <= 200 and 0 < len(waiting._chunks) < 5
+        for i in range(MAX_TENANTS + 9):
+            await front.ask(stuffed(1), cache_salt=f"{i}")
+        assert len(front.finding._finders) == MAX_TENANTS
+        foretold = GenerateReqInput(text=stuffed(1), cache_salt="new")
+        front.finding.search(foretold, None, None, remember=False)
+        assert len({one[0] for one in front.finding._finders}) == MAX_TENANTS
+        assert not any("new" in one[0] for one in front.finding._finders)
+        assert sum(one.nbytes for one in front.finding._finders.values()) < 100 << 20
+
+    run(go)
+
+
+def test_what_could_not_be_compiled_is_not_linked(tokenizer) -> None:
+    async def go() -> None:
+        front = Front(tokenizer)
+        front.compiler.outcome = FAILED
+        for _ in range(2):
+            assert await front.ask(stuffed(1)) == []
+        assert len(front.compiler.items) == 1
+        finder = front.finding._finder(GenerateReqInput(text="x"), remember=True)
+        assert not finder._ready._names.any()
+
+    run(go)
+
+
+# -- which requests -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pic", "fields"),
+    [
+        ({"find": "off"}, {}),
+        ({"require_exact": True, "find": "content"}, {}),
+        ({"link": False}, {}),
+        ({"policy": "full"}, {}),
+        (None, {"image_data": ["x"]}),
+    ],
+)
+def test_what_is_not_searched(tokenizer, pic: Any, fields: dict[str, Any]) -> None:
+    async def go() -> None:
+        front = Front(tokenizer)
+        for _ in range(3):
+            assert await front.ask(stuffed(1), pic, **fields) == []
+        assert not front.compiler.items and not front.finding._finders
+
+    run(go)
+
+
+def test_off_is_off_and_a_request_may_ask(tokenizer) -> None:
+    async def go() -> None:
+        front = Front(tokenizer, find="off")
+        for _ in range(3):
+            assert await front.ask(stuffed(1)) == []
+        assert not front.finding._finders and not front.finding.is_asked(None)
+        for _ in range(3):
+            linked = await front.ask(stuffed(1), {"find": "structure"})
+        assert linked == [inner(PASSAGES[1])] and front.finding.is_asked({"find": "content"})
+        front.is_linking = False
+        assert await front.ask(stuffed(1), {"find": "structure"}) == []
+        with pytest.raises(PicRequestError, match=r"pic\.find"):
+            front.finding.is_asked({"find": "everything"})
+
+    run(go)
+
+
+def test_token_ids_are_cut_by_content_alone(tokenizer) -> None:
+    async def go() -> None:
+        ids = tokenizer(" ".join(PASSAGES[:8]))["input_ids"]
+        for mode, expected in (("structure", False), ("content", True)):
+            front = Front(tokenizer, find=mode)
+            for i in range(3):
+                linked = await front.ask([i + 5, *ids])
+            assert bool(linked) == expected
+            assert not await front.ask([ids, ids])
+
+    run(go)
+
+
+@pytest.mark.parametrize(
+    ("pic", "none"),
+    [
+        (None, True),
+        ({}, True),
+        ({"find": "content", "segments": []}, True),
+        ({"segments": [{"start": 0, "end": 1}]}, False),
+        ({"parts": ["a"]}, False),
+        ([None], False),
+    ],
+)
+def test_which_requests_name_no_segment(pic: Any, none: bool) -> None:
+    assert names_none(pic) == none
+
+
+def test_an_operators_own_rules_come_first(tokenizer, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "rules.json"
+    path.write_text(json.dumps({"chapter": r"(?s)^Chapter\..*?^End\."}))
+
+    async def go() -> None:
+        front = Front(tokenizer, find_rules=str(path))
+        text = f"Chapter.\n{PASSAGES[0]}\n\n{PASSAGES[1]}\nEnd."
+        for i in range(3):
+            linked = await front.ask(f"{i}\n{text}")
+        assert linked == [inner(text)]
+
+    run(go)
+    path.write_text("[]")
+    for bad in (path, tmp_path / "gone"):
+        with pytest.raises(PicConfigError):
+            rules_with(str(bad))
+    with pytest.raises(PicConfigError, match="find"):
+        PicConfig(find="all")
+
+
+# -- what is told -------------------------------------------------------------------------
+
+
+def test_a_report_says_how_each_segment_was_found(tokenizer, counts: Counts) -> None:
+    async def go() -> Found:
+        front = Front(tokenizer)
+        for _ in range(2):
+            await front.ask(stuffed(1, 2))
+        found = front.finding.search(GenerateReqInput(text=stuffed(1, 2)), None, None)
+        assert found is not None
+        return found
+
+    found = asyncio.run(go())
+    segments: Any = [
+        {"reason": "hit", "tokens_reused": 70, "found": "marked"},
+        {"reason": "evicted", "tokens_reused": 0, "found": "marked"},
+    ]
+    report = {"segments": segments}
+    assert as_found(report, ()) is report
+    told = as_found(report, found.how)
+    assert [one["found"] for one in told["segments"]] == ["structure", "structure"]
+    assert segments[0]["found"] == "marked"
+    out = {"meta_info": {"pic": told}}
+    assert reports_of([out, {"meta_info": {}}]) == [told]
+    found.see(out)
+    assert counts.chunks_linked == {"paragraph": 1} and counts.tokens_found == {"paragraph": 70}
+
+
+def test_a_body_without_our_fields_stays_as_it_is() -> None:
+    raw = b'{"messages": [], "stream_options": {"include_usage" : true}}'
+    body, exchange = take("/v1/chat/completions", raw, PicConfig().link_defaults)
+    assert body is raw and exchange.usage_chunk and exchange.pic is exchange.find is None
+    said = json.dumps({"messages": [{"content": '"include_usage": true'}]}).encode()
+    assert not take("/v1/chat/completions", said, PicConfig().link_defaults)[1].usage_chunk
+    asked = b'{"messages": [], "pic": {"find": "content", "seam": 8}}'
+    _, exchange = take("/v1/chat/completions", asked, PicConfig().link_defaults)
+    assert exchange.pic is None and exchange.find == {"find": "content", "seam": 8}
+    with pytest.raises(PicRequestError, match=r"pic\.find"):
+        take("/v1/chat/completions", b'{"pic": {"find": 3}}', PicConfig().link_defaults)
+
+
+# -- chats --------------------------------------------------------------------------------
+
+
+def cut(front: Front, chat: Chat, body: dict[str, Any]) -> tuple[list[int], dict[str, set[str]]]:
+    """A chat's prompt, and the texts of its cuts by rule."""
+    exchange = Exchange()
+    funnel = types.SimpleNamespace(finding=front.finding)
+    request = ChatCompletionRequest(model="x", **copy.deepcopy(body))
+    with (
+        mock.patch.object(chat_module, "funnel_of", lambda manager: funnel),
+        mock.patch.object(chat_module, "is_enabled", lambda: True),
+        carry(exchange),
+    ):
+        result = chat._apply(request, chat_module.build)
+    found: dict[str, set[str]] = {}
+    for one in exchange.cuts:
+        text = chat.tokenizer.decode(result.prompt_ids[one.start : one.end])
+        found.setdefault(one.rule, set()).add(text)
+    return result.prompt_ids, found
+
+
+def orders(front: Front, chat: Chat, make: Callable[..., Any], rules: Sequence[str]) -> None:
+    """What ``make`` gives of three things in any order is cut alike by these rules, and the
+    prompt is SGLang's own."""
+    before: dict[str, set[str]] = {}
+    for order in itertools.permutations(range(3)):
+        body = make(order)
+        ids, found = cut(front, chat, body)
+        assert ids == chat.stock(copy.deepcopy(body))
+        before = before or found
+        for rule in rules:
+            assert found[rule] == before[rule] and len(found[rule]) >= 3
+
+
+PAIRS = [f"{PASSAGES[i]}\n\n{PASSAGES[i + 3]}" for i in range(3)]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_structure_survives_another_order_in_every_template(tokenizer, name: str) -> None:
+    chat = Chat(tokenizer, SHIPPED[name] or tokenizer.chat_template)
+    front = Front(chat.tokenizer, min_segment=8)
+
+    def parts(order: Sequence[int]) -> dict[str, Any]:
+        content = [{"type": "text", "text": PAIRS[i]} for i in order]
+        return {"messages": [{"role": "user", "content": content}]}
+
+    def turns(order: Sequence[int]) -> dict[str, Any]:
+        roles = ("user", "assistant", "user")
+        made = zip(roles, order, strict=True)
+        # In parts: a template for images shows no other text.
+        content = ([{"type": "text", "text": PAIRS[i]}] for _, i in made)
+        return {
+            "messages": [{"role": r, "content": c} for r, c in zip(roles, content, strict=True)]
+        }
+
+    orders(front, chat, parts, ("part", "paragraph"))
+    orders(front, chat, turns, ("part", "paragraph"))
+
+
+@pytest.mark.parametrize("name", WITH_TOOLS)
+def test_tools_survive_another_order_in_every_template(tokenizer, name: str) -> None:
+    chat = Chat(tokenizer, WITH_TOOLS[name])
+    front = Front(chat.tokenizer, min_segment=8)
+
+    def tools(order: Sequence[int]) -> dict[str, Any]:
+        messages = [{"role": "user", "content": PASSAGES[0]}]
+        return {"messages": messages, "tools": [TOOLS[i] for i in order]}
+
+    orders(front, chat, tools, ("tool",))
+    assert cut(front, chat, tools(range(3)))[1]["message"] == {inner(PASSAGES[0])}
+
+
+def test_a_prompt_without_a_text_is_left_to_sglang(tokenizer) -> None:
+    chat = Chat(tokenizer, SHIPPED["llama4"])
+    front = Front(chat.tokenizer)
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": PASSAGES[0]}]}
+    slow = types.SimpleNamespace(is_fast=False)
+    with mock.patch.object(front.resolver._manager, "tokenizer", slow):
+        ids, found = cut(front, chat, body)
+    assert ids == chat.stock(body) and not found
+    off = Front(chat.tokenizer, find="off")
+    assert cut(off, chat, body) == (ids, {})
+
+
+# -- a real server ------------------------------------------------------------------------
+
+BRIEF = {"max_tokens": 4, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def finding(tmp_path_factory: pytest.TempPathFactory, logs: pathlib.Path) -> Iterator[Server]:
+    """Finds by content and structure in whatever comes; its template writes tools."""
+    template = tmp_path_factory.mktemp("template") / "tools.jinja"
+    template.write_text(TEMPLATE)
+    flags = ("--max-total-tokens=16384", "--pic-find=content", "--pic-company-when=asked")
+    path = f"--chat-template={template}"
+    with serve(ensure_model(), logs / "finding.log", *flags, path, env=CHECKS) as server:
+        yield server
+
+
+def settled(server: Server, compiled: int = 0) -> dict[str, Any]:
+    """The front's counters, once so many chunks have been compiled in idle time, and nothing
+    is any more."""
+    for _ in range(300):
+        time.sleep(0.2)
+        counters = server.get("/pic/stats").json()["front"]
+        done = sum(counters["chunks_compiled"].values())
+        if not counters["compiling"] and done >= compiled:
+            return counters
+    raise AssertionError("still compiling")
+
+
+def chat_of(numbers: Sequence[int], salt: str, **fields: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": stuffed(*numbers)}]
+    return {"model": "m", "messages": messages, "cache_salt": salt, **BRIEF, **fields}
+
+
+def told(server: Server, path: str, body: dict[str, Any]) -> Any:
+    """Its report, or ``None``."""
+    answer = server.post(path, body)
+    assert answer.status_code == 200, answer.text
+    usage = answer.json()["usage"]
+    return (usage or {}).get("pic")
+
+
+@pytest.mark.server
+def test_a_plain_client_is_linked(finding: Server) -> None:
+    path = "/v1/chat/completions"
+    assert told(finding, path, chat_of((0, 1, 2), "a")) is None
+    settled(finding)
+    assert told(finding, path, chat_of((1, 0, 3), "a")) is None
+    before = settled(finding, 2)
+    # Of another tenant nothing is known, nor that it was ever seen.
+    assert told(finding, path, chat_of((1, 0), "b")) is None
+    report = told(finding, path, chat_of((4, 1, 0), "a"))
+    assert report["exactness"] == "composed"
+    # No segment was waited for, only the text in front of them.
+    assert [one["segment"] for one in report["waited_for"]] == [None]
+    assert [one["found"] for one in report["segments"]] == 2 * ["structure"]
+    assert [one["reason"] for one in report["segments"]] == 2 * ["hit"]
+    after = settled(finding)
+    linked = after["chunks_linked"].get("paragraph", 0) - before["chunks_linked"].get(
+        "paragraph", 0
+    )
+    assert linked == 2 and after["tokens_found"]["paragraph"] > 100
+    # Told to be exact, it is.
+    assert told(finding, path, chat_of((0, 1), "a", pic={"require_exact": True})) is None
+    assert told(finding, path, chat_of((0, 1), "a", pic={"find": "off"})) is None
+    bad = finding.post(path, chat_of((0, 1), "a", pic={"find": "all"}))
+    assert (bad.status_code, bad.json()["error"]["param"]) == (400, "pic.find")
+
+
+@pytest.mark.server
+def test_every_route_is_searched(finding: Server) -> None:
+    """Streams too: each tells its report where its kind of answer has one."""
+    salt = "routes"
+    for _ in range(2):
+        assert told(finding, "/v1/chat/completions", chat_of((5, 6), salt)) is None
+        settled(finding)
+    text = {"prompt": stuffed(6, 5), "cache_salt": salt, "model": "m", **BRIEF}
+    assert len(told(finding, "/v1/completions", text)["segments"]) == 2
+    sampling = {"max_new_tokens": 4, "temperature": 0}
+    out = finding.generate(text=stuffed(5, 6), cache_salt=salt, sampling_params=sampling)
+    assert len(out["meta_info"]["pic"]["segments"]) == 2
+    for usage in ({}, {"stream_options": {"include_usage": True}}):
+        streamed = finding.post(
+            "/v1/chat/completions", chat_of((6, 5), salt, stream=True, **usage)
+        ).text
+        chunks = [json.loads(line[6:]) for line in streamed.splitlines() if line[:7] == "data: {"]
+        reports = [chunk.get("pic") or (chunk.get("usage") or {}).get("pic") for chunk in chunks]
+        assert sum(report is not None for report in reports) == 1 and reports[-1] is not None
+    asked = {"max_tokens": 4, "model": "m", "messages": chat_of((5, 6), salt)["messages"]}
+    assert finding.post("/v1/messages", asked).status_code == 200
+    batch = [stuffed(5, 6), stuffed(6, 5)]
+    answers = finding.generate(text=batch, cache_salt=[salt, salt], sampling_params=sampling)
+    assert not any("pic" in one["meta_info"] for one in answers)
+
+
+@pytest.mark.server
+def test_tools_in_another_order_are_linked(finding: Server) -> None:
+    body = chat_of((), "tools")
+    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+        body["messages"] = [{"role": "user", "content": f"Order {order}?"}]
+        body["tools"] = [TOOLS[i] for i in order]
+        report = told(finding, "/v1/chat/completions", body)
+        settled(finding)
+    explained = finding.post("/pic/explain", body).json()
+    cuts = [cut for cut in explained["cuts"] if cut["rule"] == "tool"]
+    assert len(cuts) == 3 and all(set(cut) >= {"start", "end", "times", "linked"} for cut in cuts)
+    assert {one["found"] for one in report["segments"]} == {"structure"}
+    assert len(report["segments"]) >= 2
+    # Marked ones are the client's.
+    body["tools"] = [{**tool, "pic_segment": True} for tool in body["tools"]]
+    report = told(finding, "/v1/chat/completions", body)
+    assert [one["found"] for one in report["segments"]] == 3 * ["marked"]
+
+
+@pytest.mark.server
+def test_where_nothing_recurs_an_answer_is_stocks(finding: Server) -> None:
+    """The same tokens go in, and the very same come out as with nothing looked for."""
+    seeds = random.Random(3)
+    words = " ".join(PASSAGES).split()
+    for i in range(6):
+        text = "\n\n".join(" ".join(seeds.choices(words, k=60)) for _ in range(3))
+        made = {}
+        for mode in ("content", "off"):
+            body = {
+                "text": text,
+                "pic": {"find": mode} if mode == "off" else None,
+                "cache_salt": f"same-{mode}-{i}",
+                "sampling_params": {"max_new_tokens": 6, "temperature": 0},
+                "return_logprob": True,
+            }
+            out = finding.generate(**{name: one for name, one in body.items() if one is not None})
+            meta = out["meta_info"]
+            logprobs = [token for _, token, *_ in meta["output_token_logprobs"]]
+            made[mode] = (out["text"], meta["prompt_tokens"], logprobs)
+        assert made["content"] == made["off"]
+    assert finding.forest()["integrity"] == "ok"
