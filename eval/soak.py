@@ -3,11 +3,11 @@
     python -m eval.soak [--minutes 20] [--quick] [--hybrid] [--json FILE] [--plot FILE]
 
 Twelve clients at once, of three tenants: links, conversations, growing segments, several
-samples, batches, ordinary and exact requests; compiles, pins with a time, deletes,
-flushes, dry runs; malformed requests, aborts, streams dropped half-way, clients that
-leave. Hostile ones too: forged commands, ambiguous names, mutated bodies, thousands of
-small segments of as many strangers, aborts and departures while segments compile. SGLang
-retracts requests by force and checks its own memory at every step.
+samples, batches, ordinary and exact requests, segments that are found; compiles, pins with
+a time, deletes, flushes, dry runs; malformed requests, aborts, streams dropped half-way,
+clients that leave. Hostile ones too: forged commands, ambiguous names, mutated bodies,
+thousands of small segments of as many strangers, aborts and departures while segments
+compile. SGLang retracts requests by force and checks its own memory at every step.
 
 Answers to prompts that were asked in quiet before must be the same (``eval.recorded``):
 ``exact`` ones were recomputed in full; ``linked`` ones are compared where the same

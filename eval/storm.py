@@ -325,6 +325,17 @@ class Client:
         }
         await self._send("ordinary", "generate", body)
 
+    async def find(self) -> None:
+        """No segments are named, and some are found."""
+        documents = [token for one in self._documents(4) for token in one]
+        body = {
+            "input_ids": self._opening() + documents + self._tokens(1, 24),
+            "sampling_params": self._sampling(),
+            "cache_salt": self._rng.choice(TENANTS),
+            "pic": {"find": "content"},
+        }
+        await self._send("find", "generate", body)
+
     async def exact(self) -> None:
         body = self._linked()
         body["pic"]["require_exact"] = True
@@ -481,6 +492,7 @@ DEEDS: dict[str, tuple[Deed, float]] = {
     "several": (Client.several, 1),
     "batch": (Client.batch, 1),
     "ordinary": (Client.ordinary, 3),
+    "find": (Client.find, 2),
     "exact": (Client.exact, 1),
     "compile": (Client.compile, 1),
     "meet": (Client.meet, 1),

@@ -274,6 +274,12 @@ NO_BUFFER = (
     "--mamba-radix-cache-strategy=no_buffer",
     "--disable-overlap-schedule",
 )
+# SGLang itself has room for few.
+EXTRA_BUFFER = (
+    "--mamba-radix-cache-strategy=extra_buffer",
+    "--max-running-requests=4",
+    "--max-mamba-cache-size=24",
+)
 RANKS = {
     **CHECKS,
     "SGLANG_CPU_OMP_THREADS_BIND": "0|1",
@@ -324,7 +330,7 @@ def answers(server: Server, prompts: Sequence[list[int]]) -> list[list[int]]:
     ("family", "flags"),
     [
         ("qwen3_5", NO_BUFFER),
-        ("qwen3_next", ("--page-size=16", "--mamba-radix-cache-strategy=extra_buffer")),
+        ("qwen3_next", (*EXTRA_BUFFER, "--page-size=16")),
         ("granite", NO_BUFFER),
         ("qwen3_5", (*NO_BUFFER, "--tp-size=2")),
     ],

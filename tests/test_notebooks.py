@@ -16,7 +16,12 @@ from sglang_pic.eval.serving import Server
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "eval" / "notebooks"
 # Pictures and tables that each one shows.
-SHOWN = {"rag_in_five_minutes": (1, 2), "order_does_not_matter": (1, 2), "inside_a_link": (5, 1)}
+SHOWN = {
+    "rag_in_five_minutes": (1, 2),
+    "order_does_not_matter": (1, 2),
+    "nothing_to_change": (1, 1),
+    "inside_a_link": (5, 1),
+}
 
 
 def code_of(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
@@ -58,7 +63,9 @@ def test_committed_without_results(name: str) -> None:
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("name", ["rag_in_five_minutes", "order_does_not_matter"])
+@pytest.mark.parametrize(
+    "name", ["rag_in_five_minutes", "order_does_not_matter", "nothing_to_change"]
+)
 def test_runs_against_a_server(name: str, smollm: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     check_runs(name, monkeypatch, smollm.url)
     assert smollm.forest()["integrity"] == "ok"
