@@ -46,6 +46,8 @@ TINY = (
 SHARED = {"page1", "page16", "smollm"}
 
 
+# Before xdist reads the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     shared = {item.path for item in items if SHARED & _names(item)}
     for item in items:
