@@ -41,27 +41,6 @@ TINY = (
 )
 
 
-# Servers of a session, one of each: with several workers (``-n``), all modules that ask
-# them are one worker's, in turn; any other module is some worker's as a whole.
-SHARED = {"page1", "page16", "smollm"}
-
-
-# Before xdist reads the groups.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    shared = {item.path for item in items if SHARED & _names(item)}
-    for item in items:
-        group = "shared servers" if item.path in shared else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
-def _names(item: pytest.Item) -> set[Any]:
-    """Fixtures that a test asks for, by its arguments or by its parameters."""
-    parameters = getattr(item, "callspec", None)
-    named = parameters.params.values() if parameters is not None else ()
-    return {*getattr(item, "fixturenames", ()), *(one for one in named if isinstance(one, str))}
-
-
 # SGLang's kits that stock has failed in this session, by kit and test.
 _failed: set[tuple[str, str]] = set()
 

@@ -173,6 +173,7 @@ def fewer(*args: Any) -> list[multihop.Example]:
 
 
 @pytest.mark.server
+@pytest.mark.long
 def test_text_quality_is_right_about_itself_and_reproducible(
     smollm: Server, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,7 +64,12 @@ def test_committed_without_results(name: str) -> None:
 
 @pytest.mark.server
 @pytest.mark.parametrize(
-    "name", ["rag_in_five_minutes", "order_does_not_matter", "nothing_to_change"]
+    "name",
+    [
+        "rag_in_five_minutes",
+        pytest.param("order_does_not_matter", marks=pytest.mark.long),
+        "nothing_to_change",
+    ],
 )
 def test_runs_against_a_server(name: str, smollm: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     check_runs(name, monkeypatch, smollm.url)

@@ -95,6 +95,7 @@ def test_work_is_spread_and_none_is_forgotten(prompts: list[list[int]], ranks: i
 
 
 @pytest.mark.server
+@pytest.mark.long
 def test_two_ranks_reuse_what_each_has(tiny_path: pathlib.Path, logs: pathlib.Path) -> None:
     # One core each.
     env = {**CHECKS, "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}

@@ -232,6 +232,7 @@ def test_a_disk_that_refuses_is_said(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.server
+@pytest.mark.long
 def test_a_killed_server_starts_warm_from_what_was_complete(
     tiny_path: pathlib.Path, logs: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
