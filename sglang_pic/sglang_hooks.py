@@ -54,10 +54,10 @@ def write_positions(links: Any, batch: Any, schedule_batch: Any, model_runner: A
     from sglang_pic.attention.ship import to_device
 
     plans = links.plans_of(schedule_batch.reqs)
-    if any(plan is not None for plan in plans) and not can_tell(batch):
-        raise PicIntegrityError("which rows of the batch are linked cannot be told")
     extends = batch.forward_mode.is_extend()
     links.hand_over(model_runner.attn_backend, batch.rids, schedule_batch.reqs, extends=extends)
+    if links.by_row(schedule_batch.reqs) and not can_tell(batch):
+        raise PicIntegrityError("which rows of the batch are linked cannot be told")
     if not extends:
         return
     at = 0

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from linking import ids_of
 from tiny_models import tiny_hybrid, tiny_mamba2
 
+from sglang_pic.eval.replay import Fixed, Latest, Policy, Request, Sparse, best_places, replay
 from sglang_pic.eval.serving import Server
 from sglang_pic.forest.order import EvictionOrder
 from sglang_pic.forest.overlaps import HALF_LIFE, End, Overlaps
@@ -205,7 +206,8 @@ class TestSteps:
             if above is not None:
                 passes[above] += passes[node]
         steps = Steps()
-        for node in range(len(tree)):
+        # Put once, and passed again.
+        for node in (*range(len(tree)), *reversed(range(len(tree)))):
             steps.put(node, depth[node], float(depth[node]), passes[node], parents[node])
         kept = set(range(len(tree)))
 
@@ -242,6 +244,51 @@ class TestSteps:
         assert steps.put(3, 20, 20.0, 4.0, 1) == [1, 3]
         steps.put(2, 30, 30.0, 3.0, 3)
         assert [steps.cost(node) for node in (1, 3, 2)] == [10.0, 10.0, 30.0]
+
+
+class TestReplay:
+    """What the replay of ``eval.checkpoints`` says, of streams whose answer is known."""
+
+    @staticmethod
+    def share(stream: Sequence[Request], policy: Policy, paths: int = 10) -> dict[str, Any]:
+        return replay(stream, policy, paths, warm_up=20).to_json()
+
+    def test_one_state_a_document_is_enough(self) -> None:
+        draw = random.Random(0)
+        asked = [draw.randrange(8) for _ in range(200)]
+        stream = [
+            Request(((f"d{one}", 640 * (one + 1)),), 640 * (one + 1) + draw.randint(100, 300))
+            for one in asked
+        ]
+        ours = self.share(stream, Sparse(8))
+        assert ours["resumed_share"] > 0.97 and ours["states_per_path"] <= 1
+        assert self.share(stream, Fixed("none", 1))["resumed_share"] == 0
+        latest = self.share(stream, Latest(8))
+        assert latest["resumed_share"] < ours["resumed_share"] - 0.1
+
+    def test_a_chat_needs_none(self) -> None:
+        stream, shared = [], 0
+        for _ in range(60):
+            stream.append(Request((("chat", shared),), shared + 300, answer=100))
+            shared += 400
+        found = self.share(stream, Sparse(10))
+        assert found["resumed_share"] == 1 and found["states_per_path"] == 0
+
+    def test_no_memory_no_states(self) -> None:
+        stream = [Request((("d", 640),), 700) for _ in range(40)]
+        assert self.share(stream, Sparse(0))["recomputed_tokens"] == 640 * 20
+
+    @given(st.lists(st.integers(0, 12).map(lambda n: 64 * n), min_size=1, max_size=12))
+    def test_the_papers_places(self, overlaps: list[int]) -> None:
+        for most in range(4):
+            choices = itertools.combinations(sorted({d for d in overlaps if d}), most)
+            least = min(
+                sum(d - max((c for c in chosen if c <= d), default=0) for d in overlaps)
+                for chosen in (*choices, ())
+            )
+            placed = best_places(overlaps, most)
+            spared = sum(d - max((c for c in placed if c <= d), default=0) for d in overlaps)
+            assert len(placed) <= most and spared <= least
 
 
 class TestAppraisal:

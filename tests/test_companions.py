@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from compiling import Compiler
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -27,7 +28,7 @@ from sglang_pic.request.internal import MAX_COMPANY_TOKENS, MAX_MEMBERS
 from sglang_pic.server import companions as module
 from sglang_pic.server import idle
 from sglang_pic.server.companions import Company, Kind, Maker, WhenIdle, companies_of
-from sglang_pic.server.compiler import COMPILED, FAILED, CompileItem, Made
+from sglang_pic.server.compiler import FAILED
 from sglang_pic.server.guests import NO_GUESTS, Guests, Inviting, Nobody, Own, Shipped
 from sglang_pic.server.recurring import (
     MAX_KINDS,
@@ -122,19 +123,6 @@ def test_its_two_prefills_are_each_others_reverse() -> None:
 
 
 # -- when they are made ---------------------------------------------------------------------
-
-
-class Compiler:
-    """Notes what it is given."""
-
-    def __init__(self) -> None:
-        self.items: list[CompileItem] = []
-        self.outcome = COMPILED
-
-    async def compile(self, items: Sequence[CompileItem], caller: Any = None) -> list[Made]:
-        self.items += items
-        await asyncio.sleep(0)
-        return [Made(self.outcome, len(item.ids)) for item in items]
 
 
 class Front:

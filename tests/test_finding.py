@@ -17,6 +17,7 @@ from unittest import mock
 
 import pytest
 from chats import Chat
+from compiling import Compiler
 from conftest import CHECKS, serve
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from sglang.srt.managers.io_struct import GenerateReqInput
@@ -37,7 +38,7 @@ from sglang_pic.server import chunks as chunks_module
 from sglang_pic.server import finding as module
 from sglang_pic.server.answers import as_found, reports_of
 from sglang_pic.server.chunks import MAX_WAITING
-from sglang_pic.server.compiler import COMPILED, FAILED, CompileItem, Made
+from sglang_pic.server.compiler import FAILED
 from sglang_pic.server.exchange import Exchange, carry
 from sglang_pic.server.finding import MAX_TENANTS, Finding, Found, names_none
 from sglang_pic.server.reading import take
@@ -63,19 +64,6 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
     for one in (front, module, chunks_module):
         monkeypatch.setattr(one, "counts", fresh)
     return fresh
-
-
-class Compiler:
-    """Notes what it is given."""
-
-    def __init__(self) -> None:
-        self.items: list[CompileItem] = []
-        self.outcome = COMPILED
-
-    async def compile(self, items: Sequence[CompileItem], caller: Any = None) -> list[Made]:
-        self.items += items
-        await asyncio.sleep(0)
-        return [Made(self.outcome, len(item.ids)) for item in items]
 
 
 class Front:

@@ -13,12 +13,15 @@ import torch
 from driver import Driver
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
+from sglang.srt.mem_cache.base_prefix_cache import MatchResult
 
 from sglang_pic import sglang_hooks
 from sglang_pic.attention.rows import by_row, can_tell
 from sglang_pic.config import PicConfig
 from sglang_pic.forest import state
 from sglang_pic.forest.state import unlinkable
+from sglang_pic.linear.checkpoints import SparseCheckpoints
+from sglang_pic.linear.state import LinearShape, StateStore
 
 # Flags of a request that the scheduler never sees, or that change only how the front
 # writes down what came back.
@@ -162,3 +165,48 @@ def test_rows_that_cannot_be_told_apart_end_their_links_alone(extend: bool) -> N
     assert ordinary.to_finish is None
     # Nothing is left of an earlier batch, whose rows it might have.
     assert all(plan is None for plan in handed.pop())
+
+
+@pytest.mark.parametrize("can_be_told", [True, False])
+def test_a_row_that_goes_on_from_a_checkpoint_is_told_apart_or_ends(can_be_told: bool) -> None:
+    """It would else run from another row's state, and leave that as a prefix."""
+    cache = driver()
+    shape = LinearShape(1, 1, 2, 2, 2, 1, False)
+    store = StateStore(PicConfig())
+    tail, end = torch.zeros(1, 2, 1), torch.zeros(1, 1, 2, 2)
+    store.add("checkpoint:7", ("", ""), core_end=64, conv_tail=tail, end=end, pairs={})
+    node = SimpleNamespace(node_id=7, path_end=64)
+    core = SimpleNamespace(collect_path_info=lambda nodes: [[node]])
+    parts: Any = SimpleNamespace(tree_core=core)
+    forest = cache.forest
+    made = SparseCheckpoints(
+        parts, parts, forest.nodes, store, shape, forest.cost, 64,
+        lambda req: None, forest.contained, forest.consensus,
+    )  # fmt: skip
+    made._steps.put(7, 64, 1.0, 1.0, None)
+    forest.links._checkpoints = made
+    req, other = cache.request(list(range(200))), cache.request([1, 2, 3])
+    matched = MatchResult(0, 0, 0, 0, full_kv_hit_length=128, last_visited_node_id=7)
+    result = made.resume(req, matched)
+    req.prefix_len = result.device_prefix_len
+    assert (result.device_prefix_len, result.last_device_node) == (64, 7)
+    handed: list[Any] = []
+    backend = SimpleNamespace(
+        set_plans=lambda rids, plans: handed.clear(),
+        set_checkpoints=lambda resumed, captures: handed.extend(resumed),
+    )
+    runner = SimpleNamespace(attn_backend=backend)
+    batch = SimpleNamespace(tree_cache=cache.cache, reqs=[req, other])
+    rids = [req.rid, other.rid] if can_be_told else [req.rid] * 2
+    sglang_hooks.set_positions(a_pass(rids, 2, extend=True), None, batch, runner)
+    assert other.to_finish is None and not other.skip_radix_cache_insert
+    if can_be_told:
+        assert [one is not None for one in handed] == [True, False]
+        assert req.to_finish is None
+    else:
+        assert isinstance(req.to_finish, FINISH_ABORT) and req.skip_radix_cache_insert
+        assert handed == []
+    # From its first token on its slot has its own state.
+    req.output_ids.append(1)
+    made.inserted(req)
+    assert not made.concern([req])

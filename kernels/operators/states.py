@@ -42,6 +42,14 @@ class Walk:
     runs: int
 
 
+def used_here(*tensors: torch.Tensor) -> None:
+    """On a GPU: whoever lets go of a tensor, its memory is nobody else's until what is
+    queued on this stream has read it, by its address."""
+    for tensor in tensors:
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+
 @dataclasses.dataclass(frozen=True)
 class Cores:
     """What the cores of all rows do, in all linear layers, where that is kept.
@@ -60,12 +68,8 @@ class Cores:
     tails: Sequence[torch.Tensor]
 
     def used_here(self) -> None:
-        """On a GPU: whoever lets go of a tensor, its memory is nobody else's until what is
-        queued on this stream has read it, by its address."""
-        kept = [x for pair in self.pairs for x in (pair.operator, pair.state)]
-        for tensor in (*kept, *self.tails):
-            if tensor.is_cuda:
-                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        """``used_here`` of all its tensors."""
+        used_here(*(x for pair in self.pairs for x in (pair.operator, pair.state)), *self.tails)
 
     @functools.cached_property
     def unpacked(self) -> list[Pair]:

@@ -45,8 +45,13 @@ class Checkpoints(Protocol):
         ``Carried.hand_over``; rows among it that run for the first time are counted."""
         ...
 
+    def concern(self, reqs: Sequence[Req]) -> bool:
+        """Whether any of these goes on from a checkpoint, or one is read off it."""
+        ...
+
     def give_up(self, reqs: Sequence[Req]) -> list[Req]:
-        """Those of these requests that were to go on from a checkpoint, and do not."""
+        """Those of these requests that were to go on from a checkpoint, and do not; nothing
+        that they compute is kept."""
         ...
 
     def gone(self, name: str) -> None:
@@ -106,6 +111,9 @@ class NoCheckpoints:
 
     def hand_over(self, backend: Any, reqs: Sequence[Req]) -> None:
         pass
+
+    def concern(self, reqs: Sequence[Req]) -> bool:
+        return False
 
     def give_up(self, reqs: Sequence[Req]) -> list[Req]:
         return []

@@ -362,6 +362,12 @@ class Links:
         if extends:
             self._checkpoints.hand_over(backend, reqs)
 
+    def by_row(self, reqs: Sequence[Req]) -> bool:
+        """Whether what is handed over is of single rows, which must be told apart: any of
+        these is linked, or goes on from a checkpoint, or one is read off it."""
+        plans = self.plans_of(reqs)
+        return any(plan is not None for plan in plans) or self._checkpoints.concern(reqs)
+
     def give_up(self, reqs: Sequence[Req]) -> list[Req]:
         """Link these requests no more, whatever their plans; those that were linked or went
         on from a checkpoint, and compiles whose result may stand behind rows that were

@@ -49,7 +49,7 @@ class Place:
         depth: tokens in front of it.
         work: of computing them, in any unit.
         passes: requests expected that share at least so many.
-        price: of keeping a state here, in the unit of ``work``; 0 where one is held.
+        price: of keeping a state here, in the unit of ``work``.
     """
 
     depth: int

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
 
 # States behind a dropped one that are valued anew at once; the rest when next passed.
 MENDED = 64
@@ -51,9 +50,6 @@ class Steps:
     def __contains__(self, node: int) -> bool:
         return node in self._steps
 
-    def get(self, node: int) -> Step | None:
-        return self._steps.get(node)
-
     def put(
         self, node: int, depth: int, work: float, passes: float, before: int | None
     ) -> list[int]:
@@ -62,20 +58,16 @@ class Steps:
         Returns:
             The nodes whose states dropping costs something else now, itself among them.
         """
-        known = self._steps.get(node)
-        behind: Iterable[int] = ()
-        if known is not None:
-            behind = known.behind
-            self._leave(node, known)
+        step = self._steps.get(node)
+        if step is None:
+            step = self._steps[node] = Step(depth, work, passes, None)
+        else:
+            self._leave(node, step)
+            step.passes, step.before = passes, None
         front = self._steps.get(before) if before is not None else None
-        step = Step(depth, work, passes, before if front is not None else None)
-        self._steps[node] = step
-        for one in behind:
-            self._follow(one, node, step)
         if front is None or before is None:
             return [node]
-        front.behind[node] = None
-        front.passes_behind += passes
+        self._follow(node, before, front)
         return [before, node]
 
     def drop(self, node: int) -> list[int]:
@@ -90,8 +82,7 @@ class Steps:
         mended = list(itertools.islice(step.behind, MENDED))
         for one in mended:
             self._steps[one].before = None
-            if front is not None:
-                assert step.before is not None
+            if front is not None and step.before is not None:
                 self._follow(one, step.before, front)
         return mended if front is None or step.before is None else [step.before, *mended]
 
@@ -112,8 +103,7 @@ class Steps:
             front.passes_behind -= step.passes
 
     def _follow(self, node: int, before: int, front: Step) -> None:
-        step = self._steps.get(node)
-        if step is not None:
-            step.before = before
-            front.behind[node] = None
-            front.passes_behind += step.passes
+        step = self._steps[node]
+        step.before = before
+        front.behind[node] = None
+        front.passes_behind += step.passes

@@ -37,7 +37,7 @@ from sglang_pic.forest.placement import (
 )
 from sglang_pic.forest.steps import Steps
 from sglang_pic.linear.capture import Capture
-from sglang_pic.linear.state import WIDEST, CoreState, LinearShape, StateStore
+from sglang_pic.linear.state import WIDEST, CoreState, LinearShape, Resumed, StateStore
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -59,14 +59,6 @@ class Left:
     node: int | None
     depth: int
     stock: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Resumed:
-    """The state that a row goes on from, behind so many tokens."""
-
-    state: CoreState
-    depth: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +193,7 @@ class SparseCheckpoints:
             self._plan(req, left.stock, path, self._overlaps.expected(tenant, path, tokens))
 
     def _plan(self, req: Req, stock: int, path: Sequence[End], expected: list[Expected]) -> None:
-        """Value the checkpoints of a path, and have one more read off where it pays."""
+        """Value the checkpoints of a path, and have more read off where it pays."""
         self._counts.plans += 1
         on_path = [end for end in path if end.node in self._steps]
         before: int | None = None
@@ -237,18 +229,26 @@ class SparseCheckpoints:
             [[one for one in of_row if not one.complete] for of_row in captures],
         )
 
+    def concern(self, reqs: Sequence[Req]) -> bool:
+        return any(req in self._resumed or req in self._wanted for req in reqs)
+
     def give_up(self, reqs: Sequence[Req]) -> list[Req]:
         given_up = [req for req in reqs if req in self._resumed]
+        for req in given_up:
+            # What it computes from now on is no prefix of anybody's.
+            req.skip_radix_cache_insert = True
         for req in reqs:
             self.released(req)
         return given_up
 
     def inserted(self, req: Req) -> None:
-        if req in self._wanted and (req.output_ids or req.finished()):
-            wanted = [one for one in self._wanted.pop(req) if one.capture.complete]
-            later = [one for one in wanted if not self._keep(req, one)]
-            if later:
-                self._wanted[req] = later
+        if not (req.output_ids or req.finished()):
+            return
+        self._resumed.pop(req, None)
+        wanted = [one for one in self._wanted.pop(req, ()) if one.capture.complete]
+        later = [one for one in wanted if not self._keep(req, one)]
+        if later:
+            self._wanted[req] = later
 
     def _keep(self, req: Req, wanted: Wanted) -> bool:
         """Keep what was read off, if it fits; whether SGLang has kept the pages in front

@@ -8,8 +8,7 @@ from typing import Any
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import HybridLinearAttnBackend
 
 from sglang_pic.linear.capture import Capture
-from sglang_pic.linear.checkpoints import Resumed
-from sglang_pic.linear.state import LinearShape
+from sglang_pic.linear.state import LinearShape, Resumed
 from sglang_pic.link.plan import LinkPlan
 from sglang_pic.link.policy import LinkOptions
 

@@ -16,9 +16,9 @@ from sglang.srt.layers.attention.hybrid_linear_attn_backend import MambaAttnBack
 
 from sglang_pic.attention.rows import by_row
 from sglang_pic.attention.ship import to_device
+from sglang_pic.kernels.operators.states import used_here
 from sglang_pic.linear.capture import Capture, CaptureRow, CaptureStep, build_capture
-from sglang_pic.linear.checkpoints import Resumed
-from sglang_pic.linear.state import LinearShape
+from sglang_pic.linear.state import LinearShape, Resumed
 from sglang_pic.linear.step import LinkRow, LinkStep, build_link, has_core
 from sglang_pic.link.plan import LinkPlan
 from sglang_pic.link.policy import LinkOptions
@@ -139,6 +139,7 @@ class PicLinearBackend(MambaAttnBackendBase):
     def _load(self, end: torch.Tensor, conv_tail: torch.Tensor, slot: torch.Tensor) -> None:
         """Set a row's state slot, int64 [1], to what stands at a core's end
         (``CoreState``)."""
+        used_here(end, conv_tail)
         cache = self.req_to_token_pool.mamba_pool.mamba_cache
         cache.temporal[:, slot] = end.transpose(-1, -2).to(cache.temporal)[:, None]
         cache.conv[0][:, slot] = conv_tail.to(cache.conv[0])[:, None]

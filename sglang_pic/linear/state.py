@@ -115,6 +115,14 @@ class CoreState:
     conv_tail: torch.Tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class Resumed:
+    """The state that an ordinary row goes on from, behind so many tokens."""
+
+    state: CoreState
+    depth: int
+
+
 @dataclasses.dataclass
 class SegmentState:
     """What the linear layers keep of one compiled segment.
