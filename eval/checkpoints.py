@@ -3,7 +3,7 @@
     python -m eval.checkpoints [--quick] [--json FILE] [--plot FILE]
     python -m eval.checkpoints --simulate [FILE] [--json FILE] [--plot FILE]
 
-On servers with the shipped hybrid, one after another, at equal memory for states:
+On servers with the shipped hybrid or another, one after another, at equal memory for states:
 
     no_buffer     stock SGLang, states at the ends of sequences
     extra_buffer  stock SGLang, states on its grid while a prompt is computed too
@@ -22,6 +22,7 @@ placing states (``eval.replay``). Without a model: in seconds.
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 import random
 import sys
@@ -32,9 +33,10 @@ from typing import Any
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from sglang_pic.eval.bench import AS_ASKED, STOCK_MODULE, model_path, ordinary_tokens
+from sglang_pic.eval.bench import AS_ASKED, STOCK_MODULE, linear_layers, model_path, ordinary_tokens
 from sglang_pic.eval.command import Outcome, deliver, new_figure, parser_of
 from sglang_pic.eval.intervals import ratio_interval
+from sglang_pic.eval.models.tiny import tiny_granite
 from sglang_pic.eval.replay import (
     SYNTHETIC,
     Fixed,
@@ -49,12 +51,14 @@ from sglang_pic.eval.replay import (
 from sglang_pic.eval.serving import Server, serve
 from sglang_pic.eval.tables import Table
 
+MIB = 1 << 20
 POOL_TOKENS = 65536
 ANSWER_TOKENS = 8
 # Slots of states that running requests need.
 RUNNING = 4
 BLOCK = 512
 NO_BUFFER, EXTRA_BUFFER, BLOCKS, OURS = "no_buffer", "extra_buffer", "blocks", "checkpoints"
+GRANITE = "granite"
 DOCUMENTS, BRANCHES, NOTHING = "documents", "branches", "nothing shared"
 
 
@@ -68,11 +72,11 @@ class Sizes:
     branches: int
     branch_requests: int
     alone: int
-    state_mib: int
+    states: int
 
 
-FULL = Sizes(12, 3800, 30, 6, 240, 60, 8)
-QUICK = Sizes(4, 1000, 8, 3, 48, 12, 4)
+FULL = Sizes(12, 3800, 30, 6, 240, 60, 36)
+QUICK = Sizes(4, 1000, 8, 3, 48, 12, 16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +94,8 @@ class Arm:
     flags: tuple[str, ...]
 
 
-def arms(states: int, sizes: Sizes) -> list[Arm]:
-    """All of them; ``states`` is what the memory of ours holds."""
+def arms(mib: int, states: int, sizes: Sizes) -> list[Arm]:
+    """All of them, at so much memory, which holds so many states."""
     plain = (
         "--page-size=1",
         "--mamba-radix-cache-strategy=no_buffer",
@@ -102,17 +106,22 @@ def arms(states: int, sizes: Sizes) -> list[Arm]:
         Arm(NO_BUFFER, False, states, plain),
         Arm(EXTRA_BUFFER, False, states, ("--mamba-radix-cache-strategy=extra_buffer",)),
         Arm(BLOCKS, False, blocks, (*plain, f"--chunked-prefill-size={BLOCK}")),
-        Arm(OURS, True, states, (*plain, f"--pic-state-mib={sizes.state_mib}")),
+        Arm(OURS, True, states, (*plain, f"--pic-state-mib={mib}")),
     ]
 
 
 def state_nbytes(config: Any) -> int:
-    """Bytes that a state of all linear layers takes, float32."""
-    key = config.linear_num_key_heads * config.linear_key_head_dim
-    value = config.linear_num_value_heads * config.linear_value_head_dim
-    layers = sum(kind == "linear_attention" for kind in config.layer_types)
-    tail = (2 * key + value) * (config.linear_conv_kernel_dim - 1)
-    return int(layers * (value * config.linear_key_head_dim + tail) * 4)
+    """Bytes that a state of all linear layers takes, float32; of gated delta nets or of
+    Mamba-2."""
+    if hasattr(config, "mamba_d_state"):
+        value, across = config.mamba_n_heads * config.mamba_d_head, config.mamba_d_state
+        key, width = config.mamba_n_groups * across, config.mamba_d_conv
+    else:
+        across = config.linear_key_head_dim
+        key = config.linear_num_key_heads * across
+        value = config.linear_num_value_heads * config.linear_value_head_dim
+        width = config.linear_conv_kernel_dim
+    return linear_layers(config) * (value * across + (2 * key + value) * (width - 1)) * 4
 
 
 def workloads(
@@ -159,11 +168,12 @@ def ask(server: Server, name: str, arm: Arm, prompts: Sequence[list[int]]) -> li
 def measure(model: pathlib.Path, sizes: Sizes, *, seed: int) -> Outcome:
     """All arms over all workloads; a row a request."""
     config = AutoConfig.from_pretrained(model)
-    states = (sizes.state_mib << 20) // state_nbytes(config)
+    mib = math.ceil(sizes.states * state_nbytes(config) / MIB)
+    states = mib * MIB // state_nbytes(config)
     vocabulary = ordinary_tokens(config.vocab_size)
     rows: list[dict[str, Any]] = []
     seconds, held = 0.0, {}
-    for arm in arms(states, sizes):
+    for arm in arms(mib, states, sizes):
         # Beside those, ours has its memory elsewhere.
         slots = RUNNING + (0 if arm.ours else arm.states)
         common = (
@@ -190,7 +200,8 @@ def measure(model: pathlib.Path, sizes: Sizes, *, seed: int) -> Outcome:
     settings = {
         **dataclasses.asdict(sizes),
         "model": model.name,
-        "states": states,
+        "states_fit": states,
+        "state_mib": mib,
         "seed": seed,
         "share_of_time_where_nothing_is_shared": seconds,
         "checkpoints": held,
@@ -242,7 +253,7 @@ def _table(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> Table:
     share = config["share_of_time_where_nothing_is_shared"]
     held = config["checkpoints"]
     note = (
-        f"At equal memory, of {config['states']} states ({BLOCKS}: for all of its own). "
+        f"At equal memory, of {config['states_fit']} states ({BLOCKS}: for all of its own). "
         f"TTFT as {NO_BUFFER}'s over this one's, with its interval of 95 %. Ours placed "
         f"{held['placed']} checkpoints and holds {held['held']}; where nothing is shared they "
         f"take {100 * share:.2f} % of the time to the first token."
@@ -330,7 +341,7 @@ def _plot_streams(rows: Sequence[dict[str, Any]]) -> Any:
     streams = list(dict.fromkeys(row["stream"] for row in rows))
     figure, axes = new_figure(len(streams), width=3.6)
     for axis, name in zip(axes, streams, strict=True):
-        mine = [row for row in rows if row["stream"] == name and row["cached"] == CACHED[1]]
+        mine = [row for row in rows if row["stream"] == name and row["cached"] == CACHED[-1]]
         for policy in dict.fromkeys(row["policy"] for row in mine):
             points = sorted(
                 (row["states_per_path"], row["recomputed_tokens"] / row["overlap_tokens"])
@@ -348,7 +359,11 @@ def _plot_streams(rows: Sequence[dict[str, Any]]) -> Any:
 
 def main() -> int:
     parser = parser_of(__doc__, "fewer and shorter documents, fewer requests")
-    parser.add_argument("--model", default="hybrid", help="a hybrid's directory (%(default)s)")
+    parser.add_argument(
+        "--model",
+        default="hybrid",
+        help="the shipped hybrid, a tiny random granite, or a directory (%(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (%(default)s)")
     parser.add_argument(
         "--simulate", nargs="?", const="", metavar="FILE", help="replay streams, no server"
@@ -359,7 +374,10 @@ def main() -> int:
         deliver(simulate(file, seed=args.seed), args)
     else:
         sizes = QUICK if args.quick else FULL
-        deliver(measure(model_path(args.model), sizes, seed=args.seed), args)
+        with tempfile.TemporaryDirectory() as folder:
+            granite = args.model == GRANITE
+            model = tiny_granite(folder) if granite else model_path(args.model)
+            deliver(measure(model, sizes, seed=args.seed), args)
     return 0
 
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sglang_pic.forest.order import EvictionOrder
-from sglang_pic.forest.overlaps import End, Overlaps
+from sglang_pic.forest.overlaps import End, Overlaps, Prompt
 from sglang_pic.forest.placement import (
     Expected,
     Held,
@@ -41,11 +41,12 @@ State = tuple[str, int]
 class Request:
     """A prompt of ``tokens``, answered with ``answer``, which begins with nested trunks: so
     many tokens of each, by the trunk's name. Earlier requests on a trunk had as many in
-    common with it."""
+    common with it. Messages in it end at ``ends``."""
 
     trunks: tuple[tuple[str, int], ...]
     tokens: int
     answer: int = 0
+    ends: tuple[int, ...] = ()
 
     @property
     def path(self) -> str:
@@ -78,12 +79,13 @@ def documents(draw: random.Random, count: int) -> Iterator[Request]:
 
 
 def branches(draw: random.Random, count: int) -> Iterator[Request]:
-    """Users behind system prompts that branch: company, then team, then user."""
+    """Users behind system messages that branch: company, then team."""
     for _ in range(count):
         company, team = draw.randrange(6), draw.randrange(5)
         base, own = 1500 + 300 * company, 400 + 150 * team
         trunks = ((f"c{company}", base), (f"c{company}t{team}", base + own))
-        yield Request(trunks, base + own + draw.randint(20, 400))
+        tokens = base + own + draw.randint(20, 400)
+        yield Request(trunks, tokens, ends=(base + own, tokens))
 
 
 def chats(draw: random.Random, count: int) -> Iterator[Request]:
@@ -107,7 +109,22 @@ def drift(draw: random.Random, count: int) -> Iterator[Request]:
         yield Request(((f"doc{one}", size),), size + tail)
 
 
-SYNTHETIC = {"documents": documents, "branches": branches, "chats": chats, "drift": drift}
+def assistants(draw: random.Random, count: int) -> Iterator[Request]:
+    """System messages that come and go; what users say is a word or some pages."""
+    for i in range(count):
+        one = i // 25 + draw.randrange(6)
+        size = 1500 + 370 * (one % 9)
+        tokens = size + round(10 * 2 ** draw.uniform(0, 8))
+        yield Request(((f"assistant{one}", size),), tokens, ends=(size, tokens))
+
+
+SYNTHETIC = {
+    "documents": documents,
+    "branches": branches,
+    "assistants": assistants,
+    "chats": chats,
+    "drift": drift,
+}
 
 
 # -- policies -----------------------------------------------------------------------------
@@ -240,10 +257,11 @@ class Sparse:
     def on_path(self, request: Request, path: Sequence[End], went_on: int) -> None:
         shared = path[-1].depth if path else 0
         has_left = shared >= GRID
-        self._overlaps.note(TENANT, path, request.tokens, has_left=has_left)
+        prompt = Prompt(request.tokens, request.ends)
+        self._overlaps.note(TENANT, path, prompt, has_left=has_left)
         if not self._overlaps.is_left(TENANT):
             return
-        expected = self._overlaps.expected(TENANT, path, request.tokens)
+        expected = self._overlaps.expected(TENANT, path, prompt)
         mine = {name for name, _ in request.trunks}
         on_path = sorted(s for s in self.states if s[0] in mine and s[1] <= shared)
         before = self._value(on_path, expected)
@@ -332,7 +350,8 @@ def replay(stream: Sequence[Request], policy: Policy, paths: int, *, warm_up: in
     whoever goes on from there needs no other.
     """
     cached: OrderedDict[str, Request] = OrderedDict()
-    lives: dict[str, int] = {}
+    users: dict[str, int] = {}
+    births: dict[str, int] = {}
     depths: dict[str, set[int]] = {}
     ended: dict[str, int] = {}
     ids: dict[tuple[str, int, int], int] = {}
@@ -340,14 +359,14 @@ def replay(stream: Sequence[Request], policy: Policy, paths: int, *, warm_up: in
     states: list[float] = []
     held_paths: list[int] = []
     for i, request in enumerate(stream):
-        alive = [(name, end) for name, end in request.trunks if lives.get(name)]
+        alive = [(name, end) for name, end in request.trunks if users.get(name)]
         shared = alive[-1][1] if alive else 0
         for name, end in alive:
             depths.setdefault(name, set()).add(end)
         path, at = [], 0
         for name, end in alive:
             for depth in sorted(one for one in depths[name] if at < one <= end):
-                path.append(End(ids.setdefault((name, depth, lives[name]), len(ids)), depth))
+                path.append(End(ids.setdefault((name, depth, births[name]), len(ids)), depth))
             at = end
         mine = {name for name, _ in request.trunks}
         of_ours = [d for name, d in policy.states if name in mine and d <= shared]
@@ -364,14 +383,16 @@ def replay(stream: Sequence[Request], policy: Policy, paths: int, *, warm_up: in
             cached.move_to_end(request.path)
         else:
             for name, _ in request.trunks:
-                lives[name] = lives.get(name, 0) + 1
+                if not users.get(name):
+                    births[name] = i
+                users[name] = users.get(name, 0) + 1
         cached[request.path] = request
         if len(cached) > paths:
             gone, last = cached.popitem(last=False)
             ended.pop(gone, None)
             for name, _ in last.trunks:
-                lives[name] -= 1
-                if not lives[name]:
+                users[name] -= 1
+                if not users[name]:
                     depths.pop(name, None)
                     for state in [one for one in policy.states if one[0] == name]:
                         policy.forget(state)

@@ -43,7 +43,7 @@ from sglang_pic.forest.adapter import PicCache
 from sglang_pic.forest.build import plant
 from sglang_pic.forest.cost import PrefillCost
 from sglang_pic.forest.keys import namespace
-from sglang_pic.forest.overlaps import RECENT, End, Overlaps
+from sglang_pic.forest.overlaps import RECENT, End, Overlaps, Prompt
 from sglang_pic.forest.placement import Held, places, worth_keeping
 from sglang_pic.linear.checkpoints import MAX_ENDS
 from sglang_pic.link.policy import LinkOptions
@@ -288,12 +288,15 @@ def plan_of(nodes: int) -> float:
     tenant = ("", "")
     for i in range(RECENT):
         part = path[: draw.randrange(nodes + 1)]
-        overlaps.note(tenant, part, GRID * (nodes + 1) + i, has_left=bool(part))
+        overlaps.note(tenant, part, Prompt(GRID * (nodes + 1) + i), has_left=bool(part))
     held = Held({end.depth for end in path[::8]}, 0, 1.0)
 
+    ids = array("q", [0, *[1] * (GRID - 1)]) * (nodes + 4)
+
     def plan() -> None:
-        overlaps.note(tenant, path, GRID * (nodes + 4), has_left=True)
-        expected = overlaps.expected(tenant, path, GRID * (nodes + 4))
+        prompt = Prompt.of(ids, {0})
+        overlaps.note(tenant, path, prompt, has_left=True)
+        expected = overlaps.expected(tenant, path, prompt)
         worth_keeping(places(expected, held, GRID, float))
 
     return _median_ms([_timed(plan) for _ in range(REPEATS)])

@@ -84,6 +84,8 @@ STRICT = {
     "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
     "SGLANG_TEST_RETRACT": "1",
     "SGLANG_TEST_RETRACT_INTERVAL": "7",
+    # Else the server closes what has been quiet for five seconds, maybe as it is used again.
+    "SGLANG_TIMEOUT_KEEP_ALIVE": "3600",
 }
 
 
@@ -233,8 +235,7 @@ async def _storm(
     server: Server, material: Material, watch: Watch, seconds: float, seed: int
 ) -> Seen:
     timeout = aiohttp.ClientTimeout(total=300)
-    # The server closes what has been quiet for five seconds, maybe as it is used again.
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+    connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         beside = [
             asyncio.create_task(watch.run(session)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pathlib
 import random
+from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,10 +17,27 @@ from hypothesis import strategies as st
 from linking import ids_of
 from tiny_models import tiny_hybrid, tiny_mamba2
 
-from sglang_pic.eval.replay import Fixed, Latest, Policy, Request, Sparse, best_places, replay
+from sglang_pic.eval import checkpoints
+from sglang_pic.eval.replay import (
+    SYNTHETIC,
+    Fixed,
+    Latest,
+    Policy,
+    Request,
+    Sparse,
+    best_places,
+    replay,
+)
 from sglang_pic.eval.serving import Server
 from sglang_pic.forest.order import EvictionOrder
-from sglang_pic.forest.overlaps import HALF_LIFE, End, Overlaps
+from sglang_pic.forest.overlaps import (
+    HALF_LIFE,
+    MAX_LOOKED_AT,
+    MAX_MESSAGES,
+    End,
+    Overlaps,
+    Prompt,
+)
 from sglang_pic.forest.placement import (
     Expected,
     Held,
@@ -122,15 +140,15 @@ class TestPlacement:
 class TestOverlaps:
     def test_a_document_is_left_by_its_questions(self) -> None:
         overlaps = Overlaps(64)
-        overlaps.note(TENANT, [], 5040, has_left=False)
+        overlaps.note(TENANT, [], Prompt(5040), has_left=False)
         assert not overlaps.is_left(TENANT)
         for _ in range(3):
-            overlaps.note(TENANT, [End(1, 5000)], 5040, has_left=True)
+            overlaps.note(TENANT, [End(1, 5000)], Prompt(5040), has_left=True)
         assert overlaps.is_left(TENANT)
-        expected = overlaps.expected(TENANT, [End(1, 5000)], 5040)
+        expected = overlaps.expected(TENANT, [End(1, 5000)], Prompt(5040))
         assert passes_at(expected, 5000) == pytest.approx(3, rel=0.05)
         # One nobody has left yet is likely to be left as the first one was.
-        new = overlaps.expected(TENANT, [], 8040)
+        new = overlaps.expected(TENANT, [], Prompt(8040))
         assert {one.depth for one in new} == {8000}
         # One path was begun, and left: the next will be, once.
         assert passes_at(new, 8000) == pytest.approx(1)
@@ -138,33 +156,73 @@ class TestOverlaps:
     def test_who_goes_on_from_the_end_teaches_nothing(self) -> None:
         overlaps = Overlaps(64)
         for turn in range(1, 20):
-            overlaps.note(TENANT, [End(turn, turn * 300)], (turn + 1) * 300, has_left=False)
+            prompt = Prompt((turn + 1) * 300)
+            overlaps.note(TENANT, [End(turn, turn * 300)], prompt, has_left=False)
         assert not overlaps.is_left(TENANT)
-        assert all(one.depth <= 5700 for one in overlaps.expected(TENANT, [End(19, 5700)], 6000))
+        expected = overlaps.expected(TENANT, [End(19, 5700)], Prompt(6000))
+        assert all(one.depth <= 5700 for one in expected)
+
+    @given(
+        st.lists(st.integers(1, 2000), min_size=2, max_size=6),
+        st.lists(st.integers(1, 2000), min_size=1, max_size=6),
+        st.data(),
+    )
+    def test_a_message_is_left_at_its_end(
+        self, learnt: list[int], asked: list[int], data: st.DataObject
+    ) -> None:
+        """However long what stands behind it is; else as far from the prompt's end."""
+        of = [tuple(itertools.accumulate(lengths)) for lengths in (learnt, asked)]
+        first, new = (Prompt(ends[-1], ends) for ends in of)
+        behind = data.draw(st.integers(1, len(learnt) - 1))
+        over = data.draw(st.integers(0, learnt[-behind] - 1))
+        left = first.ends[-1 - behind] + over
+        overlaps = Overlaps(64)
+        overlaps.note(TENANT, [], first, has_left=False)
+        overlaps.note(TENANT, [End(1, left)], first, has_left=True)
+        expected = overlaps.expected(TENANT, [], new)
+        if over < 64 and behind < len(asked):
+            at = new.ends[-1 - behind]
+        else:
+            at = new.tokens - (first.tokens - left)
+        assert [one.depth for one in expected] == ([at] if at >= 64 else [])
+
+    @given(st.lists(st.integers(0, 9), max_size=200))
+    def test_where_messages_end(self, ids: list[int]) -> None:
+        found = Prompt.of(array("q", ids), {3, 7})
+        assert found.tokens == len(ids)
+        ends = [i + 1 for i, token in enumerate(ids) if token in (3, 7)]
+        assert list(found.ends) == ends[-MAX_MESSAGES:]
+        assert not Prompt.of(array("q", ids), ()).ends
+
+    def test_of_a_long_prompt_the_last_part_is_looked_through(self) -> None:
+        ids = array("q", [1] * 10 + [0] * MAX_LOOKED_AT)
+        assert not Prompt.of(ids, {1}).ends
+        ids[-1] = 1
+        assert list(Prompt.of(ids, {1}).ends) == [len(ids)]
 
     def test_tenants_learn_nothing_of_each_other(self) -> None:
         overlaps = Overlaps(64)
-        overlaps.note(TENANT, [], 540, has_left=False)
-        overlaps.note(TENANT, [End(1, 500)], 540, has_left=True)
-        assert overlaps.expected(("other", ""), [], 540) == []
+        overlaps.note(TENANT, [], Prompt(540), has_left=False)
+        overlaps.note(TENANT, [End(1, 500)], Prompt(540), has_left=True)
+        assert overlaps.expected(("other", ""), [], Prompt(540)) == []
         assert not overlaps.is_left(("other", ""))
 
     def test_what_is_split_off_was_passed_as_often(self) -> None:
         overlaps = Overlaps(64)
         for _ in range(4):
-            overlaps.note(TENANT, [End(7, 1000)], 1040, has_left=True)
-        overlaps.note(TENANT, [End(8, 600)], 2000, has_left=True)
-        expected = overlaps.expected(TENANT, [End(8, 600), End(7, 1000)], 1040)
+            overlaps.note(TENANT, [End(7, 1000)], Prompt(1040), has_left=True)
+        overlaps.note(TENANT, [End(8, 600)], Prompt(2000), has_left=True)
+        expected = overlaps.expected(TENANT, [End(8, 600), End(7, 1000)], Prompt(1040))
         assert passes_at(expected, 600) >= passes_at(expected, 1000)
 
     def test_old_requests_count_less(self) -> None:
         overlaps = Overlaps(64)
         for _ in range(8):
-            overlaps.note(TENANT, [End(1, 1000)], 1010, has_left=True)
-        before = passes_at(overlaps.expected(TENANT, [End(1, 1000)], 1010), 1000)
+            overlaps.note(TENANT, [End(1, 1000)], Prompt(1010), has_left=True)
+        before = passes_at(overlaps.expected(TENANT, [End(1, 1000)], Prompt(1010)), 1000)
         for _ in range(HALF_LIFE):
-            overlaps.note(TENANT, [End(2, 1000)], 1010, has_left=True)
-        after = passes_at(overlaps.expected(TENANT, [End(1, 1000)], 1010), 1000)
+            overlaps.note(TENANT, [End(2, 1000)], Prompt(1010), has_left=True)
+        after = passes_at(overlaps.expected(TENANT, [End(1, 1000)], Prompt(1010)), 1000)
         assert after == pytest.approx(before / 2, rel=0.05)
 
     @given(
@@ -177,8 +235,8 @@ class TestOverlaps:
         overlaps = Overlaps(4)
         for depths, has_left in requests:
             path = [End(depth, depth) for depth in sorted(depths)]
-            overlaps.note(TENANT, path, 50, has_left=has_left)
-            found = overlaps.expected(TENANT, path, 50)
+            overlaps.note(TENANT, path, Prompt(50), has_left=has_left)
+            found = overlaps.expected(TENANT, path, Prompt(50))
             assert [one.depth for one in found] == sorted(
                 (one.depth for one in found), reverse=True
             )
@@ -273,6 +331,16 @@ class TestReplay:
             shared += 400
         found = self.share(stream, Sparse(10))
         assert found["resumed_share"] == 1 and found["states_per_path"] == 0
+
+    def test_all_ways_over_all_streams(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(checkpoints, "SYNTHETIC_REQUESTS", 130)
+        monkeypatch.setattr(checkpoints, "CACHED", (5,))
+        outcome = checkpoints.simulate(None)
+        assert {row["stream"] for row in outcome.rows} == set(SYNTHETIC)
+        assert [len(table.rows) for table in outcome.tables] == [len(SYNTHETIC)]
+        for row in outcome.rows:
+            assert 0 <= row["recomputed_tokens"] <= row["overlap_tokens"] < row["prompt_tokens"]
+            assert row["states_per_path"] == 0 or row["policy"] != "none"
 
     def test_no_memory_no_states(self) -> None:
         stream = [Request((("d", 640),), 700) for _ in range(40)]

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
 from transformers import (
     FalconH1Config,
     FalconH1ForCausalLM,
-    GraniteMoeHybridConfig,
-    GraniteMoeHybridForCausalLM,
     NemotronHConfig,
     NemotronHForCausalLM,
     PreTrainedModel,
@@ -22,21 +19,10 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
-from sglang_pic.eval.models.tiny import OTHER_STD, STD
-
-_COMMON = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-    "attn_implementation": "eager",
-}
+from sglang_pic.eval.models.tiny import COMMON, MAMBA2, randomize, tiny_granite_model
 
 _HYBRID = {
-    **_COMMON,
+    **COMMON,
     "intermediate_size": 128,
     "num_hidden_layers": 4,
     "layer_types": ["linear_attention", "full_attention"] * 2,
@@ -74,31 +60,7 @@ def tiny_hybrid_model(kind: str, seed: int = 0) -> PreTrainedModel:
         model = Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**_HYBRID, **experts))
     else:
         model = Qwen3NextForCausalLM(Qwen3NextConfig(**_HYBRID, **experts))
-    return _randomize(model, seed)
-
-
-def _randomize(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """Float32, matrices and gates drawn anew."""
-    model = model.float().eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2 or "experts" in name:
-                std = next((std for part, std in STD.items() if part in name), OTHER_STD)
-                weight.normal_(std=std, generator=generator)
-            else:
-                _randomize_gates(name, weight, generator)
-    return model
-
-
-def _randomize_gates(name: str, weight: torch.Tensor, generator: torch.Generator) -> None:
-    """What a linear layer has beside matrices."""
-    if "conv1d" in name:
-        weight.normal_(std=0.5, generator=generator)
-    elif "A_log" in name:
-        weight.uniform_(-5.0, -1.0, generator=generator)
-    elif "dt_bias" in name:
-        weight.uniform_(-3.0, 0.0, generator=generator)
+    return randomize(model, seed)
 
 
 def tiny_hybrid(tmp_dir: str | Path, kind: str, seed: int = 0) -> Path:
@@ -111,20 +73,8 @@ def tiny_hybrid(tmp_dir: str | Path, kind: str, seed: int = 0) -> Path:
     return path
 
 
-_MAMBA2 = {
-    **_COMMON,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "mamba_n_heads": 8,
-    "mamba_d_head": 16,
-    "mamba_d_state": 16,
-    "mamba_chunk_size": 64,
-    "rms_norm_eps": 1e-5,
-}
-
-
 _NEMOTRON = {
-    **_COMMON,
+    **COMMON,
     "intermediate_size": 128,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -146,33 +96,20 @@ def tiny_mamba2_model(kind: str, seed: int = 0) -> PreTrainedModel:
     or ``falcon_h1`` (two layers of both side by side, RoPE, two groups of keys).
     """
     if kind == "nemotron_h":
-        return _randomize(NemotronHForCausalLM(NemotronHConfig(**_NEMOTRON)), seed)
+        return randomize(NemotronHForCausalLM(NemotronHConfig(**_NEMOTRON)), seed)
     if kind == "granite":
-        dense = {"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 128}
-        config = GraniteMoeHybridConfig(
-            **_MAMBA2,
-            **dense,
-            num_hidden_layers=4,
-            layer_types=["linear_attention", "full_attention"] * 2,
-            position_embedding_type=None,
-            attention_multiplier=0.25,
-            residual_multiplier=0.8,
-            embedding_multiplier=1.5,
-        )
-        model = GraniteMoeHybridForCausalLM(config)
-    else:
-        config = FalconH1Config(
-            **_MAMBA2,
-            num_hidden_layers=2,
-            intermediate_size=128,
-            mamba_d_ssm=128,
-            mamba_n_groups=2,
-            ssm_multipliers=[0.9, 1.1, 0.8, 1.2, 0.7],
-            ssm_in_multiplier=0.9,
-            key_multiplier=1.1,
-        )
-        model = FalconH1ForCausalLM(config)
-    return _randomize(model, seed)
+        return tiny_granite_model(seed)
+    config = FalconH1Config(
+        **MAMBA2,
+        num_hidden_layers=2,
+        intermediate_size=128,
+        mamba_d_ssm=128,
+        mamba_n_groups=2,
+        ssm_multipliers=[0.9, 1.1, 0.8, 1.2, 0.7],
+        ssm_in_multiplier=0.9,
+        key_multiplier=1.1,
+    )
+    return randomize(FalconH1ForCausalLM(config), seed)
 
 
 # What SGLang calls otherwise than transformers does.

@@ -11,10 +11,13 @@ is true of all of them, the distance from the end; the rest is counted where it 
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+import numpy as np
 from cachetools import LRUCache
 
 from sglang_pic.forest.placement import Expected
@@ -26,6 +29,9 @@ MAX_TENANTS = 1024
 HALF_LIFE = 256
 # Of a tenant's last requests: what is expected of a path that nobody has left.
 RECENT = 256
+# Tokens of a prompt that are looked through for ends of messages, and ends kept: the last.
+MAX_LOOKED_AT = 32768
+MAX_MESSAGES = 64
 
 Tenant = tuple[str, ...]
 
@@ -39,19 +45,51 @@ class End:
 
 
 @dataclasses.dataclass(frozen=True)
+class Prompt:
+    """How long a prompt is, and the depths behind its last messages, rising."""
+
+    tokens: int
+    ends: Sequence[int] = ()
+
+    @classmethod
+    def of(cls, ids: array[int], eos_token_ids: Collection[int]) -> Prompt:
+        """Of token ids, in which messages end with any of these."""
+        first = max(0, len(ids) - MAX_LOOKED_AT)
+        is_end = np.isin(np.asarray(ids[first:]), list(eos_token_ids))
+        behind = np.flatnonzero(is_end)[-MAX_MESSAGES:] + first + 1
+        return cls(len(ids), behind.tolist())
+
+    def messages_behind(self, depth: int, grid: int) -> int | None:
+        """How many messages end behind a depth that is itself, but for less than ``grid``
+        tokens, the end of one; else nothing."""
+        in_front = bisect.bisect_right(self.ends, depth)
+        if not in_front or depth - self.ends[in_front - 1] >= grid:
+            return None
+        return len(self.ends) - in_front
+
+
+@dataclasses.dataclass(frozen=True)
 class _Tail:
     """Of one request.
 
     Attributes:
         tokens: that it did not share.
+        messages: of which so many ends, if it left a path at the end of another.
         begun: how far it began a path, from 0 where it left one as others do, to 1 where
             all others had left later.
         is_first: it left a path where nobody had before.
     """
 
     tokens: int
+    messages: int | None
     begun: float
     is_first: bool
+
+    def left_at(self, prompt: Prompt) -> int:
+        """The depth at which a prompt is left by such a tail."""
+        if self.messages is not None and self.messages < len(prompt.ends):
+            return prompt.ends[-1 - self.messages]
+        return prompt.tokens - self.tokens
 
 
 class _Recent:
@@ -61,28 +99,32 @@ class _Recent:
         self.clock = 0
         self.tails: deque[_Tail] = deque(maxlen=RECENT)
 
-    def add(self, tail: int, *, has_left: bool, is_first: bool, grid: int) -> None:
+    def add(
+        self, prompt: Prompt, shared: int, *, has_left: bool, is_first: bool, grid: int
+    ) -> None:
         self.clock += 1
+        tail = prompt.tokens - shared
         begun = 1.0
         if has_left and self.tails:
             later = sum(other.tokens <= tail - grid for other in self.tails)
             begun = later / len(self.tails)
-        self.tails.append(_Tail(tail, begun, is_first))
+        messages = prompt.messages_behind(shared, grid) if has_left else None
+        self.tails.append(_Tail(tail, messages, begun, is_first))
 
-    def ahead(self, tokens: int, shared: int) -> list[Expected]:
+    def ahead(self, prompt: Prompt, shared: int) -> list[Expected]:
         """What is expected of the part of a prompt that is not shared; the deepest first.
         It is left for the first time as often as what was begun of late has been, and once
         in one more (the rule of succession)."""
-        left = sorted((tail for tail in self.tails if tail.begun < 1), key=lambda tail: tail.tokens)
+        left = [tail for tail in self.tails if tail.begun < 1]
         begun = sum(tail.begun for tail in self.tails)
         chance = (sum(tail.is_first for tail in left) + 1) / (begun + 1)
         shares = sum(1 - tail.begun for tail in left)
+        depths = sorted(((tail.left_at(prompt), 1 - tail.begun) for tail in left), reverse=True)
         found, passes = [], 0.0
-        for tail in left:
-            depth = tokens - tail.tokens
+        for depth, share in depths:
             if depth < shared:
                 break
-            passes += chance * (1 - tail.begun) / shares
+            passes += chance * share / shares
             found.append(Expected(depth, passes))
         return found
 
@@ -100,8 +142,8 @@ class Overlaps:
         self._passes: LRUCache[int, tuple[float, int]] = LRUCache(MAX_NODES)
         self._recent: LRUCache[Tenant, _Recent] = LRUCache(MAX_TENANTS)
 
-    def note(self, tenant: Tenant, path: Sequence[End], tokens: int, *, has_left: bool) -> None:
-        """A prompt of so many tokens has shared a path up to its last end.
+    def note(self, tenant: Tenant, path: Sequence[End], prompt: Prompt, *, has_left: bool) -> None:
+        """A prompt has shared a path up to its last end.
 
         Args:
             has_left: it left the path where no state is; else it goes on from its end.
@@ -111,7 +153,8 @@ class Overlaps:
             recent = self._recent[tenant] = _Recent()
         shared = path[-1].depth if path else 0
         recent.add(
-            tokens - shared,
+            prompt,
+            shared,
             has_left=has_left,
             is_first=has_left and all(end.node not in self._passes for end in path[-1:]),
             grid=self._grid,
@@ -131,14 +174,13 @@ class Overlaps:
         recent = self._recent.get(tenant)
         return recent is not None and any(tail.begun < 1 for tail in recent.tails)
 
-    def expected(self, tenant: Tenant, path: Sequence[End], tokens: int) -> list[Expected]:
-        """What is expected of a prompt of so many tokens that shares a path; the deepest
-        first."""
+    def expected(self, tenant: Tenant, path: Sequence[End], prompt: Prompt) -> list[Expected]:
+        """What is expected of a prompt that shares a path; the deepest first."""
         recent = self._recent.get(tenant)
         if recent is None:
             return []
         shared = path[-1].depth if path else 0
-        found = recent.ahead(tokens, shared + self._grid)
+        found = recent.ahead(prompt, shared + self._grid)
         new = found[-1].passes if found else 0.0
         passes = 0.0
         for end in reversed(path):

@@ -26,7 +26,7 @@ from sglang_pic.forest.cost import PrefillCost
 from sglang_pic.forest.eviction import ORDINARY
 from sglang_pic.forest.keys import is_reserved, owner_of
 from sglang_pic.forest.nodes import PREFIX, NodeIndex
-from sglang_pic.forest.overlaps import End, Overlaps, Tenant
+from sglang_pic.forest.overlaps import End, Overlaps, Prompt, Tenant
 from sglang_pic.forest.placement import (
     Expected,
     Held,
@@ -188,9 +188,12 @@ class SparseCheckpoints:
             return
         path = self._path(left.node) if has_left else _end_of(left)
         path = [end for end in path if end.depth <= left.depth]
-        self._overlaps.note(tenant, path, tokens, has_left=has_left)
+        prompt = Prompt(tokens)
+        if has_left or self._overlaps.is_left(tenant):
+            prompt = Prompt.of(req.origin_input_ids, req.eos_token_ids or ())
+        self._overlaps.note(tenant, path, prompt, has_left=has_left)
         if self._overlaps.is_left(tenant):
-            self._plan(req, left.stock, path, self._overlaps.expected(tenant, path, tokens))
+            self._plan(req, left.stock, path, self._overlaps.expected(tenant, path, prompt))
 
     def _plan(self, req: Req, stock: int, path: Sequence[End], expected: list[Expected]) -> None:
         """Value the checkpoints of a path, and have more read off where it pays."""
