@@ -25,7 +25,7 @@ test: venv model ## lint, then all tests; ARGS="-k word" goes to pytest
 	@status=0; \
 	$(MAKE) --no-print-directory lint || status=1; \
 	echo "test: running pytest"; \
-	$(RUN) -m pytest $(ARGS) || status=1; \
+	$(RUN) -m pytest -n 2 $(ARGS) || status=1; \
 	exit $$status
 
 # Some two hours on two cores.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pathlib
+import re
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -41,6 +43,26 @@ TINY = (
 )
 
 
+# With ``-n``, modules that share servers are one worker's, in turn; any other is some worker's.
+SHARED = re.compile(r'\b(page1|page16|smollm)(: Server|")')
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    @functools.cache
+    def group_of(module: str) -> str:
+        text = (config.rootpath / module).read_text(encoding="utf-8")
+        return "shared servers" if SHARED.search(text) else module
+
+    class ByServers(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid.partition("::")[0])
+
+    return ByServers(config, log)
+
+
 # SGLang's kits that stock has failed in this session, by kit and test.
 _failed: set[tuple[str, str]] = set()
 
@@ -70,6 +92,17 @@ def serve(model: Any, log: pathlib.Path, *args: str, **options: Any) -> Iterator
         _started[log.stem] = server.start_s
         start_log.keep(log)
         yield server
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker's go to the process that has the terminal."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["started"] = _started
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    _started.update(getattr(node, "workeroutput", {}).get("started", {}))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

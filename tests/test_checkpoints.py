@@ -449,7 +449,7 @@ def answers(server: Server, prompts: Sequence[list[int]]) -> list[list[int]]:
         ("granite", NO_BUFFER),
         ("qwen3_5", (*NO_BUFFER, "--tp-size=2")),
     ],
-    ids=["page1", "page16", "mamba2", "two ranks"],
+    ids=["no_buffer", "extra_buffer", "mamba2", "two ranks"],
 )
 def test_a_thousand_answers_are_as_without(
     tmp_path: pathlib.Path, logs: pathlib.Path, family: str, flags: tuple[str, ...]

@@ -25,22 +25,21 @@ from sglang_pic.eval.serving import Server
 
 pytestmark = pytest.mark.server
 
-KINDS = {"page1": "qwen3_5", "page16": "qwen3_next"}
-SEEDS = {"page1": 3, "page16": 0}
+KINDS = {1: "qwen3_5", 16: "qwen3_next"}
+SEEDS = {1: 3, 16: 0}
 
 
 @functools.cache
 def model(page: int) -> Any:
     """The model of a server, in transformers."""
-    name = f"page{page}"
-    return tiny_hybrid_model(KINDS[name], SEEDS[name])
+    return tiny_hybrid_model(KINDS[page], SEEDS[page])
 
 
 @pytest.fixture(scope="module")
 def hybrid1(tmp_path_factory: pytest.TempPathFactory, logs: pathlib.Path) -> Iterator[Server]:
     """Qwen3.5, page size 1, SGLang's states at the end of sequences, the state
     policy of requests that name none chosen by calibration."""
-    path = tiny_hybrid(tmp_path_factory.mktemp("hybrid"), "qwen3_5", SEEDS["page1"])
+    path = tiny_hybrid(tmp_path_factory.mktemp("hybrid"), "qwen3_5", SEEDS[1])
     plain = ("--page-size=1", "--mamba-radix-cache-strategy=no_buffer", "--pic-state=auto")
     args = (*TINY, *plain, "--disable-overlap-schedule")
     with serve(path, logs / "hybrid1.log", *args, env=CHECKS) as server:
