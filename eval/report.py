@@ -20,6 +20,7 @@ from typing import Any, cast
 
 from sglang_pic.eval import (
     breakdown,
+    checkpoints,
     hybrid_quality,
     load,
     memory,
@@ -76,6 +77,12 @@ ALONE = (
         "python -m eval.recurrence --quick",
         lambda _: recurrence.run(quick=True),
         "recurrence",
+    ),
+    Part(
+        "Ordinary prefixes of the hybrid",
+        "python -m eval.checkpoints --quick",
+        lambda _: checkpoints.run(quick=True),
+        "checkpoints",
     ),
 )
 _HYBRID = f" --hybrid --seam {HYBRID_SEAM}"

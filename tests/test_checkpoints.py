@@ -346,17 +346,26 @@ class TestReplay:
         stream = [Request((("d", 640),), 700) for _ in range(40)]
         assert self.share(stream, Sparse(0))["recomputed_tokens"] == 640 * 20
 
-    @given(st.lists(st.integers(0, 12).map(lambda n: 64 * n), min_size=1, max_size=12))
-    def test_the_papers_places(self, overlaps: list[int]) -> None:
+    @given(
+        st.lists(st.integers(0, 12).map(lambda n: 64 * n), min_size=1, max_size=12),
+        st.integers(1, 12).map(lambda n: 64 * n),
+    )
+    def test_the_papers_places(self, overlaps: list[int], block: int) -> None:
+        """No others of as many are better, blocks least of all; more are never worse."""
+
+        def again(chosen: Sequence[int]) -> int:
+            return sum(d - max((c for c in chosen if c <= d), default=0) for d in overlaps)
+
+        found = []
         for most in range(4):
             choices = itertools.combinations(sorted({d for d in overlaps if d}), most)
-            least = min(
-                sum(d - max((c for c in chosen if c <= d), default=0) for d in overlaps)
-                for chosen in (*choices, ())
-            )
             placed = best_places(overlaps, most)
-            spared = sum(d - max((c for c in placed if c <= d), default=0) for d in overlaps)
-            assert len(placed) <= most and spared <= least
+            assert len(placed) <= most
+            found.append(again(placed))
+            assert found[-1] <= min(again(chosen) for chosen in (*choices, ()))
+        assert found == sorted(found, reverse=True)
+        blocks = range(block, max(overlaps) + 1, block)
+        assert again(best_places(overlaps, len(blocks))) <= again(blocks)
 
 
 class TestAppraisal:

@@ -19,6 +19,7 @@ import pytest
 
 from sglang_pic.eval import (
     breakdown,
+    checkpoints,
     found,
     found_chats,
     hybrid_quality,
@@ -332,6 +333,7 @@ def test_parts_have_names_of_their_own() -> None:
     "module",
     [
         breakdown,
+        checkpoints,
         found,
         hybrid_quality,
         load,
