@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,24 +28,17 @@ from sglang_pic.link.report import HIT
 from sglang_pic.metrics.front import counts
 from sglang_pic.request.base import LinkRequest, TokenSpan
 from sglang_pic.request.fields import MAX_SEGMENTS, PicFields, parse_fields
-from sglang_pic.server.answers import reports_of
 from sglang_pic.server.chunks import Chunk, IdleCompiles
 from sglang_pic.server.compiler import Compiler
 from sglang_pic.server.exchange import Exchange
 from sglang_pic.server.placing import rank_of
 from sglang_pic.server.resolve import Resolver
+from sglang_pic.server.searched import Owner, prompts_of
 from sglang_pic.server.texts import Piece
 from sglang_pic.server.wanted import Wanted, caller_of
 
 # Tenants whose prompts are remembered, 1.4 MB each.
 MAX_TENANTS = 64
-
-
-def names_none(pic: Any) -> bool:
-    """Whether a request's ``pic`` object, or the lack of one, names no segment."""
-    return pic is None or (
-        isinstance(pic, dict) and not pic.get("segments") and pic.get("parts") is None
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,15 +72,14 @@ class Found:
         spans = tuple(TokenSpan(cut.start, cut.end) for cut in self.cuts)
         return self.ids, LinkRequest(spans, self.options)
 
-    def see(self, out: Any) -> None:
-        """An output of the request, its report in place: what it has linked is compiled."""
-        for report in reports_of(out):
-            hits = []
-            for i, one in zip(self.looked.linked, report["segments"], strict=True):
-                if one["reason"] == HIT:
-                    hits.append(i)
-                    counts.observe_found(self.looked.cuts[i].rule, one["tokens_reused"])
-            self.finder.compiled(self.looked.names.chunks[hits])
+    def see(self, report: Mapping[str, Any]) -> None:
+        """The report of an answer to it: what it has linked is compiled."""
+        hits = []
+        for i, one in zip(self.looked.linked, report["segments"], strict=True):
+            if one["reason"] == HIT:
+                hits.append(i)
+                counts.observe_found(self.looked.cuts[i].rule, one["tokens_reused"])
+        self.finder.compiled(self.looked.names.chunks[hits])
 
 
 class Finding:
@@ -107,6 +100,7 @@ class Finding:
         is_linking: Callable[[], bool],
     ):
         self._config = config
+        self._defaults = config.link_defaults
         self._resolver = resolver
         self._wanted = wanted
         self._is_linking = is_linking
@@ -152,75 +146,91 @@ class Finding:
         pic: Any,
         *,
         remember: bool = True,
-    ) -> Found | None:
-        """Find segments in a request that names none; ``None`` where none are looked for.
+    ) -> list[Found] | None:
+        """Find segments in a request that names none, in each of its prompts by itself;
+        ``None`` where none are looked for.
 
         Args:
-            pic: its own object, if it has one.
+            pic: its own object, if it has one; of a batch a list of them.
             remember: and have compiled what recurs.
 
         Raises:
-            PicRequestError: its ``pic`` object is malformed.
+            PicRequestError: a ``pic`` object is malformed.
         """
-        fields = self._fields(pic)
-        mode, options = self._mode(fields), fields.options
-        if mode == OFF:
+        prompts = prompts_of(obj, pic)
+        if prompts is None:
             return None
-        read = self._read(obj, exchange)
-        if read is None:
+        asked = [self._fields(prompt.pic) for prompt in prompts]
+        modes = [self._mode(fields) for fields in asked]
+        if all(mode == OFF for mode in modes):
             return None
-        ids, cuts = read
-        if mode == CONTENT:
-            cuts = self.cutter.by_content(ids, cuts)
-        finder = self._finder(obj, remember)
-        seam = 0 if options.policy == "none" else options.seam
-        looked = finder.look(ids, cuts, seam=seam, most=MAX_SEGMENTS)
-        if remember:
-            self._remember(obj, ids, looked, finder, seam)
-        return Found(ids, options, looked, finder)
+        found = []
+        for prompt, fields, mode in zip(prompts, asked, modes, strict=True):
+            read = self._read(prompt.prompt, exchange, mode)
+            if read is None:
+                return None
+            found.append(self._find(obj, prompt.owner, fields.options, *read, remember=remember))
+        return found
 
     def _fields(self, pic: Any) -> PicFields:
-        return parse_fields(pic or {}, self._config.link_defaults)
+        return parse_fields(pic or {}, self._defaults)
 
     def _mode(self, fields: PicFields) -> str:
         linked = self._is_linking() and self._wanted.links(LinkRequest((), fields.options))
         return (fields.find or self._config.find) if linked else OFF
 
-    def _finder(self, obj: GenerateReqInput, remember: bool) -> Finder:
-        """The one of whoever asks; a new one is kept only to be remembered by."""
-        owner = (self._wanted.space(obj.cache_salt), obj.extra_key, obj.lora_path)
-        finder = self._finders.get(owner) or Finder()
-        if remember:
-            self._finders[owner] = finder
-        return finder
-
     def _read(
-        self, obj: GenerateReqInput, exchange: Exchange | None
+        self, prompt: str | list[int], exchange: Exchange | None, mode: str
     ) -> tuple[list[int], Sequence[Cut]] | None:
-        """Token ids and cuts by structure of a request with one prompt of text alone."""
-        media = (obj.image_data, obj.video_data, obj.audio_data, obj.input_embeds)
-        if any(one for one in media if one is not None) or obj.session_params is not None:
-            return None
-        if isinstance(obj.text, str):
-            return self._read_text(obj.text)
-        ids = obj.input_ids
-        if not isinstance(ids, list) or not ids or not isinstance(ids[0], int):
-            return None
-        if exchange is not None and exchange.ids == ids:
-            return ids, exchange.cuts
-        return ids, ()
+        """Token ids and cuts of a prompt."""
+        ids: list[int]
+        cuts: Sequence[Cut] = ()
+        if isinstance(prompt, str):
+            made = self._resolver.with_offsets(Piece(prompt, special=True, bos=True))
+            if made is None:
+                return None
+            ids = made[0]
+            if mode != OFF:
+                found = self.cutter.of_text(prompt, (), [(0, len(prompt))])
+                cuts = self.cutter.of_tokens(made[1], found)
+        else:
+            ids = prompt
+            if exchange is not None and exchange.ids == ids:
+                cuts = exchange.cuts
+        return ids, self.cutter.by_content(ids, cuts) if mode == CONTENT else cuts
 
-    def _read_text(self, text: str) -> tuple[list[int], Sequence[Cut]] | None:
-        made = self._resolver.with_offsets(Piece(text, special=True, bos=True))
-        if made is None:
-            return None
-        ids, offsets = made
-        cuts = self.cutter.of_text(text, (), [(0, len(text))])
-        return ids, self.cutter.of_tokens(offsets, cuts)
+    def _find(
+        self,
+        obj: GenerateReqInput,
+        owner: Owner,
+        options: LinkOptions,
+        ids: list[int],
+        cuts: Sequence[Cut],
+        *,
+        remember: bool,
+    ) -> Found:
+        salt, *rest = owner
+        remember = remember and bool(cuts)
+        finder = self._finder(salt, remember)
+        seam = 0 if options.policy == "none" else options.seam
+        of = hashlib.blake2b(repr(rest).encode(), digest_size=16).digest()
+        looked = finder.look(ids, cuts, seam=seam, most=MAX_SEGMENTS, owner=of)
+        if remember:
+            self._remember(obj, owner, ids, looked, finder, seam)
+        return Found(ids, options, looked, finder)
+
+    def _finder(self, salt: str | None, remember: bool) -> Finder:
+        """The one of a tenant; a new one is kept only to be remembered by."""
+        space = self._wanted.space(salt)
+        finder = self._finders.get(space) or Finder()
+        if remember:
+            self._finders[space] = finder
+        return finder
 
     def _remember(
         self,
         obj: GenerateReqInput,
+        owner: Owner,
         ids: list[int],
         looked: Looked,
         finder: Finder,
@@ -230,7 +240,7 @@ class Finding:
         rules = [cut.rule for cut in looked.cuts]
         recurring = [rules[i] for i in np.flatnonzero(looked.times).tolist()]
         counts.observe_chunks(collections.Counter(rules), collections.Counter(recurring))
-        owner = (obj.cache_salt, obj.extra_key, obj.lora_path)
+        caller = dataclasses.replace(caller_of(obj), tenant=owner[0] or None)
         chunks = []
         for i in looked.wanted:
             cut = looked.cuts[i]
@@ -238,5 +248,5 @@ class Finding:
                 ids[cut.start : cut.end], *owner, seam=seam, rank=rank_of(obj)
             )
             name = int(looked.names.chunks[i])
-            chunks.append(Chunk(item, cut.rule, caller_of(obj), name, finder.compiled))
+            chunks.append(Chunk(item, cut.rule, caller, name, finder.compiled))
         self._idle.want(chunks)

@@ -20,11 +20,12 @@ from sglang_pic.link.report import LinkReport
 from sglang_pic.request.base import LinkRequest
 from sglang_pic.server.answers import as_found
 from sglang_pic.server.exchange import Exchange, carry
-from sglang_pic.server.finding import Found, names_none
+from sglang_pic.server.finding import Found
 from sglang_pic.server.funnel import Funnel, funnel_of
 from sglang_pic.server.reading import CHATS, GENERATE, read_request
 from sglang_pic.server.routes.base import ExtraKey, Tenant, field_of, manager, pic_router, tell
 from sglang_pic.server.routes.prompts import TokenIds, check_prompt
+from sglang_pic.server.searched import names_none
 
 router = pic_router()
 _ids = TypeAdapter(TokenIds)
@@ -95,7 +96,8 @@ async def explain(body: ExplainBody, request: Request) -> Any:
         lora_path=obj.lora_path,
     )
     told = min(ranks, key=lambda rank: rank["tokens_reused"])
-    told = as_found(told, () if found is None else found.how)
+    if found is not None and found.looked.linked:
+        told = as_found(told, found.how)
     return orjson_response({**told, "cuts": [] if found is None else _shown(found.looked)})
 
 
@@ -135,7 +137,8 @@ def _read_plain(body: ExplainBody, funnel: Funnel) -> tuple[Any, Read, str, Foun
 def _found(obj: Any, exchange: Exchange | None, pic: Any, funnel: Funnel) -> Found | None:
     if not names_none(pic):
         return None
-    return funnel.finding.search(obj, exchange, pic, remember=False)
+    found = funnel.finding.search(obj, exchange, pic, remember=False)
+    return None if found is None else found[0]
 
 
 def _one_prompt(prompt: Any) -> str | list[int] | None:
