@@ -652,11 +652,56 @@ def test_every_route_is_searched(finding: Server) -> None:
         chunks = [json.loads(line[6:]) for line in streamed.splitlines() if line[:7] == "data: {"]
         reports = [chunk.get("pic") or (chunk.get("usage") or {}).get("pic") for chunk in chunks]
         assert sum(report is not None for report in reports) == 1 and reports[-1] is not None
-    asked = {"max_tokens": 4, "model": "m", "messages": chat_of((5, 6), salt)["messages"]}
-    assert finding.post("/v1/messages", asked).status_code == 200
-    batch = [stuffed(5, 6), stuffed(6, 5)]
+    batch = [stuffed(5, 6), stuffed(6, 9)]
     answers = finding.generate(text=batch, cache_salt=[salt, salt], sampling_params=sampling)
+    found = [[one["found"] for one in a["meta_info"]["pic"]["segments"]] for a in answers]
+    assert found == [2 * ["structure"], ["structure"]]
+    prompts = {**text, "prompt": [stuffed(5, 6), stuffed(10)], "n": 2}
+    reports = told(finding, "/v1/completions", prompts)
+    assert [len(one["segments"]) for one in reports] == [2, 2, 0, 0]
+    # Where nothing of it is linked a batch goes on as it came.
+    nothing = [stuffed(10), stuffed(11)]
+    answers = finding.generate(text=nothing, cache_salt="none", sampling_params=sampling)
     assert not any("pic" in one["meta_info"] for one in answers)
+
+
+def _of_messages(turn: int) -> dict[str, Any]:
+    parts = [{"type": "text", "text": text} for text in (f"Look {turn}.", PASSAGES[7])]
+    call = {"type": "tool_use", "id": "c", "name": "look", "input": {"x": 1}}
+    result = {"type": "tool_result", "tool_use_id": "c", "content": PASSAGES[8]}
+    messages = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": [call]},
+        {"role": "user", "content": [result]},
+    ]
+    return {"model": "m", "max_tokens": 4, "system": f"Turn {turn}.", "messages": messages}
+
+
+def _of_responses(turn: int) -> dict[str, Any]:
+    parts = [{"type": "input_text", "text": text} for text in (f"Look {turn}.", PASSAGES[9])]
+    given = [
+        {"role": "user", "content": parts},
+        {"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": PASSAGES[10]},
+    ]
+    return {"max_output_tokens": 4, "store": False, "instructions": f"Turn {turn}.", "input": given}
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    ("path", "body_of"), [("/v1/messages", _of_messages), ("/v1/responses", _of_responses)]
+)
+def test_parts_and_tool_results_of_other_apis_are_found(
+    finding: Server, path: str, body_of: Callable[[int], dict[str, Any]]
+) -> None:
+    for turn in range(3):
+        report = told(finding, path, body_of(turn))
+        settled(finding)
+    assert [(one["found"], one["reason"]) for one in report["segments"]] == 2 * [
+        ("structure", "hit")
+    ]
+    streamed = finding.post(path, {**body_of(3), "stream": True}).text
+    assert streamed.count('"found":"structure"') == 2
 
 
 @pytest.mark.server
