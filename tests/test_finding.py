@@ -33,6 +33,7 @@ from sglang_pic.eval.serving import Server
 from sglang_pic.find.own import rules_with
 from sglang_pic.metrics import front
 from sglang_pic.metrics.front import Counts
+from sglang_pic.request.base import LinkRequest
 from sglang_pic.server import answers as answers_module
 from sglang_pic.server import chat as chat_module
 from sglang_pic.server import chunks as chunks_module
@@ -107,7 +108,10 @@ class Front:
         for _ in range(20):
             await asyncio.sleep(0)
         decode = self.resolver._manager.tokenizer.decode
-        return [[decode(one.ids[c.start : c.end]) for c in one.cuts] for one in found or ()]
+        return [
+            [decode(one.ids[span.start : span.end]) for span in one.prompt[1].spans]
+            for one in found or ()
+        ]
 
 
 def stuffed(*numbers: int, question: str = "") -> str:
@@ -209,6 +213,54 @@ def test_each_prompt_of_a_batch_is_searched(tokenizer, mode: str) -> None:
         assert await front.ask(stuffed(2, 1), cache_salt="a") == [one]
         assert await front.ask_all([stuffed(2, 3)], [None], cache_salt="b") == [[other]]
         assert await front.ask_all([stuffed(1)], cache_salt="c") == [[]]
+
+    run(go)
+
+
+@pytest.mark.parametrize("rule", ["whole", "pieces"])
+@pytest.mark.parametrize("mode", ["structure", "content"])
+def test_beside_what_a_request_names_more_is_found(tokenizer, mode: str, rule: str) -> None:
+    """Nothing of it overlaps what is named, which stays as it is; and the tokens of what is
+    found are those that it has anywhere."""
+
+    def prompt(*numbers: int, named: int) -> tuple[str, dict[str, Any]]:
+        text = stuffed(*numbers)
+        start = text.index(PASSAGES[named])
+        span = {"start": start, "end": start + len(PASSAGES[named])}
+        return text, {"segments": [span], "tokenize": rule}
+
+    async def go() -> None:
+        front = Front(tokenizer, find=mode)
+        one = [inner(PASSAGES[1])]
+        for i in range(2):
+            # Unmarked, and beside a mark.
+            text, pic = prompt(2, 1, named=2)
+            linked = await (front.ask(text, pic) if i else front.ask(stuffed(3, 1)))
+            assert linked == [PASSAGES[2]] * i
+        assert [tokenizer.decode(x.ids) for x in front.compiler.items] == one
+        for numbers, named in (((4, 1, 5), 5), ((1, 4), 4), ((1, 4), 1)):
+            text, pic = prompt(*numbers, named=named)
+            obj = GenerateReqInput(text=text)
+            (found,) = front.finding.search(obj, None, pic) or ()
+            ids, link = found.prompt
+            assert (ids, LinkRequest(tuple(found.named), link.options)) == front.resolver.one(
+                text, None, pic
+            )
+            told = {tokenizer.decode(ids[s.start : s.end]): how
+                    for s, how in zip(link.spans, found.how, strict=True)}  # fmt: skip
+            expected = {one[0]: "structure"} if named != 1 else {}
+            assert told == {PASSAGES[named]: "marked", **expected}
+            report = {"segments": [{"reason": "hit", "tokens_reused": 1} for _ in link.spans]}
+            found.see(report)
+        # A request may have its marks alone; and a batch of both.
+        text, pic = prompt(4, 1, named=4)
+        assert (
+            front.finding.search(GenerateReqInput(text=text), None, {**pic, "find": "off"}) is None
+        )
+        both = GenerateReqInput(text=[text, stuffed(6, 1), text])
+        pics = [pic, None, {**pic, "find": "off"}]
+        hows = [one.how for one in front.finding.search(both, None, pics) or ()]
+        assert hows == [["marked", "structure"], ["structure"], ["marked"]]
 
     run(go)
 
@@ -487,7 +539,7 @@ def test_a_body_without_our_fields_stays_as_it_is() -> None:
 def cut(front: Front, chat: Chat, body: dict[str, Any]) -> tuple[list[int], dict[str, set[str]]]:
     """A chat's prompt, and the texts of its cuts by rule."""
     exchange = Exchange()
-    funnel = types.SimpleNamespace(finding=front.finding)
+    funnel = types.SimpleNamespace(finding=front.finding, resolver=front.resolver)
     request = ChatCompletionRequest(model="x", **copy.deepcopy(body))
     with (
         mock.patch.object(chat_module, "funnel_of", lambda manager: funnel),
@@ -674,7 +726,7 @@ def _of_messages(turn: int) -> dict[str, Any]:
         {"role": "assistant", "content": [call]},
         {"role": "user", "content": [result]},
     ]
-    return {"model": "m", "max_tokens": 4, "system": f"Turn {turn}.", "messages": messages}
+    return {"max_tokens": 4, "system": f"Turn {turn}.", "messages": messages}
 
 
 def _of_responses(turn: int) -> dict[str, Any]:
@@ -694,14 +746,34 @@ def _of_responses(turn: int) -> dict[str, Any]:
 def test_parts_and_tool_results_of_other_apis_are_found(
     finding: Server, path: str, body_of: Callable[[int], dict[str, Any]]
 ) -> None:
+    model = finding.get("/v1/models").json()["data"][0]["id"]
     for turn in range(3):
-        report = told(finding, path, body_of(turn))
+        report = told(finding, path, {**body_of(turn), "model": model})
         settled(finding)
-    assert [(one["found"], one["reason"]) for one in report["segments"]] == 2 * [
-        ("structure", "hit")
-    ]
-    streamed = finding.post(path, {**body_of(3), "stream": True}).text
-    assert streamed.count('"found":"structure"') == 2
+    assert len(report["segments"]) >= 2
+    assert {one["reason"] for one in report["segments"]} == {"hit"}
+    # More than one of the two texts.
+    assert report["tokens_reused"] > 110 and report["segments"][0]["found"] == "structure"
+    streamed = finding.post(path, {**body_of(3), "model": model, "stream": True}).text
+    assert streamed.count('"reason":"hit"') >= 2
+
+
+@pytest.mark.server
+def test_beside_marks_more_is_found(finding: Server) -> None:
+    for turn in range(3):
+        parts = [PASSAGES[11], f"Turn {turn}.", PASSAGES[0]]
+        content: Any = [{"type": "text", "text": text} for text in parts]
+        content[0]["pic_segment"] = True
+        body = chat_of((), "beside", messages=[{"role": "user", "content": content}])
+        report = told(finding, "/v1/chat/completions", body)
+        settled(finding)
+    assert [one["found"] for one in report["segments"]] == ["marked", "structure"]
+    assert {one["reason"] for one in report["segments"]} == {"hit"}
+    explained = finding.post("/pic/explain", body).json()
+    assert [one["found"] for one in explained["segments"]] == ["marked", "structure"]
+    assert sum(cut["linked"] for cut in explained["cuts"]) == 1
+    report = told(finding, "/v1/chat/completions", {**body, "pic": {"find": "off"}})
+    assert [one["found"] for one in report["segments"]] == ["marked"]
 
 
 @pytest.mark.server

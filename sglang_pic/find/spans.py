@@ -8,6 +8,7 @@ its last, in front of which tokenizers of all kinds begin a token.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import re
 from collections.abc import Sequence
@@ -56,3 +57,16 @@ def token_cuts(offsets: Sequence[tuple[int, int]], cuts: Sequence[Cut]) -> list[
         inside = (int(of_text[i]), int(of_text[j - 1]) + 1) if i < j else (0, 0)
         made.append(Cut(*inside, cut.rule))
     return made
+
+
+def beside(cuts: Sequence[Cut], taken: Sequence[tuple[int, int]]) -> Sequence[Cut]:
+    """The cuts that overlap none of these ranges, which are sorted and apart."""
+    if not taken:
+        return cuts
+    ends = [end for _, end in taken]
+    kept = []
+    for cut in cuts:
+        i = bisect.bisect_right(ends, cut.start)
+        if i == len(taken) or cut.end <= taken[i][0]:
+            kept.append(cut)
+    return kept

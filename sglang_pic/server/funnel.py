@@ -4,7 +4,7 @@ A request without ``pic`` fields goes straight on, unless segments are found in 
 life of one with segments, six functions of six modules:
 
 1. ``resolve.Resolver.resolve``: its body is token ids and spans; or
-   ``finding.Finding.search``: it names none, and some are found;
+   ``finding.Finding.search``: some are found that it does not name;
 2. ``guards.Guards.settled``: whether anything is linked now, and by which policy;
 3. ``asking.Asking.ask``: what of it has to be compiled first;
 4. ``compiler.Compiler.compile``: that is compiled;
@@ -49,7 +49,6 @@ from sglang_pic.server.placing import LeastWork, OneRank
 from sglang_pic.server.public import check_public
 from sglang_pic.server.queue import FairQueue
 from sglang_pic.server.resolve import Resolver, is_list_of_one
-from sglang_pic.server.searched import names_none
 from sglang_pic.server.send import is_batch, split
 from sglang_pic.server.urgency import urgency
 from sglang_pic.server.waited import NOTHING, Waited
@@ -104,17 +103,15 @@ def generate_request(
 def _found(
     manager: Any, obj: GenerateReqInput, exchange: Exchange | None, pic: Any
 ) -> list[Found] | None:
-    """What is found in each prompt of a request that names no segment, if anything is linked.
+    """What is found in each prompt of a request, if anything is linked.
 
     Raises:
         PicRequestError: its ``pic`` object is malformed.
     """
-    if not names_none(pic) or (exchange is not None and exchange.marks is not None):
-        return None
     if pic is None and exchange is not None:
         pic = exchange.find
     found = funnel_of(manager).finding.search(obj, exchange, pic)
-    if found is None or any(one.looked.linked for one in found):
+    if found is None or any(one.segments for one in found):
         return found
     if samples_of(obj) == 1:
         # SGLang's own: it takes them, and tokenises no text again.
@@ -216,7 +213,7 @@ class Funnel:
         """Outputs of a request with ``pic`` fields, a report in each.
 
         Args:
-            found: its segments, prompt by prompt, where it names none and some are linked.
+            found: its segments, prompt by prompt, where any are looked for and some linked.
         """
         asked = [one.prompt for one in found] or self.resolver.resolve(obj, pic, exchange)
         await self.guards.canary.settle()

@@ -25,7 +25,6 @@ from sglang_pic.server.funnel import Funnel, funnel_of
 from sglang_pic.server.reading import CHATS, GENERATE, read_request
 from sglang_pic.server.routes.base import ExtraKey, Tenant, field_of, manager, pic_router, tell
 from sglang_pic.server.routes.prompts import TokenIds, check_prompt
-from sglang_pic.server.searched import names_none
 
 router = pic_router()
 _ids = TypeAdapter(TokenIds)
@@ -135,8 +134,6 @@ def _read_plain(body: ExplainBody, funnel: Funnel) -> tuple[Any, Read, str, Foun
 
 
 def _found(obj: Any, exchange: Exchange | None, pic: Any, funnel: Funnel) -> Found | None:
-    if not names_none(pic):
-        return None
     found = funnel.finding.search(obj, exchange, pic, remember=False)
     return None if found is None else found[0]
 
@@ -185,8 +182,8 @@ async def _read_chat(body: ExplainBody, funnel: Funnel, app: Any) -> tuple[Any, 
     if obj.image_data or obj.video_data or obj.audio_data:
         raise PicRequestError("messages", "only what holds no images, audio or video is foretold")
     (read,) = funnel.resolver.resolve(obj, exchange.pic or {}, exchange)
-    found = _found(obj, exchange, exchange.find, funnel) if exchange.marks is None else None
-    return obj, read, found
+    pic = exchange.find if exchange.marks is None else exchange.pic
+    return obj, read, _found(obj, exchange, pic, funnel)
 
 
 def _place(location: tuple[int | str, ...], value: Any) -> str:
