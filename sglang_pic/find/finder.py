@@ -65,6 +65,8 @@ class Finder:
         """
         names = named(ids, cuts, owner)
         times = self._seen.recurred(names)
+        if not times.any():
+            return Looked(cuts, names, times, [], [])
         tokens = np.array([cut.end - cut.start for cut in cuts], dtype=np.int64)
         ready = (self._ready.times(names.chunks) > 0) & (times > 0) & (tokens > seam)
         linked = apart(cuts, ready | worth(times, tokens, seam, 1.0), seam, most)

@@ -62,7 +62,7 @@ class ShownCut:
 @dataclasses.dataclass(frozen=True)
 class Explanation(LinkReport):
     """The report that the request would get now; ``tokens_to_compile``, of missing
-    segments, which are compiled first; and, if it names none, its ``cuts``."""
+    segments, which are compiled first; and its ``cuts``, beside what it names."""
 
     tokens_to_compile: int
     cuts: list[ShownCut]
