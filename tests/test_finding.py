@@ -761,9 +761,9 @@ def test_parts_and_tool_results_of_other_apis_are_found(
 @pytest.mark.server
 def test_beside_marks_more_is_found(finding: Server) -> None:
     for turn in range(3):
-        parts = [PASSAGES[11], f"Turn {turn}.", PASSAGES[0]]
+        parts = [f"Turn {turn}.", PASSAGES[11], "And:", PASSAGES[0]]
         content: Any = [{"type": "text", "text": text} for text in parts]
-        content[0]["pic_segment"] = True
+        content[1]["pic_segment"] = True
         body = chat_of((), "beside", messages=[{"role": "user", "content": content}])
         report = told(finding, "/v1/chat/completions", body)
         settled(finding)
