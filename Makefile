@@ -47,7 +47,7 @@ lint: venv ## ruff and mypy
 docs: venv ## the documentation's site, in build/docs
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet && echo "docs: build/docs/index.html"
 
-report: venv model ## all evaluations in quick form, into docs/results.md (40 minutes)
+report: venv model ## all evaluations in quick form, into docs/results.md (45 minutes)
 	@$(RUN) -m eval.report
 
 venv: $(INSTALLED) ## virtual environment in .venv with SGLang (about 10 GB)

@@ -27,7 +27,7 @@ STOCK_MODULE = "sglang.launch_server"
 # SGLang's list of plug-ins to load: the CPU platform alone.
 WITHOUT_US = {"SGLANG_PLUGINS": "sglang_pic_cpu"}
 # So that what SGLang says of its load is what holds at that step; so that answers can be forced.
-COMMON = ("--load-snapshot-publish-interval=1", FORCED)
+COMMON = ("--load-snapshot-publish-interval=1", "--enable-cache-report", FORCED)
 
 
 # Of what recurs among the methods that are compared nothing is to be made, and what is

@@ -1,6 +1,6 @@
 """What is reused where no client marks anything, on three kinds of chats.
 
-    python -m eval.found [--quick] [--json FILE] [--plot FILE]
+    python -m eval.found [--quick] [--workload NAME] [--json FILE] [--plot FILE]
 
 A plain OpenAI client sends each workload (``eval.found_chats``) to stock SGLang, and to ours
 four times over, to a tenant each: with marks, and without, found by structure and by content.
@@ -165,13 +165,15 @@ def cost(pair: Bench, rng: random.Random) -> dict[str, Any]:
     }
 
 
-def run(pair: Bench, *, quick: bool, seed: int = 0) -> Outcome:
+def run(
+    pair: Bench, *, quick: bool, seed: int = 0, workloads: Sequence[str] = tuple(WORKLOADS)
+) -> Outcome:
     """Measure all of it; one row a workload and method, and one of the cost."""
     rng = random.Random(seed)
     requests = QUICK_REQUESTS if quick else REQUESTS
     rows: list[dict[str, Any]] = []
-    with tqdm(total=requests * len(WORKLOADS) * len(METHODS), desc="found", unit="req") as bar:
-        for workload in WORKLOADS:
+    with tqdm(total=requests * len(workloads) * len(METHODS), desc="found", unit="req") as bar:
+        for workload in workloads:
             rows += measure(pair, workload, requests, rng, bar)
     rows.append(cost(pair, rng))
     config = {**pair.config, "requests": requests, "seed": seed}
@@ -236,13 +238,14 @@ def plot(rows: Sequence[dict[str, Any]]) -> Any:
 def main() -> None:
     parser = parser_of(__doc__, f"{QUICK_REQUESTS} requests a workload")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (%(default)s)")
+    parser.add_argument("--workload", choices=WORKLOADS, help="this one alone")
     args = parser.parse_args()
+    workloads = tuple(WORKLOADS) if args.workload is None else (args.workload,)
     with tempfile.TemporaryDirectory() as folder:
         template = pathlib.Path(folder) / "template.jinja"
         template.write_text(TEMPLATE)
-        flags = ("--chat-template", str(template), "--enable-cache-report")
-        with bench("smollm2", *flags) as pair:
-            outcome = run(pair, quick=args.quick, seed=args.seed)
+        with bench("smollm2", "--chat-template", str(template)) as pair:
+            outcome = run(pair, quick=args.quick, seed=args.seed, workloads=workloads)
     deliver(outcome, args)
 
 

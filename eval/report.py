@@ -21,6 +21,7 @@ from typing import Any, cast
 from sglang_pic.eval import (
     breakdown,
     checkpoints,
+    found,
     hybrid_quality,
     load,
     memory,
@@ -63,6 +64,8 @@ ON_SMOLLM2 = (
     _part("Time to first token", ttft),
     _part("Under load", load),
     _part("Memory", memory),
+    # One of three workloads, and three minutes of seventeen.
+    _part("Found without marks", found, " --workload stuffed", workloads=("stuffed",)),
     _part("Growth, and one request taken apart", breakdown),
 )
 ALONE = (

@@ -144,7 +144,7 @@ class ExplainedSegment:
 
 @dataclasses.dataclass(frozen=True)
 class ExplainedCut:
-    """Where a prompt that names no segment may be cut: tokens, the rule, how often what
+    """Where a prompt may be cut beside what it names: tokens, the rule, how often what
     stands there has come again behind other tokens, and whether it would be linked."""
 
     start: int

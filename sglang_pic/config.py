@@ -50,7 +50,7 @@ class PicConfig:
             with K rotated to its true position.
         compile_context: token ids behind which every segment is compiled;
             empty compiles a segment from nothing.
-        find: where segments are looked for in requests that name none: nowhere (``off``),
+        find: where segments are looked for that no request names: nowhere (``off``),
             in the blocks that prompts are built of (``structure``), and by what their tokens
             are too (``content``).
         find_rules: JSON file of an operator's own rules of structure, regular expressions

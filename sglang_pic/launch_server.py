@@ -118,7 +118,7 @@ def pic_parser() -> argparse.ArgumentParser:
         "--pic-find",
         choices=FIND,
         default=defaults.find,
-        help="find segments in requests that name none: in the blocks that prompts are built of "
+        help="find segments that no request names: in the blocks that prompts are built of "
         "(structure), and by what their tokens are too (content) (%(default)s)",
     )
     parser.add_argument(

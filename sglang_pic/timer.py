@@ -37,8 +37,7 @@ FRONT_STAGES = (
     Stage(HOOKS, "sglang_pic.server.funnel.generate_request"),
     Stage("request", "sglang_pic.server.resolve.Resolver.resolve"),
     Stage("request", "sglang_pic.server.funnel.tidy"),
-    Stage("tokenise", "sglang_pic.server.resolve.encode_marked"),
-    Stage("tokenise", "sglang_pic.server.resolve.Resolver.with_offsets"),
+    Stage("tokenise", "sglang_pic.server.resolve.encode"),
     Stage("find", "sglang_pic.server.finding.Finding.cut_chat"),
     Stage("find", "sglang_pic.server.finding.Finding.search"),
 )

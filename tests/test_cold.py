@@ -71,6 +71,23 @@ def test_what_takes_fewer_tokens_is_done(missing: list[int], exact: bool) -> Non
 
 
 @given(
+    st.integers(0, 900),
+    st.lists(st.integers(17, 300), min_size=1, max_size=6),
+    st.integers(1, 90),
+    st.data(),
+)
+def test_every_token_is_counted_once(
+    opening: int, lengths: list[int], question: int, data: st.DataObject
+) -> None:
+    """A text in front of the segments that nobody has computed is so in any case."""
+    missing = [i for i in range(len(lengths)) if data.draw(st.booleans())]
+    known = is_cheaper(cold_of(Compiler()), opening, lengths, question, missing)
+    new = is_cheaper(cold_of(Compiler()), opening, lengths, question, [OPENING, *missing])
+    linked = sum(lengths[i] for i in missing) + 16 * len(lengths) + question
+    assert new == known == (linked >= sum(lengths) + question)
+
+
+@given(
     st.integers(0, 90), st.lists(st.integers(32, 300), min_size=1, max_size=6), st.integers(1, 90)
 )
 def test_of_all_new_documents_none_is_waited_for(

@@ -24,7 +24,7 @@ from sglang_pic.find.cutting import MAX_CUTS, Cutter
 from sglang_pic.find.rendered import chat_cuts, regions_of, tools_in
 from sglang_pic.find.seen import Named, Seen, named
 from sglang_pic.find.sketch import HALF_LIFE, MOST, Sketch
-from sglang_pic.find.spans import settled, token_cuts
+from sglang_pic.find.spans import beside, settled, token_cuts
 from sglang_pic.find.structure import MESSAGE, PART, RULES, TOOL, own_rules, structure
 from sglang_pic.find.worth import apart, worth
 
@@ -358,6 +358,18 @@ def test_what_has_the_same_tokens_anywhere(text: str, kept: str) -> None:
     around = f"({text})"
     cut = settled(around, Cut(1, 1 + len(text), "x"))
     assert around[cut.start : cut.end] == kept
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), max_size=9),
+    st.lists(st.integers(0, 5), max_size=6),
+)
+def test_what_is_beside_overlaps_nothing(drawn: list[tuple[int, int]], steps: list[int]) -> None:
+    edges = list(itertools.accumulate(steps))
+    taken = list(itertools.pairwise(edges))[::2]
+    cuts = [Cut(at, at + length, "x") for at, length in drawn]
+    apart = [c for c in cuts if not any(c.start < end and start < c.end for start, end in taken)]
+    assert list(beside(cuts, taken)) == apart
 
 
 def test_no_cut_of_no_tokens() -> None:

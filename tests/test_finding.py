@@ -33,16 +33,20 @@ from sglang_pic.eval.serving import Server
 from sglang_pic.find.own import rules_with
 from sglang_pic.metrics import front
 from sglang_pic.metrics.front import Counts
+from sglang_pic.request.base import LinkRequest
+from sglang_pic.server import answers as answers_module
 from sglang_pic.server import chat as chat_module
 from sglang_pic.server import chunks as chunks_module
 from sglang_pic.server import finding as module
-from sglang_pic.server.answers import as_found, reports_of
-from sglang_pic.server.chunks import MAX_WAITING
-from sglang_pic.server.compiler import FAILED
+from sglang_pic.server.answers import as_found, tidy
+from sglang_pic.server.chunks import MAX_WAITING, Chunk
+from sglang_pic.server.compiler import FAILED, Caller, CompileItem
 from sglang_pic.server.exchange import Exchange, carry
-from sglang_pic.server.finding import MAX_TENANTS, Finding, Found, names_none
+from sglang_pic.server.finding import MAX_TENANTS, Finding, Found
 from sglang_pic.server.reading import take
 from sglang_pic.server.resolve import Resolver
+from sglang_pic.server.searched import names_none
+from sglang_pic.server.waited import NOTHING
 from sglang_pic.server.wanted import Wanted
 
 PASSAGES = [passage.document for passage in load_passages()]
@@ -90,15 +94,24 @@ class Front:
         self, prompt: Any, pic: Any = None, exchange: Exchange | None = None, **fields: Any
     ) -> list[str]:
         """The texts that are linked of a prompt; what it has compiled is done by then."""
-        name = "text" if isinstance(prompt, str) else "input_ids"
-        obj = GenerateReqInput(**{name: prompt}, **fields)
+        found = await self.ask_all(prompt, pic, exchange, **fields)
+        assert len(found) < 2
+        return found[0] if found else []
+
+    async def ask_all(
+        self, prompts: Any, pic: Any = None, exchange: Exchange | None = None, **fields: Any
+    ) -> list[list[str]]:
+        """The same of each prompt of a batch; nothing where none is searched."""
+        is_text = isinstance(prompts, str) or isinstance(prompts[0], str)
+        obj = GenerateReqInput(**{"text" if is_text else "input_ids": prompts}, **fields)
         found = self.finding.search(obj, exchange, pic)
         for _ in range(20):
             await asyncio.sleep(0)
-        if found is None:
-            return []
-        return [self.resolver._manager.tokenizer.decode(found.ids[c.start : c.end])
-                for c in found.cuts]  # fmt: skip
+        decode = self.resolver._manager.tokenizer.decode
+        return [
+            [decode(one.ids[span.start : span.end]) for span in one.prompt[1].spans]
+            for one in found or ()
+        ]
 
 
 def stuffed(*numbers: int, question: str = "") -> str:
@@ -167,6 +180,148 @@ def test_tenants_and_adapters_are_apart(tokenizer) -> None:
     run(go)
 
 
+def test_a_tenants_many_keys_do_not_push_another_out(tokenizer) -> None:
+    """One memory a tenant, whatever keys it makes up; under each its own text recurs."""
+
+    async def go() -> None:
+        front = Front(tokenizer)
+        await front.ask(stuffed(1), cache_salt="b")
+        for i in range(MAX_TENANTS + 9):
+            assert await front.ask(stuffed(1), cache_salt="a", extra_key=f"{i}") == []
+        assert len(front.finding._finders) == 2 and not front.compiler.items
+        await front.ask(stuffed(1), cache_salt="b")
+        assert [one.ids for one in front.compiler.items] and len(front.compiler.items) == 1
+
+    run(go)
+
+
+@pytest.mark.parametrize("mode", ["structure", "content"])
+def test_each_prompt_of_a_batch_is_searched(tokenizer, mode: str) -> None:
+    async def go() -> None:
+        front = Front(tokenizer, find=mode)
+        one, other = inner(PASSAGES[1]), inner(PASSAGES[2])
+        salts = ["a", "b", "a"]
+        pics = [None, None, {"find": "off"}]
+        for _ in range(2):
+            asked = [stuffed(1), stuffed(1, 2), stuffed(1)]
+            assert await front.ask_all(asked, pics, cache_salt=salts) == [[], [], []]
+        assert len(front.compiler.items) == 3
+        asked = [stuffed(2, 1), stuffed(2, 3), stuffed(1)]
+        linked = await front.ask_all(asked, pics, cache_salt=salts)
+        assert linked == [[one], [other], []]
+        # By itself each is found the same, and a list of one is one.
+        assert await front.ask(stuffed(2, 1), cache_salt="a") == [one]
+        assert await front.ask_all([stuffed(2, 3)], [None], cache_salt="b") == [[other]]
+        assert await front.ask_all([stuffed(1)], cache_salt="c") == [[]]
+
+    run(go)
+
+
+@pytest.mark.parametrize("rule", ["whole", "pieces"])
+@pytest.mark.parametrize("mode", ["structure", "content"])
+def test_beside_what_a_request_names_more_is_found(tokenizer, mode: str, rule: str) -> None:
+    """Nothing of it overlaps what is named, which stays as it is; and the tokens of what is
+    found are those that it has anywhere."""
+
+    def prompt(*numbers: int, named: int) -> tuple[str, dict[str, Any]]:
+        text = stuffed(*numbers)
+        start = text.index(PASSAGES[named])
+        span = {"start": start, "end": start + len(PASSAGES[named])}
+        return text, {"segments": [span], "tokenize": rule}
+
+    async def go() -> None:
+        front = Front(tokenizer, find=mode)
+        one = [inner(PASSAGES[1])]
+        for i in range(2):
+            # Unmarked, and beside a mark.
+            text, pic = prompt(2, 1, named=2)
+            linked = await (front.ask(text, pic) if i else front.ask(stuffed(3, 1)))
+            assert linked == [PASSAGES[2]] * i
+        assert [tokenizer.decode(x.ids) for x in front.compiler.items] == one
+        for numbers, named in (((4, 1, 5), 5), ((1, 4), 4), ((1, 4), 1)):
+            text, pic = prompt(*numbers, named=named)
+            obj = GenerateReqInput(text=text)
+            (found,) = front.finding.search(obj, None, pic) or ()
+            ids, link = found.prompt
+            assert (ids, LinkRequest(tuple(found.named), link.options)) == front.resolver.one(
+                text, None, pic
+            )
+            told = {tokenizer.decode(ids[s.start : s.end]): how
+                    for s, how in zip(link.spans, found.how, strict=True)}  # fmt: skip
+            expected = {one[0]: "structure"} if named != 1 else {}
+            assert told == {PASSAGES[named]: "marked", **expected}
+            report = {"segments": [{"reason": "hit", "tokens_reused": 1} for _ in link.spans]}
+            found.see(report)
+        # A request may have its marks alone; and a batch of both.
+        text, pic = prompt(4, 1, named=4)
+        assert (
+            front.finding.search(GenerateReqInput(text=text), None, {**pic, "find": "off"}) is None
+        )
+        both = GenerateReqInput(text=[text, stuffed(6, 1), text])
+        pics = [pic, None, {**pic, "find": "off"}]
+        hows = [one.how for one in front.finding.search(both, None, pics) or ()]
+        assert hows == [["marked", "structure"], ["structure"], ["marked"]]
+
+    run(go)
+
+
+def test_what_is_wrong_with_a_batch_is_told(tokenizer) -> None:
+    front = Front(tokenizer)
+    both = GenerateReqInput(text=["a", "b"])
+    for obj, pic in ((both, [None]), (both, {}), (GenerateReqInput(text="a"), [None])):
+        with pytest.raises(PicRequestError, match=r"^pic: must be"):
+            front.finding.search(obj, None, pic)
+    # SGLang says what is wrong with these.
+    for fields in (
+        {"text": ["a", 3]},
+        {"text": ["a", "b"], "cache_salt": ["s"]},
+        {"text": "a", "cache_salt": ["s"]},
+        {"input_ids": [[1], []]},
+    ):
+        assert front.finding.search(GenerateReqInput(**fields), None, None) is None
+
+
+def test_whoever_has_the_most_gives_up_what_came_last(
+    tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenant that fills the queue takes no room from one that has less."""
+    monkeypatch.setattr(chunks_module, "MAX_TOKENS", 1000)
+    monkeypatch.setattr(chunks_module, "MAX_TENANTS", 3)
+
+    def chunks(salt: str, many: int, tokens: int = 50) -> list[Chunk]:
+        caller = Caller(salt)
+        items = [CompileItem((i,) * tokens, salt, None, None) for i in range(many)]
+        return [Chunk(item, "part", caller, i, lambda _: None) for i, item in enumerate(items)]
+
+    async def go() -> None:
+        front = Front(tokenizer)
+        front.is_idle = False
+        idle = front.finding._idle
+        left = lambda: {salt: len(waiting) for salt, waiting in idle._waiting.items()}  # noqa: E731
+        idle.want(chunks("a", 30))
+        assert left() == {"a": 20}
+        idle.want(chunks("b", 4))
+        assert left() == {"a": 16, "b": 4}
+        assert [item.ids[0] for item in idle._waiting["a"]] == list(range(16))
+        idle.want(chunks("b", 30))
+        assert left() == {"a": 10, "b": 10}
+        idle.want(chunks("c", 1, 2000))
+        assert left() == {"a": 10, "b": 10}
+        idle.want(chunks("c", 2))
+        idle.want(chunks("d", 2))
+        assert sorted(left()) == ["a", "b", "c"] and sum(left().values()) == 20
+        assert len(idle._queue) == len(idle._chunks) == 20
+        front.is_idle = True
+        for _ in range(200):
+            await asyncio.sleep(0.002)
+        # In turn, and nothing is left behind.
+        order = [one.salt for one in front.compiler.items]
+        assert sorted(order[:3]) == ["a", "b", "c"] and len(order) == 20
+        assert not idle._chunks and not idle._waiting and not idle._tokens
+
+    run(go)
+
+
 def test_one_tenants_flood_does_not_take_anothers_place(tokenizer) -> None:
     async def go() -> None:
         front = Front(tokenizer)
@@ -198,14 +353,14 @@ def test_what_is_remembered_is_bounded(tokenizer, monkeypatch: pytest.MonkeyPatc
             await front.ask(stuffed(0, 1, 2, 3, 4))
         waiting = front.finding._idle
         tokens = sum(len(item.ids) for item in waiting._chunks)
-        assert 0 < tokens == waiting._tokens <= 200 and 0 < len(waiting._chunks) < 5
+        assert 0 < tokens == waiting._tokens.total() <= 200 and 0 < len(waiting._chunks) < 5
         for i in range(MAX_TENANTS + 9):
             await front.ask(stuffed(1), cache_salt=f"{i}")
         assert len(front.finding._finders) == MAX_TENANTS
         foretold = GenerateReqInput(text=stuffed(1), cache_salt="new")
         front.finding.search(foretold, None, None, remember=False)
-        assert len({one[0] for one in front.finding._finders}) == MAX_TENANTS
-        assert not any("new" in one[0] for one in front.finding._finders)
+        assert len(front.finding._finders) == MAX_TENANTS
+        assert not any("new" in one for one in front.finding._finders)
         assert sum(one.nbytes for one in front.finding._finders.values()) < 100 << 20
 
     run(go)
@@ -218,7 +373,7 @@ def test_what_could_not_be_compiled_is_not_linked(tokenizer) -> None:
         for _ in range(2):
             assert await front.ask(stuffed(1)) == []
         assert len(front.compiler.items) == 1
-        finder = front.finding._finder(GenerateReqInput(text="x"), remember=True)
+        finder = front.finding._finder(None, remember=True)
         assert not finder._ready._names.any()
 
     run(go)
@@ -272,7 +427,8 @@ def test_token_ids_are_cut_by_content_alone(tokenizer) -> None:
             for i in range(3):
                 linked = await front.ask([i + 5, *ids])
             assert bool(linked) == expected
-            assert not await front.ask([ids, ids])
+            both = await front.ask_all([[9, *ids], [8, *ids]])
+            assert all(map(bool, both)) if expected else both == [[], []]
 
     run(go)
 
@@ -285,7 +441,9 @@ def test_token_ids_are_cut_by_content_alone(tokenizer) -> None:
         ({"find": "content", "segments": []}, True),
         ({"segments": [{"start": 0, "end": 1}]}, False),
         ({"parts": ["a"]}, False),
-        ([None], False),
+        ([None, {"find": "content"}], True),
+        ([None, {"parts": ["a"]}], False),
+        (["x"], False),
     ],
 )
 def test_which_requests_name_no_segment(pic: Any, none: bool) -> None:
@@ -322,7 +480,7 @@ def test_a_report_says_how_each_segment_was_found(tokenizer, counts: Counts) -> 
             await front.ask(stuffed(1, 2))
         found = front.finding.search(GenerateReqInput(text=stuffed(1, 2)), None, None)
         assert found is not None
-        return found
+        return found[0]
 
     found = asyncio.run(go())
     segments: Any = [
@@ -330,14 +488,36 @@ def test_a_report_says_how_each_segment_was_found(tokenizer, counts: Counts) -> 
         {"reason": "evicted", "tokens_reused": 0, "found": "marked"},
     ]
     report = {"segments": segments}
-    assert as_found(report, ()) is report
     told = as_found(report, found.how)
     assert [one["found"] for one in told["segments"]] == ["structure", "structure"]
     assert segments[0]["found"] == "marked"
-    out = {"meta_info": {"pic": told}}
-    assert reports_of([out, {"meta_info": {}}]) == [told]
-    found.see(out)
+    found.see(told)
     assert counts.chunks_linked == {"paragraph": 1} and counts.tokens_found == {"paragraph": 70}
+
+
+def test_each_report_of_a_batch_goes_to_its_own_prompt() -> None:
+    """Two prompts with two samples each, whole and as a stream."""
+
+    class Told:
+        def __init__(self, how: list[str]) -> None:
+            self.how = how
+            self.seen: list[Any] = []
+
+        def see(self, report: Any) -> None:
+            self.seen.append([one["found"] for one in report["segments"]])
+
+    def out(i: int) -> dict[str, Any]:
+        report = {"segments": [{"found": "marked"}] * (1 if i < 2 else 2), "exactness": "composed"}
+        return {"index": i, "meta_info": {"pic": [report], "id": f"{i}"}}
+
+    whole = [out(i) for i in range(4)]
+    for outs in ([whole], [out(i) for i in (2, 0, 3, 1)]):
+        told = [Told(["structure"]), Told(["content", "structure"])]
+        counted: set[int] = set()
+        with mock.patch.object(answers_module, "counts"):
+            for one in outs:
+                tidy(one, None, counted, [NOTHING] * 2, 2, told)
+        assert [one.seen for one in told] == [[one.how] * 2 for one in told]
 
 
 def test_a_body_without_our_fields_stays_as_it_is() -> None:
@@ -359,7 +539,7 @@ def test_a_body_without_our_fields_stays_as_it_is() -> None:
 def cut(front: Front, chat: Chat, body: dict[str, Any]) -> tuple[list[int], dict[str, set[str]]]:
     """A chat's prompt, and the texts of its cuts by rule."""
     exchange = Exchange()
-    funnel = types.SimpleNamespace(finding=front.finding)
+    funnel = types.SimpleNamespace(finding=front.finding, resolver=front.resolver)
     request = ChatCompletionRequest(model="x", **copy.deepcopy(body))
     with (
         mock.patch.object(chat_module, "funnel_of", lambda manager: funnel),
@@ -524,11 +704,76 @@ def test_every_route_is_searched(finding: Server) -> None:
         chunks = [json.loads(line[6:]) for line in streamed.splitlines() if line[:7] == "data: {"]
         reports = [chunk.get("pic") or (chunk.get("usage") or {}).get("pic") for chunk in chunks]
         assert sum(report is not None for report in reports) == 1 and reports[-1] is not None
-    asked = {"max_tokens": 4, "model": "m", "messages": chat_of((5, 6), salt)["messages"]}
-    assert finding.post("/v1/messages", asked).status_code == 200
-    batch = [stuffed(5, 6), stuffed(6, 5)]
+    batch = [stuffed(5, 6), stuffed(6, 9)]
     answers = finding.generate(text=batch, cache_salt=[salt, salt], sampling_params=sampling)
+    found = [[one["found"] for one in a["meta_info"]["pic"]["segments"]] for a in answers]
+    assert found == [2 * ["structure"], ["structure"]]
+    prompts = {**text, "prompt": [stuffed(5, 6), stuffed(10)], "n": 2}
+    reports = told(finding, "/v1/completions", prompts)
+    assert [len(one["segments"]) for one in reports] == [2, 2, 0, 0]
+    # Where nothing of it is linked a batch goes on as it came.
+    nothing = [stuffed(10), stuffed(11)]
+    answers = finding.generate(text=nothing, cache_salt="none", sampling_params=sampling)
     assert not any("pic" in one["meta_info"] for one in answers)
+
+
+def _of_messages(turn: int) -> dict[str, Any]:
+    parts = [{"type": "text", "text": text} for text in (f"Look {turn}.", PASSAGES[7])]
+    call = {"type": "tool_use", "id": "c", "name": "look", "input": {"x": 1}}
+    result = {"type": "tool_result", "tool_use_id": "c", "content": PASSAGES[8]}
+    messages = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": [call]},
+        {"role": "user", "content": [result]},
+    ]
+    return {"max_tokens": 4, "system": f"Turn {turn}.", "messages": messages}
+
+
+def _of_responses(turn: int) -> dict[str, Any]:
+    parts = [{"type": "input_text", "text": text} for text in (f"Look {turn}.", PASSAGES[9])]
+    given = [
+        {"role": "user", "content": parts},
+        {"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": PASSAGES[10]},
+    ]
+    return {"max_output_tokens": 4, "store": False, "instructions": f"Turn {turn}.", "input": given}
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    ("path", "body_of"), [("/v1/messages", _of_messages), ("/v1/responses", _of_responses)]
+)
+def test_parts_and_tool_results_of_other_apis_are_found(
+    finding: Server, path: str, body_of: Callable[[int], dict[str, Any]]
+) -> None:
+    model = finding.get("/v1/models").json()["data"][0]["id"]
+    for turn in range(3):
+        report = told(finding, path, {**body_of(turn), "model": model})
+        settled(finding)
+    assert len(report["segments"]) >= 2
+    assert {one["reason"] for one in report["segments"]} == {"hit"}
+    # More than one of the two texts.
+    assert report["tokens_reused"] > 110 and report["segments"][0]["found"] == "structure"
+    streamed = finding.post(path, {**body_of(3), "model": model, "stream": True}).text
+    assert streamed.count('"reason":"hit"') >= 2
+
+
+@pytest.mark.server
+def test_beside_marks_more_is_found(finding: Server) -> None:
+    for turn in range(3):
+        parts = [f"Turn {turn}.", PASSAGES[11], "And:", PASSAGES[0]]
+        content: Any = [{"type": "text", "text": text} for text in parts]
+        content[1]["pic_segment"] = True
+        body = chat_of((), "beside", messages=[{"role": "user", "content": content}])
+        report = told(finding, "/v1/chat/completions", body)
+        settled(finding)
+    assert [one["found"] for one in report["segments"]] == ["marked", "structure"]
+    assert {one["reason"] for one in report["segments"]} == {"hit"}
+    explained = finding.post("/pic/explain", body).json()
+    assert [one["found"] for one in explained["segments"]] == ["marked", "structure"]
+    assert sum(cut["linked"] for cut in explained["cuts"]) == 1
+    report = told(finding, "/v1/chat/completions", {**body, "pic": {"find": "off"}})
+    assert [one["found"] for one in report["segments"]] == ["marked"]
 
 
 @pytest.mark.server

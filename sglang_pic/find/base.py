@@ -8,6 +8,8 @@ from typing import NamedTuple
 # what its tokens are.
 OFF, STRUCTURE, CONTENT = "off", "structure", "content"
 FIND = (OFF, STRUCTURE, CONTENT)
+# How those came to be segments that a request names.
+MARKED = "marked"
 
 
 class Cut(NamedTuple):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import numpy.typing as npt
-
 from sglang_pic.find.base import CONTENT, Cut
 from sglang_pic.find.content import chunks
 from sglang_pic.find.spans import settled, token_cuts
@@ -39,7 +37,7 @@ class Cutter:
         cuts = [*given, *structure(text, regions, self.rules, self.shortest)]
         return [settled(text, cut) for cut in cuts]
 
-    def of_tokens(self, offsets: npt.ArrayLike, cuts: Sequence[Cut]) -> list[Cut]:
+    def of_tokens(self, offsets: Sequence[tuple[int, int]], cuts: Sequence[Cut]) -> list[Cut]:
         """Cuts in characters as cuts in tokens, without those that are too short or there
         twice."""
         return self._kept(token_cuts(offsets, cuts))

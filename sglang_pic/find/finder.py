@@ -45,16 +45,28 @@ class Finder:
     def nbytes(self) -> int:
         return self._seen.nbytes + self._ready.nbytes
 
-    def look(self, ids: Sequence[int], cuts: Sequence[Cut], *, seam: int, most: int) -> Looked:
+    def look(
+        self,
+        ids: Sequence[int],
+        cuts: Sequence[Cut],
+        *,
+        seam: int,
+        most: int,
+        owner: bytes = b"",
+    ) -> Looked:
         """Find segments in a prompt; nothing is remembered of it.
 
         Args:
             cuts: of it, in tokens.
             seam: tokens at a segment's head that a link computes.
             most: segments at most.
+            owner: which of the tenant's prompts it is one of, at most 16 bytes: nothing of
+                one recurs in another's.
         """
-        names = named(ids, cuts)
+        names = named(ids, cuts, owner)
         times = self._seen.recurred(names)
+        if not times.any():
+            return Looked(cuts, names, times, [], [])
         tokens = np.array([cut.end - cut.start for cut in cuts], dtype=np.int64)
         ready = (self._ready.times(names.chunks) > 0) & (times > 0) & (tokens > seam)
         linked = apart(cuts, ready | worth(times, tokens, seam, 1.0), seam, most)

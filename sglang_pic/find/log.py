@@ -9,10 +9,10 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from sglang_pic.find.base import CONTENT, STRUCTURE, Cut
+from sglang_pic.find.base import CONTENT, MARKED, STRUCTURE, Cut
 from sglang_pic.find.cutting import Cutter
 from sglang_pic.find.rendered import chat_cuts, regions_of, tools_in
-from sglang_pic.find.replay import MARKED, Prompt
+from sglang_pic.find.replay import Prompt
 from sglang_pic.find.spans import token_cuts
 
 Offsets = Sequence[tuple[int, int]]

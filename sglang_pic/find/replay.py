@@ -15,11 +15,11 @@ from typing import Protocol
 
 import numpy as np
 
-from sglang_pic.find.base import CONTENT, STRUCTURE, Cut
+from sglang_pic.find.base import CONTENT, MARKED, STRUCTURE, Cut
 from sglang_pic.find.finder import Finder
 from sglang_pic.find.seen import named
 
-PREFIX, MARKED = "prefix", "marked"
+PREFIX = "prefix"
 METHODS = (PREFIX, MARKED, STRUCTURE, CONTENT)
 # Prefixes are told apart by so many tokens.
 STEP = 16

@@ -29,13 +29,22 @@ class Named(NamedTuple):
     places: Names
 
 
-def named(ids: Sequence[int], cuts: Sequence[Cut]) -> Named:
-    """Name what stands in each of the cuts, in tokens."""
+def named(ids: Sequence[int], cuts: Sequence[Cut], owner: bytes = b"") -> Named:
+    """Name what stands in each of the cuts, in tokens.
+
+    Args:
+        owner: at most 16 bytes; the same tokens of another have another name.
+    """
     tokens = np.asarray(ids, dtype=np.int32)
     raw = memoryview(tokens.tobytes())
-    chunks = [_name(hashlib.blake2b(raw[4 * a : 4 * b], digest_size=8)) for a, b, _ in cuts]
+    blank = hashlib.blake2b(digest_size=8, person=owner)
+    chunks = []
+    for a, b, _ in cuts:
+        chunk = blank.copy()
+        chunk.update(raw[4 * a : 4 * b])
+        chunks.append(_name(chunk))
     places = {}
-    before = hashlib.blake2b(digest_size=8)
+    before = blank.copy()
     at = 0
     for end in sorted({cut.end for cut in cuts}):
         before.update(raw[4 * at : 4 * end])

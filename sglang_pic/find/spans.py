@@ -8,11 +8,12 @@ its last, in front of which tokenizers of all kinds begin a token.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import re
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from sglang_pic.find.base import Cut
 
@@ -31,18 +32,22 @@ def settled(text: str, cut: Cut) -> Cut:
     return Cut(start, end, cut.rule)
 
 
-def token_cuts(offsets: npt.ArrayLike, cuts: Sequence[Cut]) -> list[Cut]:
+def token_cuts(offsets: Sequence[tuple[int, int]], cuts: Sequence[Cut]) -> list[Cut]:
     """The tokens that lie entirely inside of each cut.
 
     Args:
-        offsets: of shape ``[n, 2]``, the characters ``[start, end)`` of each token, none for
-            a token that no text stands for.
+        offsets: the characters ``[start, end)`` of each token, none for a token that no text
+            stands for.
         cuts: in characters.
 
     Returns:
         As many, in tokens; empty where no token lies inside.
     """
-    places = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    if not cuts:
+        return []
+    # Not ``asarray``, which takes a list of pairs three times as long.
+    flat = itertools.chain.from_iterable(offsets)
+    places = np.fromiter(flat, np.int64, 2 * len(offsets)).reshape(-1, 2)
     of_text = np.flatnonzero(places[:, 1] > places[:, 0])
     starts, ends = places[of_text, 0], places[of_text, 1]
     first = np.searchsorted(starts, [cut.start for cut in cuts], side="left")
@@ -52,3 +57,16 @@ def token_cuts(offsets: npt.ArrayLike, cuts: Sequence[Cut]) -> list[Cut]:
         inside = (int(of_text[i]), int(of_text[j - 1]) + 1) if i < j else (0, 0)
         made.append(Cut(*inside, cut.rule))
     return made
+
+
+def beside(cuts: Sequence[Cut], taken: Sequence[tuple[int, int]]) -> Sequence[Cut]:
+    """The cuts that overlap none of these ranges, which are sorted and apart."""
+    if not taken:
+        return cuts
+    ends = [end for _, end in taken]
+    kept = []
+    for cut in cuts:
+        i = bisect.bisect_right(ends, cut.start)
+        if i == len(taken) or cut.end <= taken[i][0]:
+            kept.append(cut)
+    return kept

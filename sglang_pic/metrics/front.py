@@ -55,8 +55,8 @@ class Counts:
         tokens_compiled: computed ahead of a link, on demand or by ``/pic/compile``.
         tokens_opening: those of ``tokens_compiled`` in text that opens a prompt,
             which then counts as prefix.
-        chunks_seen, chunks_recurring, chunks_compiled, chunks_linked: chunks of prompts
-            that name no segments, by the rule that has cut them: all; those seen again
+        chunks_seen, chunks_recurring, chunks_compiled, chunks_linked: chunks of prompts,
+            beside segments that are named, by the rule that has cut them: all; those seen again
             behind other tokens; those of them compiled in idle time; and links of them.
         tokens_found: tokens that those links have reused, by rule.
         companies: made, in both orders.

@@ -80,7 +80,7 @@ FRONT_METRICS = (
     ),
     Metric(
         PREFIX + "found_chunks_seen_total",
-        "Chunks of prompts that name no segments, by the rule that has cut them.",
+        "Chunks of prompts, beside segments that are named, by the rule that has cut them.",
         lambda front: front["chunks_seen"],
         "rule",
     ),

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sglang_pic.errors import PicRequestError
 from sglang_pic.request.base import TokenSpan
@@ -26,6 +26,24 @@ PIECES, WHOLE = "pieces", "whole"
 
 # Cut where words begin with and without a space, and at a line's end.
 _PROBE = ("See:", " the tower", "stands\n", "\n", "31 metres", "tall.")
+
+
+Offsets = list[tuple[int, int]]
+
+
+class Encoded(NamedTuple):
+    """A text as tokens.
+
+    Attributes:
+        ids: of its tokens.
+        spans: of the ranges that are marked in it.
+        offsets: of each token its characters ``[start, end)``, none for one that no text
+            stands for; empty where they are not asked for.
+    """
+
+    ids: list[int]
+    spans: tuple[TokenSpan, ...]
+    offsets: Offsets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,29 +89,46 @@ def _special_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _encode_pieces(
-    tokenizer: Any, text: str, ranges: Sequence[TokenSpan], add_special_tokens: bool
-) -> tuple[list[int], list[TokenSpan]]:
+    tokenizer: Any,
+    text: str,
+    ranges: Sequence[TokenSpan],
+    add_special_tokens: bool,
+    placed: bool,
+) -> tuple[list[int], list[TokenSpan], Offsets]:
     before, behind = _special_frame(tokenizer) if add_special_tokens else ([], [])
     ids = list(before)
+    offsets = [(0, 0)] * len(before)
     spans = []
+
+    def add(start: int, end: int) -> None:
+        if not placed:
+            ids.extend(_ids(tokenizer, text[start:end]))
+            return
+        made = _with_offsets(tokenizer, text[start:end], add_special_tokens=False)
+        ids.extend(made[0])
+        offsets.extend((start + a, start + b) for a, b in made[1])
+
     at = 0
     for chars in ranges:
         if at < chars.start:
-            ids += _ids(tokenizer, text[at : chars.start])
+            add(at, chars.start)
         start = len(ids)
-        ids += _ids(tokenizer, text[chars.start : chars.end])
+        add(chars.start, chars.end)
         spans.append(TokenSpan(start, len(ids)))
         at = chars.end
     if at < len(text):
-        ids += _ids(tokenizer, text[at:])
-    return ids + behind, spans
+        add(at, len(text))
+    return ids + behind, spans, offsets + [(0, 0)] * len(behind) if placed else []
 
 
-def _encode_whole(
-    tokenizer: Any, text: str, ranges: Sequence[TokenSpan], add_special_tokens: bool
-) -> tuple[list[int], list[TokenSpan]]:
-    encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
-    offsets = encoded["offset_mapping"]
+def _with_offsets(
+    tokenizer: Any, text: str, *, add_special_tokens: bool
+) -> tuple[list[int], Offsets]:
+    made = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+    return made["input_ids"], made["offset_mapping"]
+
+
+def _whole_spans(offsets: Offsets, ranges: Sequence[TokenSpan]) -> list[TokenSpan]:
     spans = []
     token = 0
     for chars in ranges:
@@ -106,7 +141,7 @@ def _encode_whole(
         while token < len(offsets) and offsets[token][1] <= chars.end:
             token += 1
         spans.append(TokenSpan(start, token))
-    return encoded["input_ids"], spans
+    return spans
 
 
 def _with_empty(ranges: Sequence[TokenSpan], spans: Sequence[TokenSpan]) -> list[TokenSpan]:
@@ -135,14 +170,15 @@ def check_tokenizer(tokenizer: Any, field: str = "text", instead: str = "'input_
         raise PicRequestError(field, f"this server has no tokenizer: give {instead}")
 
 
-def encode_marked(
+def encode(
     tokenizer: Any,
     text: str,
     ranges: Sequence[TokenSpan],
     *,
     rule: str,
     add_special_tokens: bool = True,
-) -> tuple[list[int], tuple[TokenSpan, ...]]:
+    placed: bool = False,
+) -> Encoded:
     """Tokenise ``text`` and carry the marked character ranges over to tokens.
 
     Args:
@@ -151,6 +187,7 @@ def encode_marked(
         ranges: character ranges, sorted, disjoint, inside the text.
         rule: ``pieces`` or ``whole``.
         add_special_tokens: frame the prompt as the tokenizer usually does (BOS).
+        placed: tell where its tokens lie, which takes a fast tokenizer.
 
     Returns:
         Token ids and one token span a range, empty for a range that is empty or
@@ -162,12 +199,27 @@ def encode_marked(
     check_tokenizer(tokenizer)
     solid = [chars for chars in ranges if chars.start < chars.end]
     spans: list[TokenSpan] = []
-    if not solid:
+    offsets: Offsets = []
+    if not solid and not placed:
         ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-    elif rule == PIECES:
-        ids, spans = _encode_pieces(tokenizer, text, solid, add_special_tokens)
+    elif solid and rule == PIECES:
+        ids, spans, offsets = _encode_pieces(tokenizer, text, solid, add_special_tokens, placed)
     elif is_fast(tokenizer):
-        ids, spans = _encode_whole(tokenizer, text, solid, add_special_tokens)
+        ids, offsets = _with_offsets(tokenizer, text, add_special_tokens=add_special_tokens)
+        spans = _whole_spans(offsets, solid)
     else:
         raise PicRequestError("pic.tokenize", "'whole' needs a fast tokenizer, which maps offsets")
-    return ids, tuple(_with_empty(ranges, spans))
+    return Encoded(ids, tuple(_with_empty(ranges, spans)), offsets if placed else [])
+
+
+def encode_marked(
+    tokenizer: Any,
+    text: str,
+    ranges: Sequence[TokenSpan],
+    *,
+    rule: str,
+    add_special_tokens: bool = True,
+) -> tuple[list[int], tuple[TokenSpan, ...]]:
+    """Token ids and spans as ``encode`` has them."""
+    made = encode(tokenizer, text, ranges, rule=rule, add_special_tokens=add_special_tokens)
+    return made.ids, made.spans

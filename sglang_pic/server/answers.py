@@ -10,8 +10,8 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import anyio
 from sglang.srt.managers.io_struct import GenerateReqInput
@@ -138,18 +138,31 @@ def report_of(out: Any) -> dict[str, Any] | None:
     return values[0] if values else None
 
 
+class Found(Protocol):
+    """What was found in a prompt."""
+
+    @property
+    def how(self) -> Sequence[str]:
+        """How each of its segments was."""
+        ...
+
+    def see(self, report: Mapping[str, Any]) -> None:
+        """The report of an answer to it."""
+        ...
+
+
 def tidy(
     out: Any,
     exchange: Exchange | None,
     counted: set[int],
     waited: Sequence[Waited] = (NOTHING,),
     samples: int = 1,
-    found: Sequence[str] = (),
+    found: Sequence[Found] = (),
 ) -> Any:
     """Turn what SGLang holds of a report into the report, and add what its prompt
     waited for. Every chunk of a stream may repeat it: it is handed on, and counted,
     once. ``counted`` holds the answers whose report was; each prompt has ``samples``
-    of them. ``found``: how its segments were, where they were not named."""
+    of them. ``found``: of each prompt what is told of it, where segments were found."""
     items = out if isinstance(out, list) else [out]
     for i, item in enumerate(items):
         meta = item.get("meta_info", {})
@@ -159,7 +172,10 @@ def tidy(
             continue
         counted.add(index)
         prompt = index // samples
-        meta["pic"] = {**as_found(values[0], found), **waited[prompt].to_json()}
+        meta["pic"] = {**values[0], **waited[prompt].to_json()}
+        if found:
+            meta["pic"] = as_found(meta["pic"], found[prompt].how)
+            found[prompt].see(meta["pic"])
         counts.observe(meta["pic"])
         if exchange is not None:
             exchange.reports[index] = meta["pic"]
@@ -168,17 +184,9 @@ def tidy(
 
 
 def as_found(report: dict[str, Any], found: Sequence[str]) -> dict[str, Any]:
-    """A report whose segments say how they were found, if they were."""
-    if not found:
-        return report
+    """A report whose segments say how they were found."""
     segments = [{**one, "found": how} for one, how in zip(report["segments"], found, strict=True)]
     return {**report, "segments": segments}
-
-
-def reports_of(out: Any) -> list[dict[str, Any]]:
-    """The reports that came with an output of a prompt, put in order."""
-    items = out if isinstance(out, list) else [out]
-    return [item["meta_info"]["pic"] for item in items if "pic" in item.get("meta_info", {})]
 
 
 def samples_of(obj: GenerateReqInput) -> int:

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import collections
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic import TypeAdapter
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionMessageParam
 
 from sglang_pic.errors import PicRequestError
+from sglang_pic.find.base import Cut
 from sglang_pic.request.base import TokenSpan
 from sglang_pic.request.fields import MAX_SEGMENTS, check_length
+from sglang_pic.request.tokenize import Encoded
 from sglang_pic.server.exchange import Exchange, current, entered, noting
+from sglang_pic.server.finding import Finding
 from sglang_pic.server.funnel import funnel_of, is_enabled
 from sglang_pic.server.marks import Mark, Marks
 from sglang_pic.server.texts import CANNOT, Piece, Texts
@@ -116,7 +119,12 @@ def _linked(
     ranges = add_tools(marks.tools, _offered(request, *args), pieces, ranges)
     if sum(map(len, ranges)) > MAX_SEGMENTS:
         raise PicRequestError("messages", f"at most {MAX_SEGMENTS} segments a request")
-    exchange.ids, exchange.spans = funnel_of(manager).resolver.chat(pieces, ranges, exchange.pic)
+    funnel = funnel_of(manager)
+    is_asked = funnel.finding.is_asked(exchange.pic)
+    made = funnel.resolver.chat(pieces, ranges, exchange.pic, placed=is_asked)
+    exchange.ids, exchange.spans = _joined(made)
+    if is_asked:
+        exchange.cuts = _cuts(funnel.finding, request, args, pieces, made)
     result.prompt_ids = list(exchange.ids)
     return result
 
@@ -134,7 +142,7 @@ def _cut(
     manager = serving.tokenizer_manager
     if not is_enabled():
         return None
-    finding = funnel_of(manager).finding
+    finding, resolver = funnel_of(manager).finding, funnel_of(manager).resolver
     if not finding.is_asked(exchange.find):
         return None
     if (
@@ -151,14 +159,35 @@ def _cut(
         return None  # SGLang says in its own words what is wrong, if anything is
     if result.image_data or result.video_data or result.audio_data:
         return None
-    messages = [message.model_dump() for message in request.messages]
-    tools = [name for tool in _offered(request, *args) if (name := name_of(tool)) is not None]
-    made = finding.cut_chat(pieces, messages, tools)
-    if made is None:
+    made = [one for piece in pieces if (one := resolver.plain(piece)) is not None]
+    if len(made) < len(pieces):
         return None
-    exchange.ids, exchange.cuts = made
+    exchange.ids, _ = _joined(made)
+    exchange.cuts = _cuts(finding, request, args, pieces, made)
     result.prompt_ids = list(exchange.ids)
     return result
+
+
+def _joined(made: Sequence[Encoded]) -> tuple[list[int], tuple[TokenSpan, ...]]:
+    """Token ids and spans of a prompt of several texts."""
+    ids: list[int] = []
+    spans: list[TokenSpan] = []
+    for one in made:
+        spans += (TokenSpan(span.start + len(ids), span.end + len(ids)) for span in one.spans)
+        ids += one.ids
+    return ids, tuple(spans)
+
+
+def _cuts(
+    finding: Finding,
+    request: Any,
+    arguments: Sequence[Any],
+    pieces: Sequence[Piece],
+    made: Sequence[Encoded],
+) -> list[Cut]:
+    messages = [message.model_dump() for message in request.messages]
+    names = (name_of(tool) for tool in _offered(request, *arguments))
+    return finding.cut_chat(pieces, made, messages, [name for name in names if name is not None])
 
 
 def _offered(request: Any, tools: Any, *_: Any) -> list[Any]:

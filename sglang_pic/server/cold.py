@@ -54,10 +54,12 @@ class Cold:
             return False
         seam = 0 if link.options.policy == "none" else link.options.seam
         compiled = sum(len(item.ids) for item in items)
-        opening = link.spans[0].start if link.spans and OPENING not in missing else 0
+        # The text in front of the segments is cached when it comes to linking.
+        opening = link.spans[0].start if link.spans else 0
         named = sum(span.end - span.start for span in link.spans)
         linked = len(ids) - opening - named + seam * len(link.spans)
-        return compiled + linked >= len(ids) - opening
+        whole = len(ids) if OPENING in missing else len(ids) - opening
+        return compiled + linked >= whole
 
     @contextlib.contextmanager
     def answered(

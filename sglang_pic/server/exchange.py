@@ -36,7 +36,7 @@ class Exchange:
             chat endpoint has them.
         find: the ``pic`` object of a chat request that names no segment.
         ids, spans: for chat, the prompt, once it is made.
-        cuts: for chat that names no segment, where ``ids`` may be cut.
+        cuts: for chat, where ``ids`` may be cut.
         usage_chunk: whether a stream of OpenAI's ends with a chunk that tells usage.
         salt: the tenant, or a list of them for a batch, once it is known.
         reports: the exactness report of each answer by its index, as they come.

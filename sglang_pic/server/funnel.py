@@ -4,7 +4,7 @@ A request without ``pic`` fields goes straight on, unless segments are found in 
 life of one with segments, six functions of six modules:
 
 1. ``resolve.Resolver.resolve``: its body is token ids and spans; or
-   ``finding.Finding.search``: it names none, and some are found;
+   ``finding.Finding.search``: some are found that it does not name;
 2. ``guards.Guards.settled``: whether anything is linked now, and by which policy;
 3. ``asking.Asking.ask``: what of it has to be compiled first;
 4. ``compiler.Compiler.compile``: that is compiled;
@@ -41,7 +41,7 @@ from sglang_pic.server.cold import Cold
 from sglang_pic.server.companions import Companions, Maker, WhenAsked, WhenIdle
 from sglang_pic.server.compiler import Compiler, Job
 from sglang_pic.server.exchange import Exchange, current, noting
-from sglang_pic.server.finding import Finding, Found, names_none
+from sglang_pic.server.finding import Finding, Found
 from sglang_pic.server.guards import Guards
 from sglang_pic.server.guests import Inviting, Nobody, Own, Shipped
 from sglang_pic.server.life import Lives, Prompt
@@ -85,6 +85,8 @@ def generate_request(
         pic = check_public(obj)
         if exchange is not None and exchange.pic is not None:
             pic = exchange.pic
+        if isinstance(pic, dict) and is_list_of_one(obj):
+            pic = [pic]
         found = _found(manager, obj, exchange, pic)
     if found is not None:
         if exchange is not None:
@@ -95,28 +97,26 @@ def generate_request(
         return noted(unmarked(original(manager, obj, request)), exchange, obj)
     if exchange is not None:
         exchange.salt = obj.cache_salt
-    if isinstance(pic, dict) and is_list_of_one(obj):
-        pic = [pic]
     return noted(funnel_of(manager).run(original, obj, request, pic, exchange), exchange, obj)
 
 
 def _found(
     manager: Any, obj: GenerateReqInput, exchange: Exchange | None, pic: Any
-) -> Found | None:
-    """What is found in a request that names no segment, if anything of it is linked.
+) -> list[Found] | None:
+    """What is found in each prompt of a request, if anything is linked.
 
     Raises:
         PicRequestError: its ``pic`` object is malformed.
     """
-    if not names_none(pic) or (exchange is not None and exchange.marks is not None):
-        return None
     if pic is None and exchange is not None:
         pic = exchange.find
     found = funnel_of(manager).finding.search(obj, exchange, pic)
-    if found is None or found.looked.linked:
+    if found is None or any(one.segments for one in found):
         return found
     if samples_of(obj) == 1:
-        obj.input_ids = found.ids  # SGLang's own: it takes them, and tokenises no text again
+        # SGLang's own: it takes them, and tokenises no text again.
+        ids = [one.ids for one in found]
+        obj.input_ids = ids if is_batch(obj) else ids[0]
     return None
 
 
@@ -208,14 +208,14 @@ class Funnel:
         request: Any,
         pic: Any,
         exchange: Exchange | None,
-        found: Found | None = None,
+        found: Sequence[Found] = (),
     ) -> AsyncGenerator[Any, None]:
         """Outputs of a request with ``pic`` fields, a report in each.
 
         Args:
-            found: its segments, where it names none and some are linked.
+            found: its segments, prompt by prompt, where any are looked for and some linked.
         """
-        asked = self.resolver.resolve(obj, pic, exchange) if found is None else [found.prompt]
+        asked = [one.prompt for one in found] or self.resolver.resolve(obj, pic, exchange)
         await self.guards.canary.settle()
         prompts = [self.guards.settled(*one) for one in asked]
         watching = self.guards.watching(obj, asked, prompts)
@@ -228,9 +228,7 @@ class Funnel:
         counted: set[int] = set()
         async with contextlib.aclosing(outputs):
             async for out in outputs:
-                out = tidy(out, exchange, counted, waited, samples, found.how if found else ())
-                if found is not None:
-                    found.see(out)
+                out = tidy(out, exchange, counted, waited, samples, found)
                 watching.see(out)
                 yield out
 

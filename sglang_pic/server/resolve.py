@@ -18,7 +18,17 @@ from sglang_pic.request.fields import (
     check_length,
     parse_fields,
 )
-from sglang_pic.request.tokenize import PIECES, WHOLE, Rule, encode_marked, is_fast, usual_rule
+from sglang_pic.request.tokenize import (
+    PIECES,
+    WHOLE,
+    Encoded,
+    Offsets,
+    Rule,
+    encode,
+    encode_marked,
+    is_fast,
+    usual_rule,
+)
 from sglang_pic.server.exchange import Exchange
 from sglang_pic.server.texts import CANNOT, Piece
 
@@ -79,6 +89,13 @@ class Resolver:
         Raises:
             PicRequestError: it is malformed.
         """
+        return self.read(text, ids, pic)[:2]
+
+    def read(
+        self, text: str | None, ids: list[int] | None, pic: Any, *, placed: bool = False
+    ) -> tuple[list[int], LinkRequest, Offsets]:
+        """The same, and of each token its characters, if these are asked for and the prompt
+        is a text whose tokenizer tells."""
         fields = parse_fields(pic or {}, self._defaults)
         if fields.text is not None:
             # Of a program's ``pic_hints``; those of a body are taken out of it.
@@ -87,13 +104,14 @@ class Resolver:
             text, ids = fields.text, None
         if ids is not None:
             check_inside(fields.ranges, len(ids), "tokens")
-            return list(ids), LinkRequest(fields.ranges, fields.options)
+            return list(ids), LinkRequest(fields.ranges, fields.options), []
         if text is None:
             raise PicRequestError("pic", "needs a prompt given as text or as token ids")
         check_length(text, self._manager.model_config.context_len, "text")
         check_inside(fields.ranges, len(text), "characters")
-        made, spans = self._encode(Piece(text, special=True, bos=True), fields.ranges, fields)
-        return made, LinkRequest(spans, fields.options)
+        piece = Piece(text, special=True, bos=True)
+        made = self._encode(piece, fields.ranges, fields, placed=placed)
+        return made.ids, LinkRequest(made.spans, fields.options), made.offsets
 
     def segment(self, text: str) -> list[int]:
         """Token ids of a segment given as text, as in a prompt, at the start of a line.
@@ -120,43 +138,46 @@ class Resolver:
         check_length(text, self._manager.model_config.context_len, "opening")
         return self._manager.tokenizer(text)["input_ids"]
 
-    def with_offsets(self, piece: Piece) -> tuple[list[int], list[tuple[int, int]]] | None:
-        """Token ids as stock makes them, and of each its characters in the text; ``None``
-        where the tokenizer does not tell, or the text cannot fit the model's context."""
+    def plain(self, piece: Piece) -> Encoded | None:
+        """A text's tokens as stock makes them, and where they lie; ``None`` where the
+        tokenizer does not tell, or the text cannot fit the model's context."""
         tokenizer = self._manager.tokenizer
         longest = self._manager.model_config.context_len * MAX_CHARS_PER_TOKEN
         if not is_fast(tokenizer) or len(piece.text) > longest:
             return None
-        made = tokenizer(piece.text, add_special_tokens=piece.special, return_offsets_mapping=True)
-        ids, offsets = made["input_ids"], made["offset_mapping"]
-        drop = not piece.bos and bool(ids) and ids[0] == tokenizer.bos_token_id
-        return ids[drop:], offsets[drop:]
+        made = encode(
+            tokenizer, piece.text, (), rule=WHOLE, add_special_tokens=piece.special, placed=True
+        )
+        return self._without_bos(piece, made)
 
     def chat(
-        self, pieces: Sequence[Piece], ranges: Sequence[Sequence[TokenSpan]], pic: Any
-    ) -> tuple[list[int], tuple[TokenSpan, ...]]:
-        """Token ids and spans of a chat prompt.
+        self,
+        pieces: Sequence[Piece],
+        ranges: Sequence[Sequence[TokenSpan]],
+        pic: Any,
+        *,
+        placed: bool = False,
+    ) -> list[Encoded]:
+        """The texts of a chat prompt as tokens, one by one.
 
         Args:
             pieces: the texts that SGLang encodes one by one.
             ranges: of each, the characters that are segments.
             pic: the request's.
+            placed: tell where their tokens lie, if the tokenizer does.
 
         Raises:
             PicRequestError: the tokenizer cannot follow the rule.
         """
         fields = parse_fields(pic, self._defaults)
-        ids: list[int] = []
-        spans: list[TokenSpan] = []
-        for piece, chars in zip(pieces, ranges, strict=True):
-            made, found = self._encode(piece, chars, fields)
-            spans += (TokenSpan(span.start + len(ids), span.end + len(ids)) for span in found)
-            ids += made
-        return ids, tuple(spans)
+        return [
+            self._encode(piece, chars, fields, placed=placed)
+            for piece, chars in zip(pieces, ranges, strict=True)
+        ]
 
     def _encode(
-        self, piece: Piece, ranges: Sequence[TokenSpan], fields: PicFields
-    ) -> tuple[list[int], tuple[TokenSpan, ...]]:
+        self, piece: Piece, ranges: Sequence[TokenSpan], fields: PicFields, *, placed: bool
+    ) -> Encoded:
         tokenizer = self._manager.tokenizer
         exact = fields.options.require_exact
         rule = fields.tokenize or (WHOLE if exact else self.usual.rule)
@@ -164,13 +185,23 @@ class Resolver:
             raise PicRequestError("pic.tokenize", f"{self.usual.why}: use 'whole'")
         if exact and fields.tokenize is None and not is_fast(tokenizer):
             ranges = ()  # its prompt is stock's, and it links nothing
-        ids, spans = encode_marked(
-            tokenizer, piece.text, ranges, rule=rule, add_special_tokens=piece.special
+        made = encode(
+            tokenizer,
+            piece.text,
+            ranges,
+            rule=rule,
+            add_special_tokens=piece.special,
+            placed=placed and is_fast(tokenizer),
         )
-        if not piece.bos and ids and ids[0] == tokenizer.bos_token_id:
-            ids = ids[1:]
-            spans = tuple(TokenSpan(span.start - 1, span.end - 1) for span in spans)
-        return ids, spans
+        return self._without_bos(piece, made)
+
+    def _without_bos(self, piece: Piece, made: Encoded) -> Encoded:
+        """Without the BOS that SGLang takes away from a text it appends."""
+        ids, spans, offsets = made
+        if piece.bos or not ids or ids[0] != self._manager.tokenizer.bos_token_id:
+            return made
+        spans = tuple(TokenSpan(span.start - 1, span.end - 1) for span in spans)
+        return Encoded(ids[1:], spans, offsets[1:])
 
     def _chat(
         self, obj: GenerateReqInput, pic: Any, exchange: Exchange

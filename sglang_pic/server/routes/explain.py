@@ -20,7 +20,7 @@ from sglang_pic.link.report import LinkReport
 from sglang_pic.request.base import LinkRequest
 from sglang_pic.server.answers import as_found
 from sglang_pic.server.exchange import Exchange, carry
-from sglang_pic.server.finding import Found, names_none
+from sglang_pic.server.finding import Found
 from sglang_pic.server.funnel import Funnel, funnel_of
 from sglang_pic.server.reading import CHATS, GENERATE, read_request
 from sglang_pic.server.routes.base import ExtraKey, Tenant, field_of, manager, pic_router, tell
@@ -62,7 +62,7 @@ class ShownCut:
 @dataclasses.dataclass(frozen=True)
 class Explanation(LinkReport):
     """The report that the request would get now; ``tokens_to_compile``, of missing
-    segments, which are compiled first; and, if it names none, its ``cuts``."""
+    segments, which are compiled first; and its ``cuts``, beside what it names."""
 
     tokens_to_compile: int
     cuts: list[ShownCut]
@@ -95,7 +95,8 @@ async def explain(body: ExplainBody, request: Request) -> Any:
         lora_path=obj.lora_path,
     )
     told = min(ranks, key=lambda rank: rank["tokens_reused"])
-    told = as_found(told, () if found is None else found.how)
+    if found is not None and found.looked.linked:
+        told = as_found(told, found.how)
     return orjson_response({**told, "cuts": [] if found is None else _shown(found.looked)})
 
 
@@ -133,9 +134,8 @@ def _read_plain(body: ExplainBody, funnel: Funnel) -> tuple[Any, Read, str, Foun
 
 
 def _found(obj: Any, exchange: Exchange | None, pic: Any, funnel: Funnel) -> Found | None:
-    if not names_none(pic):
-        return None
-    return funnel.finding.search(obj, exchange, pic, remember=False)
+    found = funnel.finding.search(obj, exchange, pic, remember=False)
+    return None if found is None else found[0]
 
 
 def _one_prompt(prompt: Any) -> str | list[int] | None:
@@ -182,8 +182,8 @@ async def _read_chat(body: ExplainBody, funnel: Funnel, app: Any) -> tuple[Any, 
     if obj.image_data or obj.video_data or obj.audio_data:
         raise PicRequestError("messages", "only what holds no images, audio or video is foretold")
     (read,) = funnel.resolver.resolve(obj, exchange.pic or {}, exchange)
-    found = _found(obj, exchange, exchange.find, funnel) if exchange.marks is None else None
-    return obj, read, found
+    pic = exchange.find if exchange.marks is None else exchange.pic
+    return obj, read, _found(obj, exchange, pic, funnel)
 
 
 def _place(location: tuple[int | str, ...], value: Any) -> str:
