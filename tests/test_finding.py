@@ -764,7 +764,8 @@ def test_beside_marks_more_is_found(finding: Server) -> None:
         parts = [f"Turn {turn}.", PASSAGES[11], "And:", PASSAGES[0]]
         content: Any = [{"type": "text", "text": text} for text in parts]
         content[1]["pic_segment"] = True
-        body = chat_of((), "beside", messages=[{"role": "user", "content": content}])
+        messages = [{"role": "user", "content": content}]
+        body = chat_of((), "beside", messages=messages, pic={"find": "structure"})
         report = told(finding, "/v1/chat/completions", body)
         settled(finding)
     assert [one["found"] for one in report["segments"]] == ["marked", "structure"]
