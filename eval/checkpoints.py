@@ -76,7 +76,7 @@ class Sizes:
 
 
 FULL = Sizes(12, 3800, 30, 6, 240, 60, 36)
-QUICK = Sizes(4, 1000, 8, 3, 48, 12, 16)
+QUICK = Sizes(10, 800, 10, 5, 100, 12, 16)
 
 
 @dataclasses.dataclass(frozen=True)
