@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 import types
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,9 +25,11 @@ from safetensors.torch import load_file
 from test_forest import _config, _name, _tokens
 
 from sglang_pic.errors import PicRefused
-from sglang_pic.forest import files
 from sglang_pic.manage import segments
+from sglang_pic.manage.incoming import GONE, HERE
 from sglang_pic.manage.store import Store
+from sglang_pic.store.base import Guarded
+from sglang_pic.store.directory import SUFFIX, Directory
 
 
 def _runner(driver: Driver, seed: int = 0) -> Any:
@@ -40,8 +43,15 @@ def _runner(driver: Driver, seed: int = 0) -> Any:
     )
 
 
-def _store(driver: Driver, directory: pathlib.Path, seed: int = 0) -> Store:
-    return Store(driver.forest, _runner(driver, seed), directory)
+def _store(driver: Driver, directory: pathlib.Path, seed: int = 0, **options: Any) -> Store:
+    kept = Guarded(Directory(directory))
+    store = Store(driver.forest, _runner(driver, seed), kept, **options)
+    driver.forest.store = store
+    return store
+
+
+def _listed(directory: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(directory.glob("*" + SUFFIX))
 
 
 class Together:
@@ -77,7 +87,7 @@ def test_ranks_load_a_segment_all_or_none(tmp_path: pathlib.Path) -> None:
         for rank, driver in enumerate(drivers):
             group: Any = types.SimpleNamespace(rank=rank, size=2, gather=together.gather_of(rank))
             # The parts of the weights that they hold differ.
-            made.append(Store(driver.forest, _runner(driver, rank), tmp_path, group))
+            made.append(_store(driver, tmp_path, rank, ranks=group))
         return drivers, made
 
     drivers, saving = stores()
@@ -88,29 +98,63 @@ def test_ranks_load_a_segment_all_or_none(tmp_path: pathlib.Path) -> None:
     assert one == other and one["segments"] == 3
     assert one["bytes"] == sum(file.stat().st_size for file in tmp_path.rglob("*.segment"))
 
-    first, second = (files.listed(tmp_path / f"rank{rank}of2") for rank in range(2))
-    assert [file.name for file in first] == [file.name for file in second]
+    of_rank = [[f for f in _listed(tmp_path) if f.stem.startswith(g)] for g in _groups(saving)]
+    first, second = of_rank
+    assert len(first) == len(second) == 3
+    assert [f.stem[17:] for f in first] == [f.stem[17:] for f in second]
     first[0].unlink()
     _flip(second[1], second[1].stat().st_size // 2)
     drivers, loading = stores()
-    one, other = together.run(lambda rank: loading[rank].restore(everyone=True))
-    assert one == other
-    assert one["segments"] == 1
-    assert [refused["file"] for refused in one["refused"]] == [file.name for file in second[:2]]
+    one, other = together.run(lambda rank: loading[rank].restore(None))
+    assert one["segments"] == other["segments"] == 1
+    assert len(one["refused"]) == len(other["refused"]) == 2
     held = [[r.id for r in driver.forest.segments.records(None)] for driver in drivers]
-    assert held[0] == held[1] == [first[2].stem]
+    assert held[0] == held[1] and len(held[0]) == 1
+    for driver in drivers:
+        driver.check()
+    # Read ahead, by one rank what the other lacks: it comes to all, or to none.
+    for driver in drivers:
+        (record,) = driver.forest.segments.records(None)
+        driver.forest.holder.delete(record.id)
+    paths = [array("q", document) for document in documents]
+    for store in loading:
+        store.incoming.begin(driver.forest.segments.namespace(None), paths, seam=16, named=True)
+    names = [_name(drivers[0], document) for document in documents]
+    told = together.run(lambda rank: _fetched(loading[rank], names))
+    assert [one["state"] for one in told[0]] == [one["state"] for one in told[1]]
+    assert sorted(one["state"] for one in told[0]) == ["gone", "gone", "here"]
+    held = [[r.id for r in driver.forest.segments.records(None)] for driver in drivers]
+    assert held[0] == held[1] and len(held[0]) == 1
     for driver in drivers:
         driver.check()
     # One disk is full, or gone.
-    shutil.rmtree(tmp_path / "rank1of2")
-    (tmp_path / "rank1of2").write_text("a file")
+    shutil.rmtree(tmp_path)
+    tmp_path.write_text("a file")
 
     def save(rank: int) -> int:
-        with pytest.raises(PicRefused, match="rank1of2") as refused:
+        with pytest.raises(PicRefused, match="cannot write") as refused:
             loading[rank].save(None, None)
         return refused.value.status
 
     assert together.run(save) == [507, 507]
+
+
+def _groups(stores: list[Store]) -> list[str]:
+    return [store._codec.group(store._forest.segments.namespace(None)) for store in stores]
+
+
+def _fetched(store: Store, names: list[str]) -> list[dict[str, Any]]:
+    """What has become of segments in the end, as the front would ask."""
+    found: dict[str, dict[str, Any]] = {}
+    for _ in range(2000):
+        left = [name for name in names if name not in found]
+        if not left:
+            break
+        for name, one in zip(left, store.incoming.look(left), strict=True):
+            if one["state"] in (HERE, GONE):
+                found[name] = one
+        time.sleep(0.002)
+    return [found[name] for name in names]
 
 
 def _saved(tmp_path: pathlib.Path, page: int = 1) -> list[list[int]]:
@@ -137,9 +181,9 @@ def test_what_comes_back_is_what_was_saved(tmp_path: pathlib.Path, page: int) ->
     # Something of it is there already, in other pages.
     assert driver.compile([*_tokens(0, 20), *_tokens(9, 5)])
     store = _store(driver, tmp_path)
-    assert store.restore() == {"segments": 2, "present": 0, "refused": []}
+    assert store.restore(None) == {"segments": 2, "present": 0, "refused": []}
     driver.check()
-    assert store.restore() == {"segments": 0, "present": 2, "refused": []}
+    assert store.restore(None) == {"segments": 0, "present": 2, "refused": []}
     assert segments.list_all(driver.forest, "a") == []
     assert store.restore("a")["segments"] == 1
     for document in documents:
@@ -162,7 +206,8 @@ def test_a_damaged_file_is_refused_whole(tmp_path: pathlib.Path) -> None:
     _saved(tmp_path)
     driver = Driver(1, 1024, _config(compile_context=(1, 2, 3, 4)))
     store = _store(driver, tmp_path)
-    whole = files.listed(tmp_path)[0]
+    store_names = store._codec.group(driver.forest.segments.namespace(None))
+    whole = next(file for file in _listed(tmp_path) if file.stem.startswith(store_names))
     size = whole.stat().st_size
     draw = random.Random(0)
     for case in range(60):
@@ -172,36 +217,50 @@ def test_a_damaged_file_is_refused_whole(tmp_path: pathlib.Path) -> None:
             os.truncate(whole, draw.randrange(size))
         else:
             _flip(whole, draw.randrange(size))
-        found = store.restore(everyone=True)
-        assert [refused["file"] for refused in found["refused"]] == [whole.name], case
-        assert found["segments"] == (2 if case == 0 else 0)
+        found = store.restore(None)
+        assert [refused["file"] for refused in found["refused"]] == [whole.stem], case
+        assert found["segments"] == (1 if case == 0 else 0)
         shutil.copy(copy, whole)
     driver.check()
-    assert store.restore(everyone=True)["segments"] == 1
+    assert store.restore(None)["segments"] == 1
 
 
-def test_a_foreign_file_is_refused_with_the_reason(tmp_path: pathlib.Path) -> None:
+def test_a_foreign_value_is_refused_with_the_reason(tmp_path: pathlib.Path) -> None:
     _saved(tmp_path)
-
-    def reasons(driver: Driver, seed: int = 0) -> set[str]:
-        found = _store(driver, tmp_path, seed).restore(everyone=True)
-        assert found["segments"] == 0 and driver.forest.total_tokens == 0
-        return {refused["reason"].split(",")[0].rpartition(" ")[0] for refused in found["refused"]}
-
     context = {"compile_context": (1, 2, 3, 4)}
-    assert reasons(Driver(1, 1024, _config(**context)), seed=1) == {"made for weights"}
-    assert reasons(Driver(4, 1024, _config(**context))) == {"made for page_size"}
+    first, second, third = _listed(tmp_path)
+    content = [file.read_bytes() for file in (first, second, third)]
+
+    def reason(driver: Driver, seed: int = 0, **options: Any) -> str:
+        """Why a value is refused that lies where this server would look for its own."""
+        store = _store(driver, tmp_path, seed, **options)
+        assert store.restore(None) == {"segments": 0, "present": 0, "refused": []}
+        group = store._codec.group(driver.forest.segments.namespace(None))
+        planted = tmp_path / f"{group}-{'0' * 32}{SUFFIX}"
+        planted.write_bytes(content[0])
+        (refused,) = store.restore(None)["refused"]
+        planted.unlink()
+        assert driver.forest.total_tokens == 0 and refused["file"] == planted.stem
+        return refused["reason"].split(",")[0].rpartition(" ")[0]
+
+    assert reason(Driver(1, 1024, _config(**context)), seed=1) == "made for weights"
+    assert reason(Driver(4, 1024, _config(**context))) == "made for page_size"
     other = Driver(1, 1024, _config(compile_context=(1, 2, 3, 5)))
-    assert all(reason.startswith("made for compile_context") for reason in reasons(other))
-    # A file under another's name, and things that are no such files at all.
+    assert reason(other).startswith("made for compile_context")
+    # Values under others' names, a tenant's under another's among them, and things that
+    # are no values at all.
     driver = Driver(1, 1024, _config(**context))
-    first, second, _ = files.listed(tmp_path)
-    shutil.copy(first, second)
-    (tmp_path / ("e" * 32 + files.SUFFIX)).write_text("hello")
-    (tmp_path / ("d" * 32 + files.SUFFIX)).write_bytes(b"")
-    (tmp_path / "half.part").write_bytes(first.read_bytes()[:100])
-    found = _store(driver, tmp_path).restore(everyone=True)
-    assert found["segments"] == 2 and len(found["refused"]) == 3
+    store = _store(driver, tmp_path)
+    group = store._codec.group(driver.forest.segments.namespace(None))
+    mine = [file for file in (first, second, third) if file.stem.startswith(group)]
+    theirs = next(file for file in (first, second, third) if file not in mine)
+    shutil.copy(mine[0], mine[1])
+    shutil.copy(theirs, tmp_path / f"{group}-{theirs.stem[17:]}{SUFFIX}")
+    (tmp_path / f"{group}-{'e' * 32}{SUFFIX}").write_text("hello")
+    (tmp_path / f"{group}-{'d' * 32}{SUFFIX}").write_bytes(b"")
+    (tmp_path / "half.part").write_bytes(content[0][:100])
+    found = store.restore(None)
+    assert found["segments"] == 1 and len(found["refused"]) == 4
     driver.check()
 
 
@@ -211,7 +270,7 @@ def test_restoring_evicts_nothing(tmp_path: pathlib.Path) -> None:
     documents = [_tokens(50 + i, 50) for i in range(3)]
     for document in documents:
         assert driver.compile(document)
-    found = _store(driver, tmp_path).restore(everyone=True)
+    found = _store(driver, tmp_path).restore(None)
     assert found["segments"] == 0
     assert {refused["reason"] for refused in found["refused"]} == {
         "it does not fit into what is free of the budgets"
