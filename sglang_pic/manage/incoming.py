@@ -31,6 +31,8 @@ SLACK = 1 << 20
 
 # What has become of one.
 LOOKING, COMING, HERE, GONE = "looking", "coming", "here", "gone"
+# Another request brought it.
+CAME_MEANWHILE = "came_meanwhile"
 # Why it has not come.
 NO_ROOM, UNKNOWN = "no_room", "not_asked_for"
 
@@ -108,7 +110,7 @@ class Incoming:
                 found.append(worst)
                 continue
             state = max(states, key=lambda one: (-_ORDER[one["state"]], one["seconds"]))
-            if state["state"] == HERE:
+            if state["state"] == HERE and state["reason"] is None:
                 state = {**state, "bytes": sum(one["bytes"] for one in states)}
                 if left > 0:
                     state, spent = self._take(name, state, left)
@@ -122,6 +124,8 @@ class Incoming:
         """What this rank knows of one; ``HERE``: its value is."""
         coming = self._coming.get(name)
         read = self._reader.find(coming.want.name) if coming is not None else None
+        if read is None and self._forest.segments.is_held(name):
+            return {"state": HERE, "reason": CAME_MEANWHILE, "seconds": 0.0, "bytes": 0}
         if read is None:
             return {"state": GONE, "reason": UNKNOWN, "seconds": 0.0, "bytes": 0}
         state, reason = _state_of(read)

@@ -38,9 +38,11 @@ from sglang_pic.server.asking import Asking, Generate
 from sglang_pic.server.binding import bind
 from sglang_pic.server.bounds import check_samples
 from sglang_pic.server.cold import Cold
+from sglang_pic.server.commands import command
 from sglang_pic.server.companions import Companions, Maker, WhenAsked, WhenIdle
 from sglang_pic.server.compiler import Compiler, Job
 from sglang_pic.server.exchange import Exchange, current, noting
+from sglang_pic.server.fetching import Fetching, FromStore, NoStore
 from sglang_pic.server.finding import Finding, Found, names_none
 from sglang_pic.server.guards import Guards
 from sglang_pic.server.guests import Inviting, Nobody, Own, Shipped
@@ -145,8 +147,17 @@ class Funnel:
         self.wanted = Wanted(self.context, self.config)
         unhooked = type(manager).generate_request.__wrapped__
         urgency_of = functools.partial(urgency, manager)
+        fetching: Fetching = NoStore()
+        if self.config.store is not None:
+            fetching = FromStore(
+                functools.partial(command, manager),
+                lambda space: space.removeprefix(self.wanted.space(None)),
+                len(self.context),
+                lambda: manager.max_req_input_len - 1,
+                self.config.store_timeout_s,
+            )
         self.compiler = Compiler(
-            lambda obj: unhooked(manager, obj), self._queue(), urgency_of, page
+            lambda obj: unhooked(manager, obj), self._queue(), urgency_of, page, fetching
         )
         self.waiting = Waiting(manager, urgency_of)
         self.guards = Guards(manager, self.config, self.context, unhooked)
@@ -184,6 +195,7 @@ class Funnel:
             cold,
             companions,
             LeastWork(ranks) if ranks > 1 else OneRank(),
+            fetching,
         )
 
     def _inviting(self) -> Inviting:

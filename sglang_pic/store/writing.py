@@ -15,7 +15,8 @@ from sglang_pic.store.workers import Workers
 
 logger = logging.getLogger(__name__)
 
-WRITERS = 2
+# One: what is removed was written before.
+WRITERS = 1
 # Values and removals that may wait for a writer.
 MOST_WAITING = 1024
 # Bytes of copies that wait to be written.
