@@ -27,7 +27,9 @@ def ask(server: Server, prompt: Any, salt: str) -> dict[str, Any]:
 
 def waits(answer: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Of each segment that was missing its outcome, source and why."""
-    missing = [one for one in answer["meta_info"]["pic"]["waited_for"] if one["segment"] is not None]
+    missing = [
+        one for one in answer["meta_info"]["pic"]["waited_for"] if one["segment"] is not None
+    ]
     return [(one["outcome"], one["source"], one["why"]) for one in missing]
 
 

@@ -25,11 +25,13 @@ from safetensors.torch import load_file
 from test_forest import _config, _name, _tokens
 
 from sglang_pic.errors import PicRefused
-from sglang_pic.manage import segments
-from sglang_pic.manage.incoming import GONE, HERE
+from sglang_pic.forest.keys import segment_id
+from sglang_pic.manage import incoming, segments
+from sglang_pic.manage.incoming import COMING, GONE, HERE, LOOKING
 from sglang_pic.manage.store import Store
 from sglang_pic.store.base import Guarded
 from sglang_pic.store.directory import SUFFIX, Directory
+from sglang_pic.store.value import SavedSegment
 
 
 def _runner(driver: Driver, seed: int = 0) -> Any:
@@ -288,6 +290,353 @@ def test_a_disk_that_refuses_is_said(tmp_path: pathlib.Path) -> None:
         _store(driver, directory).save(None, None)
     assert refused.value.status == 507
     driver.check()
+
+
+# -- written behind, and read ahead ---------------------------------------------------------
+
+
+def _worth(driver: Driver, store: Store, documents: list[list[int]]) -> None:
+    """Have segments compiled by name, and wait until they are written."""
+    before = store.stats()["written"]
+    for document in documents:
+        assert driver.compile(document, named=True)
+    _settled(store, before + len(documents))
+
+
+def _settled(store: Store, count: int) -> None:
+    for _ in range(2000):
+        store.step()
+        if store.stats()["written"] + store.stats()["present"] >= count:
+            break
+        time.sleep(0.002)
+    assert store.stats()["waiting_bytes"] == 0 or store.stats()["written"] >= count
+
+
+def _ahead(
+    store: Store, documents: list[list[int]], *, named: bool = False, seam: int = 16
+) -> list[dict[str, Any]]:
+    """What becomes of segments that a link lacks."""
+    forest = store._forest
+    space, context = forest.segments.namespace(None), forest.segments.context
+    paths = [context + array("q", document) for document in documents]
+    store.incoming.begin(space, paths, seam=seam, named=named)
+    names = [segment_id(space, None, array("q", document)) for document in documents]
+    found = _fetched(store, names)
+    assert store.incoming._coming == {} and store._reader._reads == {}
+    return found
+
+
+def _states(found: list[dict[str, Any]]) -> list[tuple[str, str | None]]:
+    return [(one["state"], one["reason"]) for one in found]
+
+
+def test_what_is_used_twice_is_written_once(tmp_path: pathlib.Path) -> None:
+    driver = Driver(4, 1024, _config())
+    store = _store(driver, tmp_path)
+    document = _tokens(0, 50)
+    assert driver.compile(document)
+    for uses in range(4):
+        for _ in range(20):
+            store.step()
+        assert len(_listed(tmp_path)) == (uses >= 2)
+        req = driver.link([*document, 7], [(0, len(document))], policy="none")
+        assert driver.start(req)
+        driver.finish(req, abort=True)
+        if uses >= 1:
+            _settled(store, 1)
+    assert store.stats()["written"] == 1 and store.stats()["present"] == 0
+    driver.check()
+
+
+@pytest.mark.parametrize("page", [1, 4])
+def test_what_a_link_lacks_is_read_ahead_of_it(
+    tmp_path: pathlib.Path, page: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = {"compile_context": (1, 2, 3, 4)}
+    documents = [_tokens(0, 50), [*_tokens(0, 50), *_tokens(1, 20)], _tokens(2, 3), _tokens(3, 90)]
+    driver = Driver(page, 1024, _config(**context))
+    _worth(driver, _store(driver, tmp_path), documents[:3] if page == 1 else documents[:2])
+    # So few bytes a time that others run between.
+    monkeypatch.setattr(incoming, "FILL_BYTES", 16 * 7)
+    driver = Driver(page, 1024, _config(**context))
+    store = _store(driver, tmp_path)
+    assert driver.compile(_tokens(0, 20))
+    states = _states(_ahead(store, documents))
+    held = 3 if page == 1 else 2
+    assert states == [(HERE, None)] * held + [(GONE, "not_in_store")] * (4 - held)
+    driver.check()
+    for document in documents[:held]:
+        req = driver.link([*document, 7], [(0, len(document))])
+        assert driver.forest.arrivals.missing(req) == []
+        assert driver.start(req)
+        driver.check()  # reads every slot
+        driver.finish(req, abort=True)
+    driver.check()
+    # Nor read again.
+    assert _states(_ahead(store, documents[:1])) == [(HERE, "came_meanwhile")]
+    # What was read is not written again.
+    for _ in range(20):
+        store.step()
+    assert store.stats()["written"] == store.stats()["waiting_bytes"] == 0
+
+
+def test_what_is_read_takes_the_place_of_what_is_worth_less(tmp_path: pathlib.Path) -> None:
+    documents = [*(_tokens(i, 60) for i in range(6)), _tokens(9, 200)]
+    driver = Driver(1, 1024, _config())
+    _worth(driver, _store(driver, tmp_path), documents)
+    driver = Driver(1, 256, _config())
+    store = _store(driver, tmp_path)
+    for i in range(3):
+        assert driver.compile(_tokens(50 + i, 60), named=True)
+    assert _states(_ahead(store, documents[:2], named=True)) == [(HERE, None)] * 2
+    driver.check()
+    # More than there is room for, beside what is in use.
+    req = driver.link([*documents[0], 7], [(0, 60)])
+    assert driver.start(req)
+    assert _states(_ahead(store, [documents[2], documents[6], documents[3]])) == [
+        (HERE, None),
+        (GONE, "no_room"),
+        (HERE, None),
+    ]
+    driver.check()
+    driver.finish(req, abort=True)
+    assert _states(_ahead(store, [_tokens(99, 300)])) == [(GONE, "not_in_store")]
+    driver.check()
+
+
+def test_reserved_pages_are_given_back(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = [_tokens(0, 60), _tokens(1, 60)]
+    driver = Driver(4, 512, _config())
+    _worth(driver, _store(driver, tmp_path), documents)
+    driver = Driver(4, 512, _config())
+    store = _store(driver, tmp_path)
+    free = driver.allocator.available_size()
+    monkeypatch.setattr(incoming, "FILL_BYTES", 16 * 8)
+    space = driver.forest.segments.namespace(None)
+    names = [segment_id(space, None, array("q", document)) for document in documents]
+
+    def half() -> None:
+        store.incoming.begin(space, [array("q", one) for one in documents], seam=16, named=True)
+        for _ in range(2000):
+            store.incoming.look(names)
+            if driver.forest.pages.reserved:
+                break
+            time.sleep(0.002)
+        assert driver.forest.pages.reserved == 60
+        driver.check()
+
+    half()
+    # Meanwhile a request cannot find what is half there, and other work goes on.
+    req = driver.link([*documents[0], 7], [(0, 60)])
+    assert driver.forest.arrivals.missing(req) == [0]
+    assert driver.compile(documents[0])
+    for name in names:
+        store.incoming.drop(name)
+    assert driver.forest.pages.reserved == 0
+    driver.check()
+    driver.forest.holder.delete(names[0])
+    assert driver.allocator.available_size() == free
+    half()
+    driver.forest.reset()
+    assert driver.forest.pages.reserved == 0 and store.incoming._coming == {}
+
+
+class Faulty:
+    """A directory whose answers are late, or wrong. ``go``: from then on they come."""
+
+    def __init__(self, directory: pathlib.Path, fault: str):
+        self._store = Directory(directory)
+        self._fault = fault
+        self.go = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def get(self, name: str, most: int) -> Any:
+        if self._fault == "slow":
+            self.go.wait(60)
+        if self._fault == "raises":
+            raise OSError("no such host")
+        return self._store.get(name, most)
+
+    def exist(self, names: Any) -> Any:
+        if self._fault == "hangs":
+            self.go.wait(60)
+        if self._fault == "blind":
+            raise OSError("no such host")
+        return self._store.exist(names)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"), [("raises", "store_failed"), ("blind", "store_failed")]
+)
+def test_a_store_that_raises_gives_a_reason(
+    tmp_path: pathlib.Path, fault: str, reason: str
+) -> None:
+    document = _tokens(0, 60)
+    driver = Driver(4, 512, _config())
+    _worth(driver, _store(driver, tmp_path), [document])
+    driver = Driver(4, 512, _config())
+    faulty: Any = Faulty(tmp_path, fault)
+    store = Store(driver.forest, _runner(driver), Guarded(faulty))
+    driver.forest.store = store
+    assert _states(_ahead(store, [document])) == [(GONE, reason)]
+    assert store.stats()["reading_bytes"] == 0
+    driver.check()
+
+
+@pytest.mark.parametrize("fault", ["slow", "hangs"])
+def test_a_slow_store_holds_nothing_up_and_leaves_nothing(
+    tmp_path: pathlib.Path, fault: str
+) -> None:
+    documents = [_tokens(i, 60) for i in range(9)]
+    driver = Driver(4, 1024, _config())
+    _worth(driver, _store(driver, tmp_path), documents)
+    driver = Driver(4, 1024, _config())
+    faulty: Any = Faulty(tmp_path, fault)
+    store = Store(driver.forest, _runner(driver), Guarded(faulty))
+    driver.forest.store = store
+    space = driver.forest.segments.namespace(None)
+    names = [segment_id(space, None, array("q", document)) for document in documents]
+    paths = [array("q", document) for document in documents]
+    store.incoming.begin(space, paths, seam=16, named=False)
+    states = {one["state"] for one in store.incoming.look(names)}
+    assert states <= {LOOKING, COMING}
+    assert store.stats()["reading_bytes"] > 0
+    for name in names:
+        store.incoming.drop(name)
+    assert driver.compile(documents[0])
+    faulty.go.set()
+    for _ in range(2000):
+        if not store.stats()["reading_bytes"]:
+            break
+        time.sleep(0.002)
+    assert store.stats()["reading_bytes"] == 0
+    assert _states(_ahead(store, documents[1:])) == [(HERE, None)] * 8
+    driver.check()
+
+
+def test_so_many_bytes_are_on_their_way_and_no_more(tmp_path: pathlib.Path) -> None:
+    documents = [_tokens(i, 60) for i in range(4)]
+    driver = Driver(4, 1024, _config())
+    _worth(driver, _store(driver, tmp_path), documents)
+    store = _store(driver, tmp_path)
+    for document in documents:
+        driver.forest.holder.delete(_name(driver, document))
+    store._reader._most = 2 * store.incoming.most(60)
+    states = _states(_ahead(store, documents))
+    assert states == [(HERE, None)] * 2 + [(GONE, "store_busy")] * 2
+    assert store.stats()["reading_bytes"] == 0
+
+
+def test_a_value_of_another_hand_is_refused_by_the_readers(tmp_path: pathlib.Path) -> None:
+    documents = [_tokens(i, 60) for i in range(5)]
+    key = b"0123456789abcdef"
+    driver = Driver(4, 1024, _config())
+    store = _store(driver, tmp_path, key=key)
+    _worth(driver, store, documents)
+    space, codec = driver.forest.segments.namespace(None), store._codec
+    files = [tmp_path / (codec.name(space, d, ()) + SUFFIX) for d in documents]
+    content = [file.read_bytes() for file in files]
+    files[0].write_bytes(content[0][:-40])
+    _flip(files[1], len(content[1]) - 9)
+    files[2].write_bytes(content[3])
+    for seed, options in ((0, {"key": b"another key of 16"}), (0, {}), (1, {"key": key})):
+        other = Driver(4, 1024, _config())
+        theirs = _store(other, tmp_path / f"other{seed}{len(options)}", seed, **options)
+        _worth(other, theirs, [documents[4]])
+        (file,) = _listed(tmp_path / f"other{seed}{len(options)}")
+        files[4].write_bytes(file.read_bytes())
+        driver = Driver(4, 1024, _config())
+        states = _states(_ahead(_store(driver, tmp_path, key=key), documents))
+        assert states == [
+            (GONE, "damaged"),
+            (GONE, "damaged"),
+            (GONE, "other_name"),
+            (HERE, None),
+            (GONE, "foreign" if seed else "other_signature" if options else "unsigned"),
+        ]
+        driver.check()
+
+
+def test_a_value_of_another_shape_is_refused(tmp_path: pathlib.Path) -> None:
+    """As somebody would write it who may sign."""
+    document = array("q", _tokens(0, 60))
+    driver = Driver(4, 512, _config())
+    store = _store(driver, tmp_path)
+    space, codec = driver.forest.segments.namespace(None), store._codec
+    name = codec.name(space, document, ())
+    good = {"k.0": torch.zeros(60, 1, 2), "v.0": torch.zeros(60, 1, 2)}
+    for bad in (
+        {"k.0": good["k.0"]},
+        {**good, "v.0": torch.zeros(56, 1, 2)},
+        {**good, "v.0": torch.zeros(60, 1, 2, dtype=torch.float64)},
+        {**good, "k.1": torch.zeros(60, 1, 2)},
+    ):
+        saved = SavedSegment(document, None, space, 0, bad)
+        Directory(tmp_path).put(name, codec.encode(name, saved))
+        assert _states(_ahead(store, [list(document)])) == [(GONE, "other_shape")]
+    driver.check()
+
+
+def test_a_copy_is_given_up_where_its_pages_go_first(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = Driver(1, 256, _config())
+    store = _store(driver, tmp_path)
+    document = _tokens(0, 60)
+    assert driver.compile(document, named=True)
+    store._outgoing.step(16 * 20)
+    assert store._outgoing.pending == 1
+    driver.forest.holder.delete(_name(driver, document))
+    # Others take its pages, and it comes back.
+    for i in range(1, 5):
+        assert driver.compile(_tokens(i, 60))
+    assert driver.compile(document, named=True)
+    _settled(store, 1)
+    (file,) = _listed(tmp_path)
+    value = load_file(file)
+    assert value["k.0"][:, 0, 0].tolist() == [float(token) for token in document]
+    driver.check()
+
+
+def test_a_pin_outlives_its_server(tmp_path: pathlib.Path) -> None:
+    documents = [_tokens(i, 60) for i in range(3)]
+    driver = Driver(4, 2048, _config())
+    store = _store(driver, tmp_path, server="one")
+    _worth(driver, store, documents)
+    for document in documents[:2]:
+        segments.pin(driver.forest, _name(driver, document), None, lasting=True)
+    segments.pin(driver.forest, _name(driver, documents[2]), None, lasting=False)
+    segments.unpin(driver.forest, _name(driver, documents[1]), None)
+    _settled(store, 6)
+    for server, held in (("two", []), ("one", [_name(driver, documents[0])])):
+        fresh = Driver(4, 2048, _config())
+        found = _store(fresh, tmp_path, server=server).start()
+        assert found == {"segments": len(held), "present": 0, "refused": []}
+        assert [record.id for record in fresh.forest.segments.records(None)] == held
+        assert len(fresh.forest.pins) == len(held)
+        fresh.check()
+
+
+def test_what_a_tenant_deletes_goes_from_the_store(tmp_path: pathlib.Path) -> None:
+    documents = [_tokens(i, 60) for i in range(2)]
+    driver = Driver(4, 512, _config())
+    store = _store(driver, tmp_path)
+    _worth(driver, store, documents)
+    assert len(_listed(tmp_path)) == 2
+    segments.delete(driver.forest, _name(driver, documents[0]), None)
+    segments.flush(driver.forest, None)
+    for _ in range(2000):
+        if not _listed(tmp_path):
+            break
+        time.sleep(0.002)
+    assert _listed(tmp_path) == []
+    # Compiled again, it is written again.
+    _worth(driver, store, documents[:1])
+    assert len(_listed(tmp_path)) == 1
 
 
 @pytest.mark.server

@@ -79,7 +79,11 @@ def test_a_flipped_bit_and_a_cut_are_seen() -> None:
     for at in range(len(value)):
         changed = bytearray(value.tobytes())
         changed[at] ^= 1 << draw.randrange(8)
-        assert reason_of(codec, changed, name) in (values.DAMAGED, values.FOREIGN, values.OTHER_NAME)
+        assert reason_of(codec, changed, name) in (
+            values.DAMAGED,
+            values.FOREIGN,
+            values.OTHER_NAME,
+        )
         if at % 7 == 0:
             assert reason_of(codec, value.tobytes()[:at], name) == values.DAMAGED
     assert reason_of(codec, value.tobytes() + b"0", name) == values.DAMAGED

@@ -81,9 +81,12 @@ class Incoming:
 
     def begin(self, salt: str, paths: Sequence[array], *, seam: int, named: bool) -> None:
         """Read these, compile context first, ahead of their link."""
-        context, wants = len(self._forest.segments.context), []
+        forest, wants = self._forest, []
         for path in paths:
-            name = segment_id(salt, None, path[context:])
+            name = segment_id(salt, None, path[len(forest.segments.context) :])
+            record = forest.segments.find_held(name)
+            if record is not None and forest.holder.is_ready(record, seam):
+                continue
             coming = self._coming.get(name)
             if coming is not None and coming.seam == seam:
                 coming.named |= named

@@ -148,10 +148,11 @@ class Outgoing:
         while self._pending and most > 0:
             name, copy = next(iter(self._pending.items()))
             record = self._forest.segments.find_held(name)
-            if record is None or (copy is not None and record is not copy.record):
+            if record is None:
                 del self._pending[name]
                 continue
-            copy = copy or self._begun(record)
+            if copy is None or copy.record is not record:
+                copy = self._begun(record)
             if copy is None:
                 return
             self._pending[name] = copy

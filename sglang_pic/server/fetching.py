@@ -14,6 +14,8 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
+from cachetools import TTLCache
+
 from sglang_pic.forest.keys import segment_id
 from sglang_pic.server.items import CompileItem
 from sglang_pic.server.sources import (
@@ -37,6 +39,8 @@ Command = Callable[..., Awaitable[list[Any]]]
 
 # Between two questions, at first and at most.
 FIRST_S, MOST_S = 0.002, 0.05
+# What has come is remembered for who will ask for it: so many, so long.
+MOST_EARLY, EARLY_S = 4096, 5.0
 # Segments of one command.
 MOST_OF_ONE = 128
 # How long a request that may be answered exactly waits to learn what the store has.
@@ -83,13 +87,14 @@ class NoStore:
 @dataclasses.dataclass(eq=False)
 class _Coming:
     """One segment that is read: who waits for it waits for ``known``, whether the store has
-    it, or for ``source``."""
+    it, or for ``source``, of which somebody has asked (``is_awaited``)."""
 
     item: CompileItem
     name: str
     begun: float
     known: asyncio.Future[bool]
     source: asyncio.Future[Source]
+    is_awaited: bool = False
 
 
 class FromStore:
@@ -121,6 +126,8 @@ class FromStore:
         self._reading, self._computing = Pace(), Pace()
         self._back_off = BackOff()
         self._coming: dict[CompileItem, _Coming] = {}
+        # Came before anybody waited for it, and will be asked for in a moment.
+        self._early: TTLCache[CompileItem, Source] = TTLCache(MOST_EARLY, EARLY_S)
         # Asked for in this turn of the loop.
         self._asked: list[_Coming] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -138,8 +145,12 @@ class FromStore:
         ]
 
     async def fetch(self, item: CompileItem) -> Source:
+        early = self._early.pop(item, None)
+        if early is not None:
+            return early
         coming = self._begin(item)
         if isinstance(coming, _Coming):
+            coming.is_awaited = True
             # Who leaves must not take it from the others.
             return await asyncio.shield(coming.source)
         return coming
@@ -261,6 +272,8 @@ class FromStore:
         if not coming.known.done():
             coming.known.set_result(False)
         coming.source.set_result(source)
+        if not coming.is_awaited:
+            self._early[coming.item] = source
 
 
 def _refusal(item: CompileItem) -> str | None:
