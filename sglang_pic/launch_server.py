@@ -21,6 +21,7 @@ from sglang_pic.config import (
     COMPANY_WHEN,
     GUESTS,
     STATE_DTYPES,
+    STORE_WHEN,
     PicConfig,
 )
 from sglang_pic.errors import PicConfigError
@@ -202,6 +203,13 @@ def pic_parser() -> argparse.ArgumentParser:
         "--pic-store-key-file",
         metavar="FILE",
         help="key by which what goes there is signed; what is not signed by it is not used",
+    )
+    parser.add_argument(
+        "--pic-store-when",
+        choices=STORE_WHEN,
+        default=defaults.store_when,
+        help="read what the store has where that is sooner done than computing it, by what both "
+        "took lately (pays), or always (%(default)s)",
     )
     parser.add_argument(
         "--pic-store-timeout",

@@ -223,9 +223,16 @@ def test_one_function_decides() -> None:
     clock = Clock()
     reading, computing = Pace(clock), Pace(clock)
 
-    def of(tokens: int, refusal: str | None = None, backs_off: bool = False) -> tuple[str, str]:
+    def of(
+        tokens: int, refusal: str | None = None, backs_off: bool = False, always: bool = False
+    ) -> tuple[str, str]:
         return source_of(
-            tokens, refusal=refusal, backs_off=backs_off, reading=reading, computing=computing
+            tokens,
+            refusal=refusal,
+            backs_off=backs_off,
+            always=always,
+            reading=reading,
+            computing=computing,
         )
 
     assert of(10, refusal=ADAPTER) == (COMPUTED, ADAPTER)
@@ -237,6 +244,7 @@ def test_one_function_decides() -> None:
         computing.see(tokens, tokens * 3e-4)
     # Reading pays from 500 tokens on.
     assert of(450) == (COMPUTED, SOONER_COMPUTED) and of(550) == (STORE, IN_STORE)
+    assert of(450, always=True) == (STORE, IN_STORE)
     clock.now += KEPT_S + 1
     assert of(450) == (STORE, IN_STORE)
 

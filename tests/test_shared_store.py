@@ -18,6 +18,8 @@ from sglang_pic.store.directory import SUFFIX
 
 pytestmark = pytest.mark.server
 
+# A tiny model computes a segment sooner than anything reads it, on a busy machine too late.
+ALWAYS = ("--pic-store-when=always", "--pic-store-timeout=60")
 PARTS = [("segment", ids_of(300 + i, 80)) for i in range(4)]
 
 
@@ -49,7 +51,7 @@ def test_what_one_server_compiles_another_links(
     key = tmp_path / "key"
     key.write_text("0123456789abcdef0123456789abcdef")
     store = tmp_path / "store"
-    args = (*TINY, f"--pic-store={store}", f"--pic-store-key-file={key}")
+    args = (*TINY, *ALWAYS, f"--pic-store={store}", f"--pic-store-key-file={key}")
     salt, other = fresh_salt(), fresh_salt()
     prompt = assemble([("text", ids_of(1, 9)), *PARTS, ("text", ids_of(2, 7))])
     turned = assemble([("text", ids_of(3, 9)), *PARTS[::-1], ("text", ids_of(4, 7))])
@@ -100,7 +102,7 @@ def test_a_hybrids_segments_come_back_with_their_states(
     logs: pathlib.Path, tmp_path: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tiny_hybrid(tmp_path_factory.mktemp("hybrid"), "qwen3_next", SEEDS["page16"])
-    args = (*TINY, "--page-size=16", f"--pic-store=file://{tmp_path}?mib=64")
+    args = (*TINY, *ALWAYS, "--page-size=16", f"--pic-store=file://{tmp_path}?mib=64")
     salt = fresh_salt()
     prompt = assemble([("text", ids_of(5, 20)), *PARTS, ("text", ids_of(6, 7))])
     with serve(path, logs / "share_hybrid.log", *args, env=CHECKS) as server:

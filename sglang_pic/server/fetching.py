@@ -106,6 +106,7 @@ class FromStore:
         context: tokens of the compile context.
         longest: tokens that one command's prompt may have.
         timeout_s: how long a segment is waited for.
+        always: read what is there whatever that takes.
     """
 
     has_store = True
@@ -117,7 +118,9 @@ class FromStore:
         context: int,
         longest: Callable[[], int],
         timeout_s: float,
+        always: bool = False,
     ):
+        self._always = always
         self._command = command
         self._tenant_of = tenant_of
         self._context = context
@@ -164,6 +167,7 @@ class FromStore:
             len(item.ids),
             refusal=_refusal(item),
             backs_off=self._back_off.is_on,
+            always=self._always,
             reading=self._reading,
             computing=self._computing,
         )

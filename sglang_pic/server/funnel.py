@@ -24,7 +24,7 @@ from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.runtime_context import get_memory, get_parallel, get_schedule
 
-from sglang_pic.config import EXACT, IDLE, OFF, PicConfig
+from sglang_pic.config import EXACT, IDLE, OFF, PAYS, PicConfig
 from sglang_pic.link.policy import floor_to
 from sglang_pic.server.answers import (
     interleaved,
@@ -155,6 +155,7 @@ class Funnel:
                 len(self.context),
                 lambda: manager.max_req_input_len - 1,
                 self.config.store_timeout_s,
+                always=self.config.store_when != PAYS,
             )
         self.compiler = Compiler(
             lambda obj: unhooked(manager, obj), self._queue(), urgency_of, page, fetching

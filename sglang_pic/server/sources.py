@@ -103,7 +103,13 @@ class BackOff:
 
 
 def source_of(
-    tokens: int, *, refusal: str | None, backs_off: bool, reading: Pace, computing: Pace
+    tokens: int,
+    *,
+    refusal: str | None,
+    backs_off: bool,
+    always: bool,
+    reading: Pace,
+    computing: Pace,
 ) -> tuple[str, str]:
     """Where to get a segment of so many tokens that is not held, and why: from the store,
     unless it is known that computing it is sooner done.
@@ -111,11 +117,14 @@ def source_of(
     Args:
         refusal: why it cannot be read, if it cannot.
         backs_off: the store is left alone.
+        always: it is read whatever that takes.
     """
     if refusal is not None:
         return COMPUTED, refusal
     if backs_off:
         return COMPUTED, BACK_OFF
+    if always:
+        return STORE, IN_STORE
     read, computed = reading.seconds(tokens), computing.seconds(tokens)
     if read is not None and computed is not None and computed < read:
         return COMPUTED, SOONER_COMPUTED
