@@ -164,12 +164,11 @@ class Outgoing:
     def _begun(self, record: SegmentRecord) -> _Copy | None:
         """A copy of a segment, or nothing: it need not be written, or there is no room
         for it now."""
-        slots = self._forest.holder.slots(record)
-        nbytes = len(slots) * self._forest.cost.kv_bytes
-        if all(name in self._known for name in self.names(record)):
-            slots, nbytes = slots[:0], 0
-        elif not self._writer.has_room(nbytes):
+        if not self._writer.has_room(len(record.path) * self._forest.cost.kv_bytes):
             return None
+        slots = self._forest.holder.slots(record)
+        if all(name in self._known for name in self.names(record)):
+            slots = slots[:0]
         empty = self._copies.empty
         return _Copy(record, slots, {k: empty(one, len(slots)) for k, one in self._kv.buffers()})
 
