@@ -21,14 +21,18 @@ import torch
 from conftest import TINY, serve
 from driver import Driver
 from linking import body, check_linked, ids_of
+from mooncake_client import Client
 from safetensors.torch import load_file
 from test_forest import _config, _name, _tokens
+from test_stores import master
 
-from sglang_pic.errors import PicRefused
+from sglang_pic.errors import PicConfigError, PicRefused
 from sglang_pic.forest.keys import segment_id
 from sglang_pic.manage import incoming, segments
 from sglang_pic.manage.incoming import COMING, GONE, HERE, LOOKING
 from sglang_pic.manage.store import Store
+from sglang_pic.store import mooncake
+from sglang_pic.store.address import open_store
 from sglang_pic.store.base import Guarded
 from sglang_pic.store.directory import SUFFIX, Directory
 from sglang_pic.store.value import SavedSegment
@@ -378,6 +382,37 @@ def test_what_a_link_lacks_is_read_ahead_of_it(
     for _ in range(20):
         store.step()
     assert store.stats()["written"] == store.stats()["waiting_bytes"] == 0
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_two_schedulers_share_a_mooncake_pool(tmp_path: pathlib.Path, real: bool) -> None:
+    documents = [_tokens(i, 60) for i in range(3)]
+    with contextlib.ExitStack() as stack:
+        if real:
+            try:
+                mooncake.load()
+            except PicConfigError as error:
+                pytest.skip(str(error))
+            address = stack.enter_context(master(tmp_path))
+            pools = [open_store(address) for _ in range(2)]
+        else:
+            client = Client()
+            pools = [Guarded(mooncake.Mooncake(client, 1 << 20)) for _ in range(2)]
+        drivers = [Driver(4, 1024, _config()) for _ in range(2)]
+        one, other = (
+            Store(driver.forest, _runner(driver), pool)
+            for driver, pool in zip(drivers, pools, strict=True)
+        )
+        drivers[0].forest.store, drivers[1].forest.store = one, other
+        _worth(drivers[0], one, documents[:2])
+        states = _states(_ahead(other, documents))
+        assert states == [(HERE, None)] * 2 + [(GONE, "not_in_store")]
+        drivers[1].check()
+        req = drivers[1].link([*documents[0], 7], [(0, 60)])
+        assert drivers[1].start(req)
+        drivers[1].finish(req, abort=True)
+        with pytest.raises(PicRefused, match="Mooncake lists no names"):
+            other.restore(None)
 
 
 def test_what_is_read_takes_the_place_of_what_is_worth_less(tmp_path: pathlib.Path) -> None:
