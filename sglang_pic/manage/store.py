@@ -148,10 +148,14 @@ class Store:
         if lasting:
             self._keep_pin(segment)
         if was != self._lasting.get(segment):
-            content = [entry for entries in self._lasting.values() for entry in entries]
-            name = self._codec.own_name(f"pins {self._server}")
-            codec = self._codec
-            self._writer.write(name, lambda: codec.encode_own(name, content), 0, replace=True)
+            self._list_pins()
+
+    def _list_pins(self) -> None:
+        """Write which pins outlive this server."""
+        content = [entry for entries in self._lasting.values() for entry in entries]
+        name = self._codec.own_name(f"pins {self._server}")
+        codec = self._codec
+        self._writer.write(name, lambda: codec.encode_own(name, content), 0, replace=True)
 
     def _keep_pin(self, segment: str) -> None:
         """A held segment's pin outlives this server."""
@@ -165,7 +169,9 @@ class Store:
     def clear(self) -> None:
         self.incoming.clear()
         self._outgoing.clear()
-        self._lasting.clear()
+        if self._lasting:
+            self._lasting.clear()
+            self._list_pins()
         # Whoever loads other weights flushes then.
         if self._fingerprint() != self._marks:
             self._join()

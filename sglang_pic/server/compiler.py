@@ -304,7 +304,7 @@ class Compiler:
             job.result.exception()
         else:
             job.result.set_result(got)
-            if item.segment:
+            if item.segment and not item.company:
                 counts.observe_source(*dataclasses.astuple(got.source))
         finally:
             self._end(job)

@@ -107,6 +107,7 @@ class FromStore:
         longest: tokens that one command's prompt may have.
         timeout_s: how long a segment is waited for.
         always: read what is there whatever that takes.
+        ranks: of data parallelism.
     """
 
     has_store = True
@@ -119,7 +120,9 @@ class FromStore:
         longest: Callable[[], int],
         timeout_s: float,
         always: bool = False,
+        ranks: int = 1,
     ):
+        self._ranks = ranks
         self._always = always
         self._command = command
         self._tenant_of = tenant_of
@@ -165,7 +168,7 @@ class FromStore:
             return coming
         kind, reason = source_of(
             len(item.ids),
-            refusal=_refusal(item),
+            refusal=self._refusal(item),
             backs_off=self._back_off.is_on,
             always=self._always,
             reading=self._reading,
@@ -209,7 +212,7 @@ class FromStore:
     async def _run(self, batch: Sequence[_Coming]) -> None:
         """Have one batch read, and settle each of it when it has come or will not."""
         first = batch[0].item
-        where = {"cache_salt": self._tenant_of(first.salt or ""), "rank": first.rank}
+        where = {"cache_salt": self._tenant_of(first.salt or "") or None, "rank": first.rank}
         left = {coming.name: coming for coming in batch}
         reason = LATE
         try:
@@ -271,6 +274,14 @@ class FromStore:
             self._back_off.worked()
         return Source(COMPUTED, one["reason"], seconds, one["bytes"])
 
+    def _refusal(self, item: CompileItem) -> str | None:
+        """Why one cannot be in the store, or nobody knows for which rank it would be."""
+        if not item.segment or item.company or len(item.seams) != 1:
+            return NO_SEGMENT
+        if item.rank is None and self._ranks > 1:
+            return NO_SEGMENT
+        return ADAPTER if item.extra_key or item.lora_path else None
+
     def _settle(self, coming: _Coming, source: Source) -> None:
         del self._coming[coming.item]
         if not coming.known.done():
@@ -278,10 +289,3 @@ class FromStore:
         coming.source.set_result(source)
         if not coming.is_awaited:
             self._early[coming.item] = source
-
-
-def _refusal(item: CompileItem) -> str | None:
-    """Why one cannot be in the store."""
-    if not item.segment or item.company or len(item.seams) != 1:
-        return NO_SEGMENT
-    return ADAPTER if item.extra_key or item.lora_path else None

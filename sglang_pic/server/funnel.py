@@ -156,6 +156,7 @@ class Funnel:
                 lambda: manager.max_req_input_len - 1,
                 self.config.store_timeout_s,
                 always=self.config.store_when != PAYS,
+                ranks=get_parallel().dp_size,
             )
         self.compiler = Compiler(
             lambda obj: unhooked(manager, obj), self._queue(), urgency_of, page, fetching
