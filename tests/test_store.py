@@ -657,6 +657,32 @@ def test_a_pin_outlives_its_server(tmp_path: pathlib.Path) -> None:
         fresh.check()
 
 
+def test_other_weights_have_other_names(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = _tokens(0, 60)
+    driver = Driver(4, 512, _config())
+    store = _store(driver, tmp_path)
+    _worth(driver, store, [document])
+    monkeypatch.setattr(incoming, "FILL_BYTES", 16 * 8)
+    driver.forest.holder.delete(_name(driver, document))
+    space = driver.forest.segments.namespace(None)
+    store.incoming.begin(space, [array("q", document)], seam=16, named=True)
+    for _ in range(2000):
+        store.incoming.look([_name(driver, document)])
+        if driver.forest.pages.reserved:
+            break
+        time.sleep(0.002)
+    torch.nn.init.zeros_(store._runner.model.weight)
+    assert store.restore(None)["segments"] == 0
+    # What was on its way is of the old ones.
+    assert driver.forest.pages.reserved == 0 and store.incoming._coming == {}
+    assert _states(_ahead(store, [document])) == [(GONE, "not_in_store")]
+    _worth(driver, store, [document])
+    assert len(_listed(tmp_path)) == 2
+    driver.check()
+
+
 def test_what_a_tenant_deletes_goes_from_the_store(tmp_path: pathlib.Path) -> None:
     documents = [_tokens(i, 60) for i in range(2)]
     driver = Driver(4, 512, _config())

@@ -169,6 +169,11 @@ class Incoming:
         if coming.slots is not None:
             self._forest.holder.unreserve(coming.slots)
 
+    def drop_all(self) -> None:
+        """``drop`` every one."""
+        for name in list(self._coming):
+            self.drop(name)
+
     def clear(self) -> None:
         """Everything was flushed, reserved pages too."""
         self._coming.clear()

@@ -173,7 +173,12 @@ class Store:
             self._lasting.clear()
             self._list_pins()
         # Whoever loads other weights flushes then.
+        self._look()
+
+    def _look(self) -> None:
+        """See whether other weights are loaded now."""
         if self._fingerprint() != self._marks:
+            self.incoming.drop_all()
             self._join()
 
     def stats(self) -> dict[str, Any]:
@@ -205,6 +210,7 @@ class Store:
                 raise PicRefused(404, "no such segment", "ids")
             records = [held[name] for name in dict.fromkeys(chosen)]
         records = [record for record in records if not record.extra_key]
+        self._look()
         written, failed = 0, None
         for record in records:
             saved = self._write(record)
@@ -257,6 +263,7 @@ class Store:
         Raises:
             PicRefused: 409 of a store that lists nothing.
         """
+        self._look()
         salt = self._forest.segments.namespace(tenant)
         listed = within(ANSWER_S, lambda: self._store.names(self._codec.group(salt)))
         told = self._ranks.gather(listed)
