@@ -133,6 +133,7 @@ def serve(
     module: str = "sglang_pic.launch_server",
     command: Sequence[str] | None = None,
     env: dict[str, str] | None = None,
+    port: int | None = None,
 ) -> Iterator[Server]:
     """Run a server until the block ends.
 
@@ -143,11 +144,12 @@ def serve(
         module: what to run; ``sglang.launch_server`` is stock SGLang.
         command: what to run instead of a module of this Python.
         env: further environment variables.
+        port: to listen on; a free one by default.
 
     Raises:
         RuntimeError: it did not come up; the message ends with its log.
     """
-    port = free_port()
+    port = free_port() if port is None else port
     launcher = command or (sys.executable, "-m", module)
     line = [*launcher, "--model-path", str(model), f"--port={port}", *COMMON_ARGS, *args]
     started = time.monotonic()

@@ -24,6 +24,8 @@ IDLE = "idle"
 COMPANY_WHEN = (IDLE, "asked")
 ON, OFF = "on", "off"
 GUESTS = (ON, OFF)
+PAYS = "pays"
+STORE_WHEN = (PAYS, "always")
 CHECKPOINTS = (AUTO, OFF)
 AUDIT_ACTIONS = ("log", "off")
 
@@ -72,7 +74,13 @@ class PicConfig:
             requests have what is left of the pool, or whatever is unused.
         pin_share: how much of each budget the pins of one tenant may take, from
             0 to 1. All pins together take at most the larger of it and a half.
-        store: directory for saved segments, loaded at start-up; ``None`` for none.
+        store: address of the store of segments (``store.address``); ``None`` for none.
+        store_key_file: file of the operator's key, by which values are signed; ``None``
+            for none.
+        store_when: what the store has is read where that is sooner done than computing it
+            (``pays``), or ``always``.
+        store_timeout_s: how long a segment is waited for that the store has; then it is
+            compiled.
         tenants: JSON file of salts by API key; ``None`` lets clients name theirs.
         state: default state policy of hybrid models: ``compose``, ``last``, or
             ``auto`` to choose by ``server.calibrate``.
@@ -112,6 +120,9 @@ class PicConfig:
     kv_mib: int | None = None
     pin_share: float = 0.25
     store: str | None = None
+    store_key_file: str | None = None
+    store_when: str = PAYS
+    store_timeout_s: float = 5.0
     tenants: str | None = None
     state: str = "compose"
     state_dtype: str = "float32"
@@ -154,6 +165,10 @@ class PicConfig:
         for name in ("compiles", "tenant_compiles", "compile_queue"):
             if getattr(self, name) < 1:
                 raise PicConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.store_when not in STORE_WHEN:
+            raise PicConfigError(f"store_when must be one of {STORE_WHEN}, got {self.store_when!r}")
+        if self.store_timeout_s <= 0:
+            raise PicConfigError(f"store_timeout_s must be above 0, got {self.store_timeout_s}")
         if self.canary_timeout_s <= 0:
             raise PicConfigError(f"canary_timeout_s must be above 0, got {self.canary_timeout_s}")
         if self.policy not in POLICIES:

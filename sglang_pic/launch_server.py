@@ -12,7 +12,6 @@ import difflib
 import os
 import pathlib
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 
 from sglang_pic.config import (
@@ -22,12 +21,14 @@ from sglang_pic.config import (
     COMPANY_WHEN,
     GUESTS,
     STATE_DTYPES,
+    STORE_WHEN,
     PicConfig,
 )
 from sglang_pic.errors import PicConfigError
 from sglang_pic.find.base import FIND
 from sglang_pic.find.own import rules_with
 from sglang_pic.link.policy import AUTO, COMPANIES, MODES, POLICIES, STATE_POLICIES
+from sglang_pic.store.address import check_address, read_key
 
 # As like one of our flags as none of SGLang's is.
 ALIKE = 0.86
@@ -194,8 +195,29 @@ def pic_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--pic-store",
-        metavar="DIR",
-        help="where POST /pic/save writes segments; what is there is loaded at start-up",
+        metavar="STORE",
+        help="where compiled segments are kept beyond this server: a directory, file:///DIR?mib=N "
+        "or mooncake://MASTER:PORT?metadata=URL",
+    )
+    parser.add_argument(
+        "--pic-store-key-file",
+        metavar="FILE",
+        help="key by which what goes there is signed; what is not signed by it is not used",
+    )
+    parser.add_argument(
+        "--pic-store-when",
+        choices=STORE_WHEN,
+        default=defaults.store_when,
+        help="read what the store has where that is sooner done than computing it, by what both "
+        "took lately (pays), or always (%(default)s)",
+    )
+    parser.add_argument(
+        "--pic-store-timeout",
+        type=float,
+        default=defaults.store_timeout_s,
+        metavar="SECONDS",
+        help="how long a segment is waited for that the store has; then it is compiled "
+        "(%(default)s)",
     )
     parser.add_argument(
         "--pic-tenants",
@@ -319,8 +341,8 @@ def check_files(args: argparse.Namespace) -> None:
     """Refuse now what would be refused when SGLang has loaded the model.
 
     Raises:
-        PicConfigError: ``--pic-tenants``, ``--pic-store`` or ``--pic-find-rules`` is not what
-            it must be.
+        PicConfigError: ``--pic-tenants``, ``--pic-store``, its key or ``--pic-find-rules`` is
+            not what it must be.
     """
     try:
         rules_with(args.pic_find_rules)
@@ -332,10 +354,15 @@ def check_files(args: argparse.Namespace) -> None:
         read_salts(args.pic_tenants)
     if args.pic_store is not None:
         try:
-            pathlib.Path(args.pic_store).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=args.pic_store).close()
-        except OSError as error:
+            check_address(args.pic_store)
+        except PicConfigError as error:
             raise PicConfigError(f"--pic-store: {error}") from error
+    elif args.pic_store_key_file is not None:
+        raise PicConfigError("--pic-store-key-file: signs what goes to a --pic-store")
+    try:
+        read_key(args.pic_store_key_file)
+    except PicConfigError as error:
+        raise PicConfigError(f"--pic-store-key-file: {error}") from error
 
 
 def did_you_mean(word: str, known: Iterable[str], *, alike: float = 0.6) -> str:

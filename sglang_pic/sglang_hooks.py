@@ -42,6 +42,8 @@ def set_positions(batch: Any, cls: Any, schedule_batch: Any, model_runner: Any, 
     # A cache that has never linked makes no plans, and its backend may take none.
     if not isinstance(cache, PicCache) or not cache.forest.may_link:
         return
+    with cache.forest.contained("store"):
+        cache.forest.store.step()
     try:
         write_positions(cache.forest.links, batch, schedule_batch, model_runner)
     except Exception:

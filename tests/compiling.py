@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from sglang_pic.server.compiler import COMPILED, CompileItem, Made
+from sglang_pic.server.compiler import COMPILED, Made
+from sglang_pic.server.items import CompileItem
 
 
 class Compiler:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sglang_pic.link.policy import LinkOptions
 from sglang_pic.request.base import OPENING, LinkRequest, TokenSpan
 from sglang_pic.server.cold import Cold
-from sglang_pic.server.compiler import CompileItem
+from sglang_pic.server.items import CompileItem
 
 
 class Compiler:

@@ -23,11 +23,13 @@ from sglang_pic.server.asking import Asking
 from sglang_pic.server.cold import Cold
 from sglang_pic.server.companions import WhenAsked
 from sglang_pic.server.compiler import Compiler
+from sglang_pic.server.fetching import NoStore
 from sglang_pic.server.funnel import Funnel
 from sglang_pic.server.guards import Guards
 from sglang_pic.server.life import Lives
 from sglang_pic.server.placing import OneRank
 from sglang_pic.server.queue import FairQueue
+from sglang_pic.server.sources import COMPUTED, STORE, Source
 from sglang_pic.server.waiting import Waiting
 from sglang_pic.server.wanted import Wanted
 
@@ -113,7 +115,7 @@ class Front:
         asking = Asking(self.manager, made.wanted)
         cold = Cold(made.compiler, allowed=False)
         parts = (made.wanted, asking, made.compiler, made.waiting, cold, WhenAsked(), OneRank())
-        made.lives = Lives(self.manager, made.config, *parts)
+        made.lives = Lives(self.manager, made.config, *parts, NoStore())
         monkeypatch.setattr(asking_module, "command", self.scheduler.command)
 
     def resolve(self, obj: Any, pic: Any, exchange: Any) -> list[tuple[list[int], LinkRequest]]:
@@ -196,6 +198,69 @@ def test_new_documents_are_compiled_behind_an_exact_answer(
         # Whoever wants no token wants it compiled.
         (out,) = await front.ask([5, 2, 3], sampling_params={"max_new_tokens": 0})
         assert told(out) == (2, 1) and front.scheduler.asked[-1] == ("link", 5)
+
+    run(monkeypatch, test)
+
+
+class Held:
+    """A store that has the prompts that begin with these tokens.
+
+    Args:
+        go: when it says so.
+    """
+
+    has_store = True
+
+    def __init__(self, scheduler: Scheduler, *tokens: int):
+        self._scheduler = scheduler
+        self._tokens = tokens
+        self.go = asyncio.Event()
+        self.go.set()
+
+    async def known(self, items: Any) -> list[bool]:
+        await self.go.wait()
+        return [item.ids[0] in self._tokens for item in items]
+
+    async def fetch(self, item: Any) -> Source:
+        if item.ids[0] not in self._tokens:
+            return Source(COMPUTED, "not_in_store")
+        self._scheduler.held.add(item.ids[0])
+        return Source(STORE, "in_store", 0.5, 9)
+
+    def computed(self, tokens: int, seconds: float) -> None:
+        pass
+
+
+def test_what_the_store_has_is_linked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(front: Front) -> None:
+        front.funnel.lives._cold = Cold(front.funnel.compiler, allowed=True)
+        store: Any = Held(front.scheduler, 1)
+        front.funnel.lives._fetching = front.funnel.compiler._fetching = store
+        front.scheduler.go.set()
+        params = {"max_new_tokens": 4}
+        (out,) = await front.ask([1, 2, 3], sampling_params=params)
+        (waited,) = out["meta_info"]["pic"]["waited_for"]
+        assert waited == {
+            "segment": 0,
+            "outcome": "fetched",
+            "source": "store",
+            "why": "in_store",
+            "seconds": 0.5,
+            "bytes": 9,
+        }
+        assert front.scheduler.asked[-1] == ("link", 1) and front.scheduler.compiles == []
+        # What it has not is answered exactly, and compiled behind that.
+        (out,) = await front.ask([2, 2, 3], sampling_params=params)
+        assert told(out) == (0, 0) and front.scheduler.asked[-1] == ("first_time", 2)
+        # Who is aborted while the store is asked is not sent.
+        store.go.clear()
+        asked = front.ask([3, 2, 3], rid="mine", sampling_params=params)
+        task = asyncio.ensure_future(asked)
+        await asyncio.sleep(0.02)
+        front.abort("mine")
+        (out,) = await task
+        assert out["meta_info"]["finish_reason"]["message"] == ABORTED
+        assert front.scheduler.asked[-1] == ("strict", 3)
 
     run(monkeypatch, test)
 

@@ -71,7 +71,13 @@ def test_what_the_front_sends_is_read() -> None:
     assert made == CompileRequest((), False, spans)
     for kind in commands.Command.__args__:
         values = {"id": "a", "tokens": [1], "segments": ["a"], "at": 1, "seam": 2, "on": True}
-        values["companies"] = ["a"]
+        values |= {
+            "companies": ["a"],
+            "lengths": [3],
+            "named": True,
+            "drop": True,
+            "lasting": False,
+        }
         command = kind(**{name: values[name] for name in kind.__struct_fields__})
         assert read_internal(command_hints(command)).command == command
     assert read_internal(None) == read_internal(pic_hints(seam=3)) == NOTHING

@@ -25,7 +25,8 @@ from sglang_pic.metrics.front import Counts
 from sglang_pic.metrics.prometheus import Exporter
 from sglang_pic.metrics.samples import FRONT_METRICS, METRICS, PREFIX, RANK_METRICS, Metric
 from sglang_pic.server import answers, compiler
-from sglang_pic.server.compiler import CompileItem, Compiler
+from sglang_pic.server.compiler import Compiler
+from sglang_pic.server.items import CompileItem
 from sglang_pic.server.queue import FairQueue
 
 ROOT = Path(__file__).resolve().parent.parent

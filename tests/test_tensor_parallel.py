@@ -162,19 +162,22 @@ def test_two_ranks_link_a_hybrid_alike(
 @pytest.mark.parametrize("kind", ["qwen3_5", "granite"])
 def test_two_ranks_start_warm(tmp_path: pathlib.Path, logs: pathlib.Path, kind: str) -> None:
     path = FAMILIES[kind].save(tmp_path)
-    flags = ("--tp-size=2", f"--pic-store={tmp_path / 'store'}", *PLAIN)
+    store = (f"--pic-store={tmp_path / 'store'}", "--pic-store-when=always")
+    flags = ("--tp-size=2", *store, "--pic-store-timeout=60", *PLAIN)
     parts = [("segment", ids_of(70 + i, 64)) for i in range(3)]
     salt = fresh_salt()
     with serve(path, logs / f"tp2_save_{kind}.log", *TINY, *flags, env=ENV) as server:
         ask(server, assemble([*parts, ("text", [1, 2])]), salt)
         saved = server.post("/pic/save", {"cache_salt": salt}).json()
         assert saved["segments"] == 3
-    for rank in range(2):
-        assert len(list((tmp_path / "store" / f"rank{rank}of2").iterdir())) == 3
+    names = [file.stem.partition("-")[2] for file in (tmp_path / "store").iterdir()]
+    assert len(names) == 6 and len(set(names)) == 3
     with serve(path, logs / f"tp2_load_{kind}.log", *TINY, *flags, env=ENV) as server:
         prompt = assemble([("text", [9]), *parts[::-1], ("text", [3, 4])])
         answer = ask(server, prompt, salt)
         assert [one["hit"] for one in answer["meta_info"]["pic"]["segments"]] == [True] * 3
+        waited = answer["meta_info"]["pic"]["waited_for"]
+        assert [one["source"] for one in waited if one["segment"] is not None] == ["store"] * 3
         assert answer["meta_info"]["pic"]["tokens_compiled"] == 1
         check_hybrid(answer, *prompt, kind, 1)
 

@@ -192,7 +192,8 @@ def test_cores_are_read_where_the_store_keeps_them(matrix: bool, dtype: str) -> 
     tail, end = torch.randn(5, 3, 8, 3)[1], torch.randn(3, HEADS, 16, 32).mT
     assert store.add("s", ("us", ""), core_end=9, conv_tail=tail, end=end, pairs={4: pair})
     saved = {name: tensor.contiguous() for name, tensor in store.tensors("s").items()}
-    assert store.adopt("loaded", ("us", ""), 9, saved, device="cpu", cost=1.0)
+    where = {"device": "cpu", "cost": 1.0, "uses": 1, "offer": True, "evict": False}
+    assert store.adopt("loaded", ("us", ""), 9, saved, **where)
     walk, n_cores, _ = walk_of([(True, 1), (True, 1)])
     shape = LinearShape(3, HEADS, 32, 16, 8, 3, scalar=not matrix)
     for name in ("s", "loaded"):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import pathlib
+import socket
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.registry import create_unified_radix_cache
-from sglang.srt.runtime_context import mamba_checkpoint_grid
+from sglang.srt.runtime_context import get_parallel, mamba_checkpoint_grid
 
 from sglang_pic.attention.relocate import Relocator
 from sglang_pic.config import PicConfig
@@ -44,6 +44,7 @@ from sglang_pic.linear.state import LinearShape
 from sglang_pic.link.policy import AUTO, floor_to
 from sglang_pic.manage.store import Store
 from sglang_pic.request.seal import ENV_NAME, is_made_here
+from sglang_pic.store.address import open_store, read_key
 
 logger = logging.getLogger(__name__)
 
@@ -121,9 +122,18 @@ def build_cache(ctx: Any, *, unhooked: str | None) -> PicCache:
     plant(cache, config, cost, shape=shape, copies=copies, ranks=ranks)
     logger.info("sglang_pic links: %s", config)
     if config.store is not None:
-        cache.forest.store = Store(cache.forest, runner, pathlib.Path(config.store), ranks)
-        restored = cache.forest.store.restore(everyone=True)
-        logger.warning("sglang_pic restored: %s", restored)
+        args = ctx.server_args
+        server = f"{socket.gethostname()} {args.host}:{args.port} {get_parallel().dp_rank or 0}"
+        store = Store(
+            cache.forest,
+            runner,
+            open_store(config.store),
+            key=read_key(config.store_key_file),
+            server=server,
+            ranks=ranks,
+        )
+        cache.forest.store = store
+        logger.info("sglang_pic pinned again: %s", store.start())
     return cache
 
 
@@ -210,13 +220,18 @@ def plant(
     in_order = InOrder(cache, pages, nodes, limit, contained, release_all)
     budgets = Budgets(Need(kv, carried.budget), config.pin_share)
     table = rows.req_to_token
-    holder = Holder(segments, pages, carried, nodes, in_order, cost, table, allocator, consensus)
+
+    def evict(tokens: int) -> None:
+        cache.evict(EvictParams(num_tokens=tokens))
+
+    holder = Holder(
+        segments, pages, carried, nodes, in_order, cost, table, allocator, evict, consensus
+    )
     companies = Companies()
     assembly: Assembly = NoAssembly()
     if copies is not None and shape is None and config.company != "off":
         assembly = BothOrders(
-            companies, pages, nodes, in_order, copies, table, allocator,
-            lambda tokens: cache.evict(EvictParams(num_tokens=tokens)), consensus,
+            companies, pages, nodes, in_order, copies, table, allocator, evict, consensus,
         )  # fmt: skip
     conversations = Conversations(segments, pages, carried, nodes, in_order, table)
     lookups = Lookups(segments, companies, pages, carried, config.min_segment)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from sglang_pic.forest.files import SavedSegment
 from sglang_pic.forest.turns import Chain, Turn
 from sglang_pic.link.plan import LinkPlan
 from sglang_pic.link.policy import LinkOptions
+from sglang_pic.store.value import SavedSegment
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -157,7 +157,7 @@ class Carried(Protocol):
         """One link goes on from it."""
         ...
 
-    # -- files, and for people
+    # -- stores, and for people
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """All that is kept of a segment, by name; empty if nothing is."""
@@ -167,8 +167,28 @@ class Carried(Protocol):
         """Where a segment's cores end, if anything is kept of it."""
         ...
 
-    def adopt(self, name: str, saved: SavedSegment, *, cost: float) -> bool:
-        """Keep what a file holds of a segment; evicts nothing. Whether it fits."""
+    def heads(self, tokens: int, seam: int) -> tuple[int, ...]:
+        """First tokens of the cores that a link of this seam width needs of a segment of
+        so many tokens, as far as anything is kept for them."""
+        ...
+
+    def check_saved(self, saved: SavedSegment, tokens: int) -> None:
+        """Raise ``BadValue`` unless what a value holds of a segment of so many tokens has
+        the shapes that it must have."""
+        ...
+
+    def adopt(
+        self, name: str, saved: SavedSegment, *, cost: float, uses: int, offer: bool, evict: bool
+    ) -> bool:
+        """Keep what a value holds of a segment, beside what is held of it.
+
+        Args:
+            uses, offer: as of ``keep``.
+            evict: others may go for it.
+
+        Returns:
+            Whether it fits.
+        """
         ...
 
     def nbytes_of(self, name: str) -> int:
@@ -268,7 +288,15 @@ class Nothing:
     def core_end(self, name: str, owner: Owner) -> None:
         return None
 
-    def adopt(self, name: str, saved: SavedSegment, *, cost: float) -> bool:
+    def heads(self, tokens: int, seam: int) -> tuple[int, ...]:
+        return ()
+
+    def check_saved(self, saved: SavedSegment, tokens: int) -> None:
+        pass
+
+    def adopt(
+        self, name: str, saved: SavedSegment, *, cost: float, uses: int, offer: bool, evict: bool
+    ) -> bool:
         return True
 
     def nbytes_of(self, name: str) -> int:

@@ -6,7 +6,7 @@ What concerns all of them and none in particular: integrity, numbers, flushes.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -32,9 +32,7 @@ from sglang_pic.forest.pages import NoPages, Pages
 from sglang_pic.forest.pins import Pins
 from sglang_pic.forest.relocation import Relocation
 from sglang_pic.forest.segments import SegmentRecord, Segments
-
-if TYPE_CHECKING:
-    from sglang_pic.manage.store import Store
+from sglang_pic.forest.stored import NotStored, Stored
 
 
 @dataclasses.dataclass
@@ -43,7 +41,7 @@ class Forest:
 
     Attributes:
         cache: SGLang's tree cache, of which all this is a part.
-        store: files of saved segments, where the operator has named a place.
+        store: what is done for the store, where the operator has named one.
     """
 
     cache: Any
@@ -68,7 +66,7 @@ class Forest:
     links: Links
     arrivals: Arrivals
     relocation: Relocation
-    store: Store | None = None
+    store: Stored = dataclasses.field(default_factory=NotStored)
 
     @property
     def refusal(self) -> str | None:
@@ -103,6 +101,7 @@ class Forest:
         self.carried.clear()
         self.checkpoints.clear()
         self.conversations.clear()
+        self.store.clear()
         self.pages.reset()
 
     def state(self) -> dict[str, Any]:
@@ -144,7 +143,10 @@ class Forest:
             "companies": self.companies.to_json(),
             "segment_tokens": distinct,
             "company_tokens": self.companies.tokens,
-            "prefix_tokens": self.total_tokens - distinct - self.companies.tokens,
+            "prefix_tokens": self.total_tokens
+            - distinct
+            - self.companies.tokens
+            - self.pages.reserved,
             "integrity": integrity,
             "refusal": self.refusal,
             "available_tokens": self.cache.token_to_kv_pool_allocator.available_size(),

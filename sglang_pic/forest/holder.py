@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,15 +17,19 @@ from sglang_pic.forest.carried import Carried, Path
 from sglang_pic.forest.consensus import Consensus
 from sglang_pic.forest.cost import PrefillCost
 from sglang_pic.forest.eviction import LINKABLE, InOrder
-from sglang_pic.forest.files import SavedSegment
 from sglang_pic.forest.keys import owner_of, segment_id
 from sglang_pic.forest.nodes import SEGMENT, NodeIndex
 from sglang_pic.forest.pages import Pages
 from sglang_pic.forest.segments import SegmentRecord, Segments
 from sglang_pic.link.policy import Outline, Seam, floor_to
+from sglang_pic.store.value import SavedSegment
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
+
+
+# Links that make a segment worth keeping beyond this server.
+WORTH = 2
 
 
 class Holder:
@@ -34,6 +38,10 @@ class Holder:
     Args:
         rows: SGLang's table of request rows.
         allocator: SGLang's, of the pool's slots.
+        evict: SGLang's eviction, of so many tokens.
+
+    Attributes:
+        on_worth: told a held segment that has been used twice, or was asked for by name.
     """
 
     def __init__(
@@ -45,7 +53,8 @@ class Holder:
         eviction: InOrder,
         cost: PrefillCost,
         rows: torch.Tensor,
-        allocator: object,
+        allocator: Any,
+        evict: Callable[[int], object],
         consensus: Consensus,
     ):
         self._segments = segments
@@ -56,8 +65,10 @@ class Holder:
         self._cost = cost
         self._rows = rows
         self._allocator = allocator
+        self._evict = evict
         self._consensus = consensus
         self.refused: Counter[str] = Counter()
+        self.on_worth: Callable[[SegmentRecord], None] = lambda record: None
 
     # -- compiles -----------------------------------------------------------------------
 
@@ -136,7 +147,12 @@ class Holder:
         if node is not None:
             self._nodes.note(LINKABLE, node, SEGMENT, space, uses=uses, offer=named)
             self._nodes.end_segment(LINKABLE, node, name)
-        self._segments.add(path, extra_key, space, node, named=named, hits=hits)
+        record = self._segments.add(path, extra_key, space, node, named=named, hits=hits)
+        self._look(record)
+
+    def _look(self, record: SegmentRecord) -> None:
+        if record.node is not None and (record.named or record.hits >= WORTH):
+            self.on_worth(record)
 
     # -- a segment's life ---------------------------------------------------------------
 
@@ -146,6 +162,7 @@ class Holder:
         for record in self._segments.use(names):
             assert record.node is not None
             self._nodes.use(LINKABLE, record.node, SEGMENT, record.salt)
+            self._look(record)
 
     def expect(self, names: Collection[str]) -> None:
         """Hold segments back from eviction until a link that is on its way has come."""
@@ -228,39 +245,73 @@ class Holder:
         self._segments.forget(name)
         return freed
 
-    # -- files --------------------------------------------------------------------------
+    # -- stores -------------------------------------------------------------------------
 
     def slots(self, record: SegmentRecord) -> torch.Tensor:
         """int64, slots of a segment's path, compile context included."""
         held, node = self._pages.find(record.path, record.extra_key, record.salt)
         return self._pages.slots(node, held)
 
-    def adopt(self, saved: SavedSegment, held: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Take a saved segment over: what it carries, and a path of pages; evicts nothing.
+    def reserve(self, tokens: int, *, evict: bool) -> torch.Tensor | None:
+        """Pages for a segment that is on its way.
 
         Args:
-            held: tokens of its path, whole pages.
+            tokens: of its path, whole pages.
+            evict: others may go for it.
 
         Returns:
-            int64 [n] each: which of its tokens need K and V, and their slots; the
-            others share pages with what is held. ``None``, and nothing has changed,
-            where it does not fit.
+            int64 [tokens], slots that are to be filled before ``adopt``, or given back
+            by ``unreserve``; ``None`` where there is no room.
         """
-        context = len(self._segments.context)
-        name = segment_id(saved.salt, saved.extra_key, saved.path[context:])
-        cost = self._cost.flops(context, len(saved.path))
-        if self._pages.tokens + held > self._eviction.limit:
+        if evict:
+            if not self._eviction.make_room(tokens):
+                return None
+            short = tokens - self._allocator.available_size()
+            if short > 0:
+                self._evict(short)
+        elif self._pages.tokens + tokens > self._eviction.limit:
             return None
-        if not self._carried.adopt(name, saved, cost=cost):
-            return None
-        fresh = self._allocator.alloc(held)  # type: ignore[attr-defined]
+        if not tokens:
+            return torch.empty(0, dtype=torch.int64)
+        fresh = self._allocator.alloc(tokens)
         if fresh is None:
-            self._carried.drop(name)
             return None
         fresh = fresh.to(torch.int64)
-        node = self._pages.keep(saved.path[:held], saved.extra_key, saved.salt, fresh)
+        self._pages.reserve(fresh)
+        return fresh
+
+    def unreserve(self, slots: torch.Tensor) -> None:
+        """Free what ``reserve`` gave."""
+        if slots.numel():
+            self._pages.unreserve(slots)
+            self._allocator.free(slots)
+
+    def adopt(self, saved: SavedSegment, slots: torch.Tensor, *, named: bool, evict: bool) -> bool:
+        """Take a saved segment over, whose pages are filled: what ``reserve`` gave for it.
+        Where it does not fit they are free again.
+
+        Args:
+            named: it was asked for by name, no link waits for it.
+            evict: others may go for what it carries.
+
+        Returns:
+            Whether it is held.
+        """
+        context, held = len(self._segments.context), slots.numel()
+        name = segment_id(saved.salt, saved.extra_key, saved.path[context:])
+        uses = self._segments.first_uses(name, named=named, hits=saved.hits)
+        cost = self._cost.flops(context, len(saved.path))
+        kept = self._carried.adopt(name, saved, cost=cost, uses=uses, offer=named, evict=evict)
+        self._consensus.note("adopted" if kept else "refused", name)
+        if not kept:
+            self.unreserve(slots)
+            return False
+        node = None
+        if held:
+            self._pages.unreserve(slots)
+            node = self._pages.keep(saved.path[:held], saved.extra_key, saved.salt, slots)
+        if held <= context:
+            node = None
         where = (saved.path, saved.extra_key, saved.salt, node)
-        self._note(name, *where, named=True, hits=saved.hits)
-        slots = self._pages.slots(node, held)
-        empty = torch.nonzero(torch.isin(slots, fresh)).squeeze(1)
-        return empty, slots[empty]
+        self._note(name, *where, named=named, hits=saved.hits)
+        return True

@@ -43,6 +43,8 @@ class Pages:
         self.page_size: int = params.page_size
         self._core = self.tree.tree_core
         self._root = self.tree.root_node_handle(None)
+        # By their first slot.
+        self._reserved: dict[int, torch.Tensor] = {}
 
     def find(self, tokens: array, extra_key: str | None, salt: str) -> tuple[int, int]:
         """How many of ``tokens`` are held as whole pages, compared one by one, and the
@@ -78,6 +80,20 @@ class Pages:
         )
         return int(result.last_device_node)
 
+    def reserve(self, slots: torch.Tensor) -> None:
+        """Own pages, int64 ``slots``, that stand on no path yet: nobody finds them, and
+        they are locked."""
+        self._reserved[int(slots[0])] = slots
+
+    def unreserve(self, slots: torch.Tensor) -> None:
+        """Give back what ``reserve`` took."""
+        del self._reserved[int(slots[0])]
+
+    @property
+    def reserved(self) -> int:
+        """Tokens whose pages stand on no path yet."""
+        return sum(slots.numel() for slots in self._reserved.values())
+
     def lock(self, nodes: Iterable[int]) -> tuple[int, ...]:
         """Keep paths from eviction until ``unlock``, which takes what this returns.
 
@@ -107,7 +123,7 @@ class Pages:
     @property
     def protected(self) -> int:
         """Tokens that something has locked."""
-        return int(self._core.full_protected_size())
+        return int(self._core.full_protected_size()) + self.reserved
 
     @property
     def tokens(self) -> int:
@@ -116,7 +132,7 @@ class Pages:
 
     def all_slots(self) -> torch.Tensor:
         """Every slot it owns. O(n)."""
-        return self.tree.all_values_flatten()
+        return torch.cat([self.tree.all_values_flatten(), *self._reserved.values()])
 
     def evict(self, tokens: int, targets: Any) -> int:
         """As SGLang would, the least recently used; the tokens freed."""
@@ -129,13 +145,14 @@ class Pages:
     def reset(self) -> None:
         """Everything was flushed."""
         self.tree.reset()
+        self._reserved.clear()
         self._root = self.tree.root_node_handle(None)
 
 
 class NoPages(Pages):
     """Of a server that must not link, and whose pools may not suit a second tree."""
 
-    evictable = protected = tokens = 0
+    evictable = protected = tokens = reserved = 0
 
     def __init__(self, params: Any):
         self.page_size = params.page_size

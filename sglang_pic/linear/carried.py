@@ -16,7 +16,6 @@ import torch
 from sglang_pic.config import PicConfig
 from sglang_pic.forest.carried import Owner, Path
 from sglang_pic.forest.cost import PrefillCost
-from sglang_pic.forest.files import SavedSegment
 from sglang_pic.forest.keys import owner_of
 from sglang_pic.forest.nodes import TURN
 from sglang_pic.forest.turns import Chain, Turn
@@ -25,6 +24,7 @@ from sglang_pic.linear.state import WIDEST, CoreState, LinearShape, StateStore
 from sglang_pic.link.plan import LinkPlan
 from sglang_pic.link.policy import LinkOptions, Outline, Seam
 from sglang_pic.link.report import NO_STATE
+from sglang_pic.store.value import OTHER_SHAPE, BadValue, SavedSegment
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 # Segments that end on the path to a node, up to a position: of each node the names, and
 # the deepest first.
 Ending = Callable[[int, int], Sequence[tuple[int, Collection[str]]]]
+
+
+def core_end_of(tokens: int, page: int) -> int:
+    """Where the cores of a segment of so many tokens end."""
+    return max(0, (tokens - 1) // page * page)
 
 
 def _turn_end(turn: Turn, tokens: int) -> str:
@@ -104,7 +109,7 @@ class LinearStates:
         must see all tokens."""
         length = len(req.origin_input_ids) - self._context
         cores = [Seam(w).core(Outline(length), page=self._page) for w in seams]
-        core_end = max(0, (length - 1) // self._page * self._page)
+        core_end = core_end_of(length, self._page)
         heads = sorted({first for first, last in cores if first < last})
         capture = Capture(self._shape, start=self._context, heads=heads, core_end=core_end)
         self._captures[req] = capture
@@ -232,7 +237,7 @@ class LinearStates:
             if not ends:
                 del self._turn_ends[salt]
 
-    # -- files, and for people --------------------------------------------------------
+    # -- stores, and for people ------------------------------------------------------
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         return self.store.tensors(name)
@@ -241,12 +246,39 @@ class LinearStates:
         held = self.store.find(name, owner)
         return held.core_end if held is not None else None
 
-    def adopt(self, name: str, saved: SavedSegment, *, cost: float) -> bool:
+    def heads(self, tokens: int, seam: int) -> tuple[int, ...]:
+        first, last = Seam(seam).core(Outline(tokens), page=self._page)
+        return (first,) if first < last else ()
+
+    def check_saved(self, saved: SavedSegment, tokens: int) -> None:
+        states = {name: one for name, one in saved.tensors.items() if name[:2] not in ("k.", "v.")}
+        if saved.core_end is None:
+            if states or saved.heads:
+                raise BadValue(OTHER_SHAPE, "states that end nowhere")
+            return
+        if saved.core_end != core_end_of(tokens, self._page):
+            raise BadValue(OTHER_SHAPE, f"its cores end at {saved.core_end}")
+        if {int(name.split(".")[1]) for name in states if name.startswith("pair.")} != {
+            *saved.heads
+        }:
+            raise BadValue(OTHER_SHAPE, "it does not hold the cores that it says")
+        self._shape.check_tensors(states, saved.heads)
+
+    def adopt(
+        self, name: str, saved: SavedSegment, *, cost: float, uses: int, offer: bool, evict: bool
+    ) -> bool:
         if saved.core_end is None:
             return True
-        owner = owner_of(saved.salt, saved.extra_key)
         return self.store.adopt(
-            name, owner, saved.core_end, saved.tensors, device=self._device, cost=cost
+            name,
+            owner_of(saved.salt, saved.extra_key),
+            saved.core_end,
+            saved.tensors,
+            device=self._device,
+            cost=cost,
+            uses=uses,
+            offer=offer,
+            evict=evict,
         )
 
     def nbytes_of(self, name: str) -> int:

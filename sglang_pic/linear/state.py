@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from sglang_pic.forest.nodes import SEGMENT
 from sglang_pic.forest.order import EvictionOrder
 from sglang_pic.kernels.operators.pair import Pair
 from sglang_pic.kernels.operators.storage import PackedPair, copied_in_columns, pack, pack_state
+from sglang_pic.store.value import OTHER_SHAPE, BadValue
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,35 @@ class LinearShape:
         kept = 0 if self.scalar else self.layers * self.heads * 8
         conv_tail = self.layers * self.channels * self.history * 4
         return pairs * (operator + kept + state) + state + conv_tail
+
+    def check_tensors(self, tensors: dict[str, torch.Tensor], heads: Sequence[int]) -> None:
+        """Raise ``BadValue`` unless these are the states of a segment, with the pairs of
+        cores that begin at ``heads``, in shapes and types that ``adopt`` takes."""
+        state = (self.layers, self.heads, self.dk, self.dv)
+        floats = (torch.float32, torch.float16)
+        expected: dict[str, tuple[tuple[int, ...], Any]] = {"end": (state, floats)}
+        expected["conv_tail"] = ((self.layers, self.channels, self.history), None)
+        for first in heads:
+            expected[f"pair.{first}.state"] = (state, floats)
+            if self.scalar:
+                expected[f"pair.{first}.operator"] = (self.operator, (torch.float32,))
+                continue
+            kept = tensors.get(f"pair.{first}.kept", torch.empty(0))
+            of_all = self.layers * self.heads
+            if kept.dtype != torch.int64 or kept.dim() != 1 or kept.unique().numel() != len(kept):
+                raise BadValue(OTHER_SHAPE, "no list of operators")
+            if len(kept) and not 0 <= int(kept.min()) <= int(kept.max()) < of_all:
+                raise BadValue(OTHER_SHAPE, "operators of no head")
+            expected[f"pair.{first}.kept"] = ((len(kept),), (torch.int64,))
+            expected[f"pair.{first}.operator"] = ((len(kept), self.dk, self.dk), floats)
+        if expected.keys() != tensors.keys():
+            raise BadValue(OTHER_SHAPE, f"it holds {sorted({*expected} ^ {*tensors})[:4]}")
+        for name, (shape, dtypes) in expected.items():
+            one = tensors[name]
+            if tuple(one.shape) != shape or not (
+                one.dtype.is_floating_point if dtypes is None else one.dtype in dtypes
+            ):
+                raise BadValue(OTHER_SHAPE, f"{name} is {tuple(one.shape)} of {one.dtype}")
 
     def begun(self, count: int, device: torch.device) -> torch.Tensor:
         """float32 [count, heads, dv + n, dk], running states of no tokens."""
@@ -310,8 +340,16 @@ class StateStore:
         *,
         device: Any,
         cost: float,
+        uses: int,
+        offer: bool,
+        evict: bool,
     ) -> bool:
-        """Keep what ``tensors`` gave of a segment, as it is; evicts nothing.
+        """Keep copies of what ``tensors`` gave of a segment, as it is, beside the pairs of
+        other seam widths.
+
+        Args:
+            uses, offer: as of ``add``.
+            evict: others may go for it.
 
         Returns:
             Whether it fits.
@@ -319,18 +357,24 @@ class StateStore:
         heads = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("pair.")})
 
         def of(name: str, *, matrices: bool = True) -> torch.Tensor:
-            found = tensors[name].to(device)
-            return copied_in_columns(found) if matrices else found
+            if matrices:
+                return copied_in_columns(tensors[name].to(device))
+            return tensors[name].to(device, copy=True)
 
         pairs = {}
         for first in heads:
             kept = tensors.get(f"pair.{first}.kept")
+            kept = kept.clone() if kept is not None else None
             operator = of(f"pair.{first}.operator", matrices=kept is not None)
             pairs[first] = PackedPair(operator, kept, of(f"pair.{first}.state"))
+        held = self.find(segment, owner)
+        if held is not None and held.core_end == core_end:
+            pairs = {**held.pairs, **pairs}
         state = SegmentState(owner, core_end, of("conv_tail", matrices=False), of("end"), pairs)
-        if self.nbytes + self._counted(state) > self.budget:
+        more = self._counted(state) - (self._counted(held) if held is not None else 0)
+        if not evict and self.nbytes + more > self.budget:
             return False
-        return self._put(segment, state, cost, 1)
+        return self._put(segment, state, cost, uses, offer=offer)
 
     def _counted(self, state: SegmentState) -> int:
         """Bytes that a state counts for."""

@@ -60,6 +60,9 @@ def _forest(scheduler: Any) -> Forest:
     return forest
 
 
+# Segments that one command begins to read.
+MAX_FETCH = 256
+
 Handler = Callable[[Any, Any, Any], Any]
 
 
@@ -69,9 +72,32 @@ def _of_one(function: Callable[[Forest, str, str | None], Any]) -> Handler:
 
 def _store(scheduler: Any) -> Store:
     store = _forest(scheduler).store
-    if store is None:
+    if not isinstance(store, Store):
         raise PicRefused(409, "the server was started without --pic-store", "store")
     return store
+
+
+def _fetch(scheduler: Any, req: Any, command: asked.Fetch) -> Any:
+    lengths, ids = command.lengths, req.origin_input_ids
+    context = len(_forest(scheduler).segments.context)
+    if len(lengths) > MAX_FETCH or min(lengths, default=0) <= context or sum(lengths) != len(ids):
+        raise PicRefused(400, f"no paths of {len(ids)} tokens: {lengths!r:.80}", "lengths")
+    paths, at = [], 0
+    for length in lengths:
+        paths.append(ids[at : at + length])
+        at += length
+    salt = _forest(scheduler).segments.namespace(tenant_of(req))
+    _store(scheduler).incoming.begin(salt, paths, seam=command.seam, named=command.named)
+    return {}
+
+
+def _fetched(scheduler: Any, command: asked.Fetched) -> Any:
+    incoming = _store(scheduler).incoming
+    if command.drop:
+        for name in command.segments:
+            incoming.drop(name)
+        return {"segments": []}
+    return {"segments": incoming.look(command.segments)}
 
 
 def tenant_of(req: Any) -> str | None:
@@ -94,7 +120,9 @@ COMMANDS: dict[type, Handler] = {
         "segments": segments.list_all(_forest(scheduler), tenant_of(req))
     },
     asked.Get: _of_one(segments.get),
-    asked.Pin: _of_one(segments.pin),
+    asked.Pin: lambda scheduler, req, command: segments.pin(
+        _forest(scheduler), command.id, tenant_of(req), lasting=command.lasting
+    ),
     asked.Unpin: _of_one(segments.unpin),
     asked.Delete: _of_one(segments.delete),
     asked.Flush: lambda scheduler, req, command: segments.flush(_forest(scheduler), tenant_of(req)),
@@ -105,6 +133,8 @@ COMMANDS: dict[type, Handler] = {
         tenant_of(req), command.segments
     ),
     asked.Restore: lambda scheduler, req, command: _store(scheduler).restore(tenant_of(req)),
+    asked.Fetch: lambda scheduler, req, command: _fetch(scheduler, req, command),
+    asked.Fetched: lambda scheduler, req, command: _fetched(scheduler, command),
     asked.Held: lambda scheduler, req, command: {
         "held": segments.held(_forest(scheduler), command.segments, tenant_of(req))
     },

@@ -83,8 +83,11 @@ def name(forest: Forest, segments: Sequence[str], tenant: str | None, seam: int)
     return made
 
 
-def pin(forest: Forest, segment: str, tenant: str | None) -> dict[str, Any]:
-    """Keep a segment, its states too, until it is unpinned.
+def pin(
+    forest: Forest, segment: str, tenant: str | None, *, lasting: bool = False
+) -> dict[str, Any]:
+    """Keep a segment, its states too, until it is unpinned; ``lasting``: with a store, by
+    the server that comes after this one too.
 
     Raises:
         PicRefused: 404; 507 over a quota.
@@ -97,6 +100,7 @@ def pin(forest: Forest, segment: str, tenant: str | None) -> dict[str, Any]:
     except PicRefused:
         forest.holder.refused["quota"] += 1
         raise
+    forest.store.pinned(segment, lasting=lasting)
     return card(forest, record)
 
 
@@ -108,6 +112,7 @@ def unpin(forest: Forest, segment: str, tenant: str | None) -> dict[str, Any]:
     """
     record = _find(forest, segment, tenant)
     forest.pins.remove(segment)
+    forest.store.pinned(segment, lasting=False)
     return card(forest, record)
 
 
@@ -122,6 +127,7 @@ def delete(forest: Forest, segment: str, tenant: str | None) -> dict[str, Any]:
         raise PicRefused(409, "the segment is pinned", "id")
     if forest.holder.is_in_use(record):
         raise PicRefused(409, "the segment is in use", "id")
+    forest.store.deleted(segment)
     freed = forest.holder.delete(segment) + forest.assembly.forget_segment(segment)
     return {"id": segment, "freed_tokens": freed}
 
@@ -132,6 +138,7 @@ def flush(forest: Forest, tenant: str | None) -> dict[str, int]:
     count = freed = 0
     for record in forest.segments.records(tenant):
         if record.id not in forest.pins and not forest.holder.is_in_use(record):
+            forest.store.deleted(record.id)
             freed += forest.holder.delete(record.id)
             count += 1
     freed += forest.assembly.forget_tenant(forest.segments.namespace(tenant))
@@ -209,6 +216,7 @@ def stats(forest: Forest) -> dict[str, Any]:
             "quota": forest.holder.refused["quota"],
             "company": forest.assembly.refused,
         },
+        "store": forest.store.stats(),
         "fallback_evictions": nodes.fallbacks,
         "faults": dict(faults.counts),
     }

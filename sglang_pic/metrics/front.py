@@ -66,6 +66,9 @@ class Counts:
         compiling: those under way now, queued or sent.
         compile_seconds, tokens_timed: wall time of the compiles that computed anything
             new, what ran beside each other counted once, and their tokens.
+        sources: segments that were missing, by where they came from (``server.sources``).
+        source_seconds, source_bytes: that this took, and read.
+        store_misses: those that were computed though there is a store, by why.
         poll_failures: times the schedulers did not tell their numbers to ``/metrics``.
         linking_off: why linking is switched off (``server.gate``), or ``None``.
     """
@@ -92,6 +95,10 @@ class Counts:
     compiling: int = 0
     compile_seconds: float = 0.0
     tokens_timed: int = 0
+    sources: dict[str, int] = dataclasses.field(default_factory=dict)
+    source_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    source_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+    store_misses: dict[str, int] = dataclasses.field(default_factory=dict)
     poll_failures: int = 0
     linking_off: str | None = None
     audit: AuditCounts = dataclasses.field(default_factory=AuditCounts)
@@ -125,6 +132,14 @@ class Counts:
         """Count a chunk that was linked, and its tokens that were reused."""
         _add(self.chunks_linked, rule)
         _add(self.tokens_found, rule, tokens)
+
+    def observe_source(self, kind: str, reason: str, seconds: float, nbytes: int) -> None:
+        """Count a segment that was missing (``server.sources.Source``)."""
+        _add(self.sources, kind)
+        self.source_seconds[kind] = self.source_seconds.get(kind, 0.0) + seconds
+        _add(self.source_bytes, kind, nbytes)
+        if kind == "computed" and reason != "no_store":
+            _add(self.store_misses, reason)
 
     def observe_compile(
         self, computed: Sequence[int], of_segment: Sequence[bool], seconds: float, page_size: int

@@ -156,6 +156,30 @@ FRONT_METRICS = (
         lambda front: front["compiling"],
     ),
     Metric(
+        PREFIX + "segment_sources_total",
+        "Segments that were missing, by where they came from.",
+        lambda front: front["sources"],
+        "source",
+    ),
+    Metric(
+        PREFIX + "source_seconds_total",
+        "Seconds that this took, each segment's by itself.",
+        lambda front: front["source_seconds"],
+        "source",
+    ),
+    Metric(
+        PREFIX + "source_bytes_total",
+        "Bytes that were read for it.",
+        lambda front: front["source_bytes"],
+        "source",
+    ),
+    Metric(
+        PREFIX + "store_misses_total",
+        "Segments computed though there is a store, by why.",
+        lambda front: front["store_misses"],
+        "reason",
+    ),
+    Metric(
         PREFIX + "seconds_saved",
         "Estimate of the computing spared since start, less what compiling took.",
         lambda front: front["seconds_saved"],
@@ -271,6 +295,37 @@ RANK_METRICS = (
         PREFIX + "evicted_states_total",
         "Linear states evicted.",
         lambda rank: rank["evicted"]["state"],
+    ),
+    Metric(
+        PREFIX + "store_written_total",
+        "Values that the store has taken.",
+        lambda rank: rank["store"]["written"],
+    ),
+    Metric(
+        PREFIX + "store_written_bytes_total",
+        "Bytes of them.",
+        lambda rank: rank["store"]["written_bytes"],
+    ),
+    Metric(
+        PREFIX + "store_dropped_total",
+        "Values not written: too much waited.",
+        lambda rank: rank["store"]["dropped"],
+    ),
+    Metric(
+        PREFIX + "store_failed_total",
+        "Values that the store did not take.",
+        lambda rank: rank["store"]["failed"],
+        "reason",
+    ),
+    Metric(
+        PREFIX + "store_waiting_bytes",
+        "Copies on the host that wait to be written.",
+        lambda rank: rank["store"]["waiting_bytes"],
+    ),
+    Metric(
+        PREFIX + "store_reading_bytes",
+        "Values being read, or not yet in pages.",
+        lambda rank: rank["store"]["reading_bytes"],
     ),
     Metric(
         PREFIX + "fallback_evictions_total",

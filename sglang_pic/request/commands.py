@@ -56,9 +56,10 @@ class Get(_Command, tag="get"):
 
 
 class Pin(_Command, tag="pin"):
-    """Keep one."""
+    """Keep one; with a store also beyond this server's end, if it is ``lasting``."""
 
     id: str
+    lasting: bool = True
 
 
 class Unpin(_Command, tag="unpin"):
@@ -91,6 +92,23 @@ class Save(_Command, tag="save"):
 
 class Restore(_Command, tag="restore"):
     """Load them."""
+
+
+class Fetch(_Command, tag="fetch"):
+    """Begin to read segments of the store, for links of a seam width: the prompt that comes
+    with the command is their paths, of these lengths, compile context first."""
+
+    lengths: list[int]
+    seam: int
+    named: bool
+
+
+class Fetched(_Command, tag="fetched"):
+    """Go on with segments that come from the store, and what has become of them; or drop
+    them."""
+
+    segments: list[str]
+    drop: bool = False
 
 
 class Held(_Command, tag="held"):
@@ -137,6 +155,8 @@ Command = Union[  # noqa: UP007  (msgspec reads it at run time, on Python 3.10 t
     Reserve,
     Save,
     Restore,
+    Fetch,
+    Fetched,
     Held,
     Companies,
     Name,

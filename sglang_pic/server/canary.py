@@ -23,8 +23,9 @@ from sglang_pic.forest.keys import namespace
 from sglang_pic.link.policy import LinkOptions, ceil_to
 from sglang_pic.request.base import LinkRequest, TokenSpan
 from sglang_pic.server.compare import Distribution, Generate, Prompt, fresh_salt, in_full, linked
-from sglang_pic.server.compiler import Caller, CompileItem, compile_request
+from sglang_pic.server.compiler import Caller, compile_request
 from sglang_pic.server.gate import CANARY_FAILED, Gate
+from sglang_pic.server.items import CompileItem
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,9 @@ import numpy as np
 
 from sglang_pic.find.sketch import Names
 from sglang_pic.metrics.front import counts
-from sglang_pic.server.compiler import COMPILED, SHARED, Caller, CompileItem, Compiler
+from sglang_pic.server.compiler import COMPILED, FETCHED, SHARED, Caller, Compiler
 from sglang_pic.server.idle import idle
+from sglang_pic.server.items import CompileItem
 from sglang_pic.server.queue import FairQueue
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class IdleCompiles:
             self._waits_no_more(item, tenant)
             try:
                 (made,) = await self._compiler.compile([item], chunk.caller)
-                if made.outcome in (COMPILED, SHARED):
+                if made.outcome in (COMPILED, FETCHED, SHARED):
                     chunk.ready(np.array([chunk.name], dtype=np.uint64))
                     counts.observe_found_compile(chunk.rule)
             except Exception as error:

@@ -15,7 +15,8 @@ from typing import Any
 
 from sglang_pic.request.base import OPENING, LinkRequest
 from sglang_pic.server.answers import is_complete
-from sglang_pic.server.compiler import Caller, CompileItem, Compiler
+from sglang_pic.server.compiler import Caller, Compiler
+from sglang_pic.server.items import CompileItem
 
 # Why such a request is answered exactly.
 FIRST_TIME = "first_time"

@@ -27,9 +27,10 @@ from sglang_pic.metrics.front import counts
 from sglang_pic.request.base import LinkRequest, TokenSpan
 from sglang_pic.request.internal import MAX_COMPANY_TOKENS, MAX_MEMBERS
 from sglang_pic.server.cold import FIRST_TIME
-from sglang_pic.server.compiler import COMPILED, SHARED, Caller, CompileItem, Compiler, Made
+from sglang_pic.server.compiler import COMPILED, FETCHED, SHARED, Caller, Compiler, Made
 from sglang_pic.server.guests import NO_GUESTS, Guests, Inviting
 from sglang_pic.server.idle import idle
+from sglang_pic.server.items import CompileItem
 from sglang_pic.server.recurring import MAX_SEGMENTS, Recurring
 
 logger = logging.getLogger(__name__)
@@ -192,7 +193,7 @@ class Maker:
         made: list[Made] = []
         for item in company.items():
             made += await compiler.compile([item], caller)
-            if made[-1].outcome not in (COMPILED, SHARED):
+            if made[-1].outcome not in (COMPILED, FETCHED, SHARED):
                 return made
         counts.companies += 1
         return made

@@ -11,14 +11,16 @@ import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sglang_pic.metrics.front import counts
-from sglang_pic.request.base import TokenSpan
 from sglang_pic.request.internal import compile_hints
+from sglang_pic.server.fetching import Fetching, NoStore
+from sglang_pic.server.items import CompileItem
 from sglang_pic.server.queue import FairQueue
+from sglang_pic.server.sources import COMPUTED, Source
 
 logger = logging.getLogger(__name__)
 
@@ -26,34 +28,11 @@ Generate = Callable[[GenerateReqInput], AsyncIterator[Any]]
 
 # What became of an item that a request asked for.
 COMPILED = "compiled"
+FETCHED = "fetched"
 SHARED = "shared"
 LATE = "late"
 FAILED = "failed"
 QUEUE_FULL = "queue_full"
-
-
-@dataclasses.dataclass(frozen=True)
-class CompileItem:
-    """One path to compute: token ids, and the namespace to keep it in.
-
-    ``segment`` is false for the plain text that opens a prompt: it is computed
-    and cached as SGLang's ordinary prefix. ``seams`` and ``named`` as in
-    ``compile_hints``. ``rank``: the data-parallel rank it is wanted on, if on one.
-    ``company``: where the segments of a company stand in it, of which it is one order;
-    ``guests`` and ``shipped`` as in ``CompileRequest``.
-    """
-
-    ids: tuple[int, ...]
-    salt: str | None
-    extra_key: str | None
-    lora_path: str | None
-    segment: bool = True
-    seams: tuple[int, ...] = ()
-    named: bool = False
-    rank: int | None = None
-    company: tuple[TokenSpan, ...] = ()
-    guests: int = 0
-    shipped: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,16 +56,19 @@ class Made:
     """What became of one item.
 
     Attributes:
-        outcome: ``compiled`` for this request; ``shared``: another request, or an
-            earlier item of this one, has it computed; ``late``: still under way;
+        outcome: ``compiled`` for this request, or ``fetched`` from the store; ``shared``:
+            another request, or an earlier item of this one, has it computed or fetched;
+            ``late``: still under way;
             ``failed``; ``queue_full``: its tenant has too many waiting.
         tokens: computed for it; 0 where it is not ``compiled``.
         error: what ended it.
+        source: where it came from.
     """
 
     outcome: str
     tokens: int = 0
     error: BaseException | None = None
+    source: Source = dataclasses.field(default=Source(), compare=False)
 
 
 def compile_request(item: CompileItem, caller: Caller) -> GenerateReqInput:
@@ -113,13 +95,20 @@ def compile_request(item: CompileItem, caller: Caller) -> GenerateReqInput:
     )
 
 
+class Got(NamedTuple):
+    """An item that is held now: tokens that were computed for it, and where it came from."""
+
+    tokens: int
+    source: Source
+
+
 @dataclasses.dataclass(eq=False)
 class Job:
     """An item that is queued or under way, and who waits for it."""
 
     item: CompileItem
     tenant: str | None
-    result: asyncio.Future[int]
+    result: asyncio.Future[Got]
     callers: list[Caller]
     urgency: int
     sent: bool = False
@@ -133,6 +122,7 @@ class Compiler:
         queue: in which order, how many at a time, and how many may wait.
         urgency: of a request's priority; the lowest goes first.
         page_size: SGLang's.
+        fetching: what the store has is not computed.
     """
 
     def __init__(
@@ -141,11 +131,13 @@ class Compiler:
         queue: FairQueue[Job],
         urgency: Callable[[int | None], int] = lambda priority: 0,
         page_size: int = 1,
+        fetching: Fetching | None = None,
     ):
         self._generate = generate
         self._queue = queue
         self._urgency = urgency
         self._page_size = page_size
+        self._fetching = fetching or NoStore()
         self._jobs: dict[CompileItem, Job] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         # Until then the wall time of compiles is accounted for.
@@ -251,7 +243,7 @@ class Compiler:
 
     async def _wait(
         self,
-        waits: dict[asyncio.Future[int], Job],
+        waits: dict[asyncio.Future[Got], Job],
         caller: Caller,
         timeout_s: float | None,
         limit_s: float | None,
@@ -298,17 +290,12 @@ class Compiler:
 
     async def _run(self, job: Job, callers: Sequence[Caller]) -> None:
         item = job.item
-        start = time.perf_counter()
         try:
-            first = min(callers, key=lambda caller: self._urgency(caller.priority))
-            no_logs = any(caller.no_logs for caller in callers)
-            sent = compile_request(item, dataclasses.replace(first, no_logs=no_logs))
-            output = await anext(self._generate(sent))
-            meta = output["meta_info"]
-            reason = meta.get("finish_reason")
-            if isinstance(reason, dict) and reason.get("type") == "abort":
-                raise RuntimeError(str(reason.get("message") or "aborted"))
-            tokens = meta["prompt_tokens"] - meta["cached_tokens"]
+            source = await self._fetching.fetch(item)
+            if source.kind == COMPUTED:
+                got = await self._computed(job, callers, source)
+            else:
+                got = Got(0, source)
         except Exception as error:
             logger.warning("sglang_pic: compiling a segment failed: %s", error)
             counts.compile_failures += 1
@@ -316,15 +303,34 @@ class Compiler:
             # Consumed here: a client that left will not ask for it.
             job.result.exception()
         else:
-            job.result.set_result(tokens)
-            end = time.perf_counter()
-            # What ran beside each other took its time once.
-            seconds, self._timed = end - max(start, self._timed), end
-            counts.observe_compile([tokens], [item.segment], seconds, self._page_size)
+            job.result.set_result(got)
+            if item.segment and not item.company:
+                counts.observe_source(*dataclasses.astuple(got.source))
         finally:
             self._end(job)
             self._queue.done(job.tenant)
             self._send()
+
+    async def _computed(self, job: Job, callers: Sequence[Caller], why: Source) -> Got:
+        """Have SGLang compute it, since it came from nowhere else."""
+        item = job.item
+        start = time.perf_counter()
+        first = min(callers, key=lambda caller: self._urgency(caller.priority))
+        no_logs = any(caller.no_logs for caller in callers)
+        sent = compile_request(item, dataclasses.replace(first, no_logs=no_logs))
+        output = await anext(self._generate(sent))
+        meta = output["meta_info"]
+        reason = meta.get("finish_reason")
+        if isinstance(reason, dict) and reason.get("type") == "abort":
+            raise RuntimeError(str(reason.get("message") or "aborted"))
+        tokens = meta["prompt_tokens"] - meta["cached_tokens"]
+        end = time.perf_counter()
+        if tokens > self._page_size:
+            self._fetching.computed(tokens, end - start)
+        # What ran beside each other took its time once.
+        seconds, self._timed = end - max(start, self._timed), end
+        counts.observe_compile([tokens], [item.segment], seconds, self._page_size)
+        return Got(tokens, dataclasses.replace(why, seconds=why.seconds + end - start))
 
 
 def _made(job: Job | None, *, is_new: bool) -> Made:
@@ -337,4 +343,7 @@ def _made(job: Job | None, *, is_new: bool) -> Made:
     error = job.result.exception()
     if error is not None:
         return Made(FAILED, error=error)
-    return Made(COMPILED, job.result.result()) if is_new else Made(SHARED)
+    tokens, source = job.result.result()
+    if not is_new:
+        return Made(SHARED, source=source)
+    return Made(COMPILED if source.kind == COMPUTED else FETCHED, tokens, source=source)

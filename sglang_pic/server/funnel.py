@@ -24,7 +24,7 @@ from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.runtime_context import get_memory, get_parallel, get_schedule
 
-from sglang_pic.config import EXACT, IDLE, OFF, PicConfig
+from sglang_pic.config import EXACT, IDLE, OFF, PAYS, PicConfig
 from sglang_pic.link.policy import floor_to
 from sglang_pic.server.answers import (
     interleaved,
@@ -38,9 +38,11 @@ from sglang_pic.server.asking import Asking, Generate
 from sglang_pic.server.binding import bind
 from sglang_pic.server.bounds import check_samples
 from sglang_pic.server.cold import Cold
+from sglang_pic.server.commands import command
 from sglang_pic.server.companions import Companions, Maker, WhenAsked, WhenIdle
 from sglang_pic.server.compiler import Compiler, Job
 from sglang_pic.server.exchange import Exchange, current, noting
+from sglang_pic.server.fetching import Fetching, FromStore, NoStore
 from sglang_pic.server.finding import Finding, Found
 from sglang_pic.server.guards import Guards
 from sglang_pic.server.guests import Inviting, Nobody, Own, Shipped
@@ -145,8 +147,19 @@ class Funnel:
         self.wanted = Wanted(self.context, self.config)
         unhooked = type(manager).generate_request.__wrapped__
         urgency_of = functools.partial(urgency, manager)
+        fetching: Fetching = NoStore()
+        if self.config.store is not None:
+            fetching = FromStore(
+                functools.partial(command, manager),
+                lambda space: space.removeprefix(self.wanted.space(None)),
+                len(self.context),
+                lambda: manager.max_req_input_len - 1,
+                self.config.store_timeout_s,
+                always=self.config.store_when != PAYS,
+                ranks=get_parallel().dp_size,
+            )
         self.compiler = Compiler(
-            lambda obj: unhooked(manager, obj), self._queue(), urgency_of, page
+            lambda obj: unhooked(manager, obj), self._queue(), urgency_of, page, fetching
         )
         self.waiting = Waiting(manager, urgency_of)
         self.guards = Guards(manager, self.config, self.context, unhooked)
@@ -184,6 +197,7 @@ class Funnel:
             cold,
             companions,
             LeastWork(ranks) if ranks > 1 else OneRank(),
+            fetching,
         )
 
     def _inviting(self) -> Inviting:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
@@ -16,7 +17,9 @@ from sglang_pic.server.answers import most_tokens_of, report_of, samples_of
 from sglang_pic.server.asking import Asking, Generate
 from sglang_pic.server.cold import FIRST_TIME, Cold
 from sglang_pic.server.companions import Companions
-from sglang_pic.server.compiler import CompileItem, Compiler
+from sglang_pic.server.compiler import Compiler
+from sglang_pic.server.fetching import Fetching
+from sglang_pic.server.items import CompileItem
 from sglang_pic.server.placing import Placing
 from sglang_pic.server.send import set_link
 from sglang_pic.server.waited import Waited
@@ -44,6 +47,7 @@ class Lives:
         cold: Cold,
         companions: Companions,
         placing: Placing,
+        fetching: Fetching,
     ):
         self._manager = manager
         self._config = config
@@ -54,6 +58,7 @@ class Lives:
         self._cold = cold
         self._companions = companions
         self._placing = placing
+        self._fetching = fetching
 
     async def live(
         self,
@@ -74,16 +79,17 @@ class Lives:
             with self._waiting.stay(obj) as stay:
                 outputs, missing = await self._asking.ask(generate, obj, request, ids, link)
                 items = self._wanted.items(obj, ids, link, missing)
-                is_answered = most_tokens_of(obj) != 0
-                if missing and is_answered and self._cold.is_cheaper(ids, link, missing, items):
-                    see = behind.enter_context(self._cold.answered(items, caller_of(obj)))
-                    now = dataclasses.replace(link, off=FIRST_TIME)
-                    set_link(obj, ids, now, strict=False)
-                    outputs = generate(self._manager, obj, request)
-                elif missing:
-                    work = self._compile(obj, missing, items)
+                at_once = most_tokens_of(obj) != 0 and self._is_cheaper(ids, link, missing, items)
+                if missing:
                     try:
-                        waited[index] = await self._waiting.until(stay, obj, request, work)
+                        if at_once and self._fetching.has_store:
+                            known = self._fetching.known(items)
+                            stored = await self._waiting.until(stay, obj, request, known)
+                            rest = list(itertools.compress(items, (not one for one in stored)))
+                            at_once = self._is_cheaper(ids, link, missing, rest)
+                        if not at_once:
+                            work = self._compile(obj, missing, items)
+                            waited[index] = await self._waiting.until(stay, obj, request, work)
                     except Exception as error:
                         samples = samples_of(obj)
                         if samples > 1:
@@ -93,7 +99,10 @@ class Lives:
                             raise
                         outputs = ended(error, samples, stream=obj.stream)
                     else:
-                        set_link(obj, ids, link, strict=False)
+                        if at_once:
+                            see = behind.enter_context(self._cold.answered(items, caller_of(obj)))
+                        off = FIRST_TIME if at_once else link.off
+                        set_link(obj, ids, dataclasses.replace(link, off=off), strict=False)
                         outputs = generate(self._manager, obj, request)
             report: Any = None
             async with contextlib.aclosing(outputs):
@@ -103,6 +112,17 @@ class Lives:
                         self._companions.saw(kind, ids, link, report)
                     see(out)
                     yield out
+
+    def _is_cheaper(
+        self,
+        ids: Sequence[int],
+        link: LinkRequest,
+        missing: Sequence[int],
+        items: Sequence[CompileItem],
+    ) -> bool:
+        """Whether to answer at once a prompt that lacks ``missing``, of which ``items`` would
+        have to be computed."""
+        return bool(missing) and self._cold.is_cheaper(ids, link, missing, items)
 
     async def _compile(
         self, obj: GenerateReqInput, missing: Sequence[int], items: Sequence[CompileItem]

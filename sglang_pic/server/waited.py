@@ -26,12 +26,20 @@ class Waited:
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """``{"tokens_compiled", "waited_s", "waited_for": [{"segment", "outcome"}]}``."""
+        """``{"tokens_compiled", "waited_s", "waited_for": [{"segment", "outcome", "source",
+        "why", "seconds", "bytes"}]}``."""
         return {
             "tokens_compiled": sum(one.tokens for one in self.made),
             "waited_s": round(self.seconds, 4),
             "waited_for": [
-                {"segment": None if i == OPENING else i, "outcome": one.outcome}
+                {
+                    "segment": None if i == OPENING else i,
+                    "outcome": one.outcome,
+                    "source": one.source.kind,
+                    "why": one.source.reason,
+                    "seconds": round(one.source.seconds, 4),
+                    "bytes": one.source.nbytes,
+                }
                 for i, one in zip(self.missing, self.made, strict=True)
             ],
         }

@@ -10,7 +10,8 @@ from sglang_pic.config import PicConfig
 from sglang_pic.forest.keys import namespace
 from sglang_pic.request.base import OPENING, LinkRequest
 from sglang_pic.server.companions import Kind
-from sglang_pic.server.compiler import Caller, CompileItem
+from sglang_pic.server.compiler import Caller
+from sglang_pic.server.items import CompileItem
 from sglang_pic.server.placing import rank_of
 
 

@@ -114,7 +114,8 @@ async def pin_segment(id: Id, body: Pin = FOR_GOOD) -> Any:
     """Keep a segment from eviction, until unpinned or for ``ttl_s`` seconds."""
 
     async def pin() -> dict[str, Any]:
-        return merge(await tell("pin", id=id, cache_salt=body.cache_salt))
+        lasting = body.ttl_s is None
+        return merge(await tell("pin", id=id, lasting=lasting, cache_salt=body.cache_salt))
 
     return orjson_response(await pins.pin(id, body.cache_salt, body.ttl_s, pin))
 

@@ -111,6 +111,16 @@ class Budgets(Answer):
     ranks: list[RankBudgets]
 
 
+class StoreStats(Answer):
+    waiting_bytes: int = Field(description="copied, and not written yet")
+    reading_bytes: int = Field(description="being read, or not yet in pages")
+    written: int = Field(description="values that the store has taken")
+    written_bytes: int
+    present: int = Field(description="values that it had already")
+    dropped: int = Field(description="values not written: too much waited")
+    failed: dict[str, int] = Field(description="values that it did not take, by reason")
+
+
 class RankStats(RankBudgets):
     clock: int
     segments: int
@@ -124,6 +134,7 @@ class RankStats(RankBudgets):
     )
     evicted: dict[str, int] = Field(description="since start: tokens, of states their number")
     refused: dict[str, int] = Field(description="since start, by what refused")
+    store: StoreStats = Field(description="since start; zeros without a store")
     fallback_evictions: int
     faults: dict[str, int] = Field(description="contained since start, by place")
 

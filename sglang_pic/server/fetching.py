@@ -1,0 +1,291 @@
+"""Segments that the store has: asked for ahead, waited for, linked without a compile.
+
+The scheduler's process reads them (``manage.incoming``); here it is told to begin, and
+asked until they have come. What is asked for in one turn of the loop goes in one command,
+as far as one prompt may be long. Nothing here raises: what does not come is compiled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol
+
+from cachetools import TTLCache
+
+from sglang_pic.forest.keys import segment_id
+from sglang_pic.server.items import CompileItem
+from sglang_pic.server.sources import (
+    ADAPTER,
+    COMPUTED,
+    HELD,
+    IN_STORE,
+    LATE,
+    NO_SEGMENT,
+    STORE,
+    BackOff,
+    Pace,
+    Source,
+    source_of,
+)
+
+logger = logging.getLogger(__name__)
+
+# ``command`` of one server: its name, then its fields.
+Command = Callable[..., Awaitable[list[Any]]]
+
+# Between two questions, at first and at most.
+FIRST_S, MOST_S = 0.002, 0.05
+# What has come is remembered for who will ask for it: so many, so long.
+MOST_EARLY, EARLY_S = 4096, 5.0
+# Segments of one command.
+MOST_OF_ONE = 128
+# How long a request that may be answered exactly waits to learn what the store has.
+KNOWN_S = 0.25
+
+
+class Fetching(Protocol):
+    """Gets segments from a store.
+
+    ``has_store``: whether there is one.
+    """
+
+    has_store: bool
+
+    async def known(self, items: Sequence[CompileItem]) -> list[bool]:
+        """Which of these the store has, and will most likely give; those are read from now
+        on. Waits only for a moment."""
+        ...
+
+    async def fetch(self, item: CompileItem) -> Source:
+        """Where one comes from: of the store it is held now, else it is to be computed."""
+        ...
+
+    def computed(self, tokens: int, seconds: float) -> None:
+        """A compile of so many tokens took so long."""
+        ...
+
+
+class NoStore:
+    """There is none."""
+
+    has_store = False
+
+    async def known(self, items: Sequence[CompileItem]) -> list[bool]:
+        return [False] * len(items)
+
+    async def fetch(self, item: CompileItem) -> Source:
+        return Source()
+
+    def computed(self, tokens: int, seconds: float) -> None:
+        pass
+
+
+@dataclasses.dataclass(eq=False)
+class _Coming:
+    """One segment that is read: who waits for it waits for ``known``, whether the store has
+    it, or for ``source``, of which somebody has asked (``is_awaited``)."""
+
+    item: CompileItem
+    name: str
+    begun: float
+    known: asyncio.Future[bool]
+    source: asyncio.Future[Source]
+    is_awaited: bool = False
+
+
+class FromStore:
+    """Asks one server's schedulers.
+
+    Args:
+        command: sends commands to them (``server.commands``), its manager bound.
+        tenant_of: the salt of a client, of a namespace.
+        context: tokens of the compile context.
+        longest: tokens that one command's prompt may have.
+        timeout_s: how long a segment is waited for.
+        always: read what is there whatever that takes.
+        ranks: of data parallelism.
+    """
+
+    has_store = True
+
+    def __init__(
+        self,
+        command: Command,
+        tenant_of: Callable[[str], str],
+        context: int,
+        longest: Callable[[], int],
+        timeout_s: float,
+        always: bool = False,
+        ranks: int = 1,
+    ):
+        self._ranks = ranks
+        self._always = always
+        self._command = command
+        self._tenant_of = tenant_of
+        self._context = context
+        self._longest = longest
+        self._timeout_s = timeout_s
+        self._reading, self._computing = Pace(), Pace()
+        self._back_off = BackOff()
+        self._coming: dict[CompileItem, _Coming] = {}
+        # Came before anybody waited for it, and will be asked for in a moment.
+        self._early: TTLCache[CompileItem, Source] = TTLCache(MOST_EARLY, EARLY_S)
+        # Asked for in this turn of the loop.
+        self._asked: list[_Coming] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def computed(self, tokens: int, seconds: float) -> None:
+        self._computing.see(tokens, seconds)
+
+    async def known(self, items: Sequence[CompileItem]) -> list[bool]:
+        coming = [self._begin(item) for item in items]
+        waits = [one.known for one in coming if isinstance(one, _Coming)]
+        if waits:
+            await asyncio.wait(waits, timeout=KNOWN_S)
+        return [
+            isinstance(one, _Coming) and one.known.done() and one.known.result() for one in coming
+        ]
+
+    async def fetch(self, item: CompileItem) -> Source:
+        early = self._early.pop(item, None)
+        if early is not None:
+            return early
+        coming = self._begin(item)
+        if isinstance(coming, _Coming):
+            coming.is_awaited = True
+            # Who leaves must not take it from the others.
+            return await asyncio.shield(coming.source)
+        return coming
+
+    def _begin(self, item: CompileItem) -> _Coming | Source:
+        """One that is on its way, or why it is not."""
+        coming = self._coming.get(item)
+        if coming is not None:
+            return coming
+        kind, reason = source_of(
+            len(item.ids),
+            refusal=self._refusal(item),
+            backs_off=self._back_off.is_on,
+            always=self._always,
+            reading=self._reading,
+            computing=self._computing,
+        )
+        if kind != STORE:
+            return Source(kind, reason)
+        name = segment_id(item.salt or "", item.extra_key, item.ids[self._context :])
+        loop = asyncio.get_running_loop()
+        coming = _Coming(item, name, time.monotonic(), loop.create_future(), loop.create_future())
+        self._coming[item] = coming
+        if not self._asked:
+            loop.call_soon(self._send)
+        self._asked.append(coming)
+        return coming
+
+    def _send(self) -> None:
+        """Begin all that was asked for, in as few commands as may be."""
+        asked, self._asked = self._asked, []
+        groups: dict[Any, list[_Coming]] = {}
+        for coming in asked:
+            item = coming.item
+            groups.setdefault((item.salt, item.rank, item.seams, item.named), []).append(coming)
+        for alike in groups.values():
+            batch: list[_Coming] = []
+            tokens = 0
+            for coming in alike:
+                more = len(coming.item.ids)
+                if batch and (tokens + more > self._longest() or len(batch) == MOST_OF_ONE):
+                    self._start(batch)
+                    batch, tokens = [], 0
+                batch.append(coming)
+                tokens += more
+            self._start(batch)
+
+    def _start(self, batch: list[_Coming]) -> None:
+        task = asyncio.get_running_loop().create_task(self._run(batch))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, batch: Sequence[_Coming]) -> None:
+        """Have one batch read, and settle each of it when it has come or will not."""
+        first = batch[0].item
+        where = {"cache_salt": self._tenant_of(first.salt or "") or None, "rank": first.rank}
+        left = {coming.name: coming for coming in batch}
+        reason = LATE
+        try:
+            await self._command(
+                "fetch",
+                ids=[token for coming in batch for token in coming.item.ids],
+                lengths=[len(coming.item.ids) for coming in batch],
+                seam=first.seams[0],
+                named=first.named,
+                **where,
+            )
+            await self._follow(left, where)
+        except Exception as error:
+            logger.warning("sglang_pic: the store was not asked: %s", error)
+            reason = "store_not_asked"
+        finally:
+            dropped = list(left)
+            for coming in list(left.values()):
+                self._settle(coming, Source(COMPUTED, reason, time.monotonic() - coming.begun))
+        if dropped:
+            # A slow store is as bad as none.
+            self._back_off.failed()
+            try:
+                await self._command("fetched", segments=dropped, drop=True, **where)
+            except Exception as error:
+                logger.warning("sglang_pic: what the store is late with was kept: %s", error)
+
+    async def _follow(self, left: dict[str, _Coming], where: dict[str, Any]) -> None:
+        """Ask until all have come, or it is too late for the rest."""
+        end = time.monotonic() + self._timeout_s
+        pause = FIRST_S
+        while left and time.monotonic() < end:
+            await asyncio.sleep(pause)
+            pause = min(MOST_S, 1.5 * pause)
+            names = list(left)
+            (told,) = await self._command("fetched", segments=names, **where)
+            for name, one in zip(names, told["segments"], strict=True):
+                coming, state = left[name], one["state"]
+                if state == "looking":
+                    continue
+                if not coming.known.done():
+                    coming.known.set_result(state in ("coming", "here"))
+                if state in ("here", "gone"):
+                    del left[name]
+                    self._settle(coming, self._source(coming, one))
+
+    def _source(self, coming: _Coming, one: dict[str, Any]) -> Source:
+        seconds = time.monotonic() - coming.begun
+        if one["state"] == "here":
+            if one["reason"] is None:
+                self._reading.see(len(coming.item.ids), seconds)
+            self._back_off.worked()
+            if one["reason"] is not None:
+                return Source(HELD, one["reason"], seconds)
+            return Source(STORE, IN_STORE, seconds, one["bytes"])
+        if one["reason"] in ("store_failed", "store_refused"):
+            self._back_off.failed()
+        elif one["reason"] == "not_in_store":
+            self._back_off.worked()
+        return Source(COMPUTED, one["reason"], seconds, one["bytes"])
+
+    def _refusal(self, item: CompileItem) -> str | None:
+        """Why one cannot be in the store, or nobody knows for which rank it would be."""
+        if not item.segment or item.company or len(item.seams) != 1:
+            return NO_SEGMENT
+        if item.rank is None and self._ranks > 1:
+            return NO_SEGMENT
+        return ADAPTER if item.extra_key or item.lora_path else None
+
+    def _settle(self, coming: _Coming, source: Source) -> None:
+        del self._coming[coming.item]
+        if not coming.known.done():
+            coming.known.set_result(False)
+        coming.source.set_result(source)
+        if not coming.is_awaited:
+            self._early[coming.item] = source

@@ -1,0 +1,1 @@
+"""Segments as values, and the stores that keep them."""

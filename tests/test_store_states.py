@@ -1,0 +1,145 @@
+"""A hybrid's segments as values: one for each seam width, checked before they are held."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_pic.config import PicConfig
+from sglang_pic.forest.cost import PrefillCost
+from sglang_pic.kernels.operators.pair import Pair
+from sglang_pic.linear.carried import LinearStates
+from sglang_pic.linear.state import LinearShape
+from sglang_pic.manage.outgoing import by_head
+from sglang_pic.store.value import BadValue, Codec, SavedSegment
+
+OWNER = ("space", "")
+PATH = array("q", range(100))
+CODEC = Codec({"weights": "a"})
+
+
+def states_of(scalar: bool) -> LinearStates:
+    return LinearStates(
+        PicConfig(state_mib=4),
+        context=0,
+        page=16,
+        shape=LinearShape(2, 4, 16, 8, 6, 3, scalar),
+        cost=PrefillCost(1.0, 1.0, 16),
+        rows=None,
+        device="cpu",
+        is_exact=False,
+        by_shape=False,
+        ending=lambda node, until: (),
+        on_evict=lambda name: None,
+        on_shortage=lambda: None,
+    )
+
+
+def compiled(scalar: bool) -> LinearStates:
+    """One that holds a segment for links of the seams 16 and 32."""
+    torch.manual_seed(0)
+    states = states_of(scalar)
+    operators = torch.randn(2, 4) if scalar else torch.randn(2, 4, 16, 16)
+    pair = Pair(operators, torch.randn(2, 4, 16, 8))
+    tail, end = torch.randn(2, 6, 3), torch.randn(2, 4, 16, 8)
+    for (head,) in (states.heads(100, 16), states.heads(100, 32)):
+        states.store.add(
+            "s", OWNER, core_end=96, conv_tail=tail, end=end, pairs={head: pair}, cost=1.0
+        )
+    return states
+
+
+def values_of(states: LinearStates) -> list[tuple[str, Any]]:
+    found = []
+    for head, tensors in by_head(states.tensors("s")):
+        kept = {name: one.cpu() for name, one in tensors.items()}
+        saved = SavedSegment(PATH, None, "space", 3, kept, states.core_end("s", OWNER), head)
+        name = CODEC.name("space", PATH, head)
+        found.append((name, CODEC.encode(name, saved)))
+    return found
+
+
+def adopt(states: LinearStates, saved: SavedSegment, name: str = "s") -> bool:
+    states.check_saved(saved, 100)
+    return states.adopt(name, saved, cost=1.0, uses=1, offer=True, evict=True)
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+def test_states_come_back_seam_by_seam(scalar: bool) -> None:
+    one, other = compiled(scalar), states_of(scalar)
+    values = values_of(one)
+    assert len({name for name, _ in values}) == 2
+    for i, (name, value) in enumerate(values):
+        # A store's memory may begin anywhere, and is not kept.
+        moved = bytearray(len(value) + 1)
+        moved[1:] = value.tobytes()
+        saved = CODEC.decode(memoryview(moved)[1:], name, salt="space", path=PATH)
+        assert adopt(other, saved)
+        moved[:] = bytes(len(moved))
+        held = other.store.find("s", OWNER)
+        assert held is not None and len(held.pairs) == i + 1
+        assert all(pair.places().any() for pair in held.pairs.values())
+    for seam in (16, 32):
+        core = (*one.heads(100, seam), 96)
+        for opening in (False, True):
+            (mine, _), (theirs, miss) = (
+                states.of_core("s", OWNER, core, opening=opening) for states in (one, other)
+            )
+            assert miss is None and mine is not None and theirs is not None
+            assert torch.equal(mine.conv_tail, theirs.conv_tail)
+            if opening:
+                assert torch.equal(mine.end, theirs.end)
+            else:
+                a, b = mine.pair.unpack(), theirs.pair.unpack()
+                assert torch.equal(a.A, b.A) and torch.equal(a.B, b.B)
+    other.check()
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+def test_states_of_other_shapes_are_refused(scalar: bool) -> None:
+    states = states_of(scalar)
+    name, value = values_of(compiled(scalar))[0]
+    saved = CODEC.decode(value, name, salt="space")
+    (head,) = saved.heads
+    good = dict(saved.tensors)
+
+    def refused(**changes: Any) -> None:
+        made = {**vars(saved), "tensors": good, **changes}
+        with pytest.raises(BadValue) as error:
+            adopt(states, SavedSegment(**made))
+        assert error.value.reason == "other_shape"
+
+    refused(core_end=80)
+    refused(core_end=None)
+    refused(heads=())
+    refused(heads=(head, head + 16))
+    refused(tensors={**good, "more": torch.zeros(1)})
+    for key, one in good.items():
+        refused(tensors={other: t for other, t in good.items() if other != key})
+        refused(tensors={**good, key: one[..., :-1]})
+        refused(tensors={**good, key: one.to(torch.int32)})
+    if not scalar:
+        for kept in ([-1], [8], [3, 3]):
+            of = torch.tensor(kept)
+            operators = good[f"pair.{head}.operator"][: len(kept)]
+            changed = {f"pair.{head}.kept": of, f"pair.{head}.operator": operators}
+            refused(tensors={**good, **changed})
+    assert states.nbytes_of("s") == 0
+    assert adopt(states, saved)
+
+
+def test_states_take_the_place_of_others_only_if_they_may() -> None:
+    states, source = states_of(False), compiled(False)
+    name, value = values_of(source)[0]
+    saved = CODEC.decode(value, name, salt="space")
+    states.store.budget = 2 * source.nbytes_of("s") // 2 + 100
+    assert adopt(states, saved, "first")
+    kept = {**vars(saved)}
+    again = SavedSegment(**kept)
+    assert not states.adopt("second", again, cost=1.0, uses=1, offer=True, evict=False)
+    assert states.adopt("second", again, cost=1.0, uses=1, offer=True, evict=True)
+    assert states.nbytes_of("first") == 0
+    states.check()
