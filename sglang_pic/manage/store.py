@@ -14,6 +14,7 @@ from collections.abc import Collection
 from typing import Any
 
 from sglang_pic import __version__
+from sglang_pic.attention.latent import stored
 from sglang_pic.errors import PicRefused
 from sglang_pic.forest import files
 from sglang_pic.forest.consensus import ALONE, Group
@@ -90,8 +91,9 @@ class Store:
                 slots = forest.holder.slots(record)
                 tensors = forest.carried.tensors(record.id)
                 for layer in self._layers:
-                    tensors[f"k.{layer}"] = self._pool.get_key_buffer(layer)[slots]
-                    tensors[f"v.{layer}"] = self._pool.get_value_buffer(layer)[slots]
+                    keys, values = stored(self._pool, layer)
+                    tensors[f"k.{layer}"] = keys[slots]
+                    tensors[f"v.{layer}"] = values[slots]
                 saved = files.SavedSegment(
                     record.path, record.extra_key, record.salt, record.hits, tensors,
                     forest.carried.core_end(record.id, record.owner),
@@ -156,10 +158,8 @@ class Store:
     def _check(self, saved: files.SavedSegment) -> None:
         held = floor_to(len(saved.path), self._forest.pages.page_size)
         for layer in self._layers:
-            for name, buffer in (
-                (f"k.{layer}", self._pool.get_key_buffer(layer)),
-                (f"v.{layer}", self._pool.get_value_buffer(layer)),
-            ):
+            keys, values = stored(self._pool, layer)
+            for name, buffer in ((f"k.{layer}", keys), (f"v.{layer}", values)):
                 if name not in saved.tensors or saved.tensors[name].shape != (
                     held,
                     *buffer.shape[1:],
@@ -174,7 +174,7 @@ class Store:
             return False
         tokens, slots = empty
         for layer in self._layers:
-            keys, values = self._pool.get_key_buffer(layer), self._pool.get_value_buffer(layer)
+            keys, values = stored(self._pool, layer)
             keys[slots] = saved.tensors[f"k.{layer}"][tokens.cpu()].to(keys.device)
             values[slots] = saved.tensors[f"v.{layer}"][tokens.cpu()].to(values.device)
         return True
