@@ -11,6 +11,8 @@ from typing import Any
 from tiny_models import (
     tiny_hybrid,
     tiny_hybrid_model,
+    tiny_kimi,
+    tiny_kimi_model,
     tiny_mamba2,
     tiny_mamba2_model,
     tiny_mla,
@@ -77,5 +79,6 @@ def _latent(kind: str) -> Family:
 FAMILIES = {
     **{kind: _latent(kind) for kind in ("deepseek_v2", "deepseek_v2_yarn")},
     **{kind: _delta(kind) for kind in ("qwen3_5", "qwen3_5_moe", "qwen3_next")},
+    "kimi": Family(tiny_kimi, functools.cache(tiny_kimi_model), hybrid.linked_logprobs),
     **{kind: _mamba2(kind) for kind in ("granite", "falcon_h1", "nemotron_h")},
 }
