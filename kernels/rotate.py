@@ -14,10 +14,12 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class LayerRope:
-    """Rotation of one layer: its table as in ``angles``, its layout as in ``rotate``."""
+    """Rotation of one layer: its table as in ``angles``, its layout, and the first of the
+    channels that are turned, as in ``rotate``."""
 
     cos_sin_cache: torch.Tensor
     neox: bool
+    first: int = 0
 
 
 def angles(cos_sin_cache: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,19 +40,23 @@ def angles(cos_sin_cache: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Te
     return cos / norm, sin / norm * torch.sign(offsets)[:, None]
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, neox: bool) -> torch.Tensor:
-    """Rotate the first ``rotary_dim`` channels of every head.
+def rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, neox: bool, first: int = 0
+) -> torch.Tensor:
+    """Rotate ``rotary_dim`` channels of every head.
 
     Args:
         x: [n, heads, head_dim].
         cos, sin: float32 [n, rotary_dim / 2], from ``angles``.
         neox: halves layout (GPT-NeoX) if true, interleaved pairs (GPT-J) if not.
+        first: of the channels.
 
     Returns:
         [n, heads, head_dim] in the dtype of ``x``; arithmetic in float32.
     """
     half = cos.shape[-1]
-    turned, rest = x[..., : 2 * half].float(), x[..., 2 * half :]
+    last = first + 2 * half
+    before, turned, rest = x[..., :first], x[..., first:last].float(), x[..., last:]
     cos, sin = cos[:, None], sin[:, None]
     if neox:
         a, b = turned.chunk(2, dim=-1)
@@ -58,7 +64,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, neox: bool)
     else:
         a, b = turned[..., 0::2], turned[..., 1::2]
         out = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-    return torch.cat([out.to(x.dtype), rest], dim=-1)
+    return torch.cat([before, out.to(x.dtype), rest], dim=-1)
 
 
 def gather_rotate(

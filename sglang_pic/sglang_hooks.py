@@ -436,10 +436,21 @@ def _install_cpu_kernels() -> None:
 
     if not isinstance(current_platform, PlainCpuPlatform):
         return
-    from sglang_pic.platforms import linear_kernels, mamba2_kernels, sampling_kernels
+    from sglang_pic.platforms import (
+        latent_attention,
+        linear_kernels,
+        mamba2_kernels,
+        sampling_kernels,
+    )
 
     mamba2_kernels.bind()
-    kernels = linear_kernels.KERNELS | mamba2_kernels.KERNELS | sampling_kernels.KERNELS
+    latent_attention.register()
+    kernels = (
+        linear_kernels.KERNELS
+        | mamba2_kernels.KERNELS
+        | sampling_kernels.KERNELS
+        | latent_attention.KERNELS
+    )
     for target, function in kernels.items():
         names = list(inspect.signature(function).parameters.values())
         named = tuple(p.name for p in names if p.kind is not inspect.Parameter.VAR_KEYWORD)
@@ -447,15 +458,16 @@ def _install_cpu_kernels() -> None:
         HookRegistry.register(target, function, HookType.REPLACE)
 
 
-# By the name of what each stands in front of.
+# By the name of what each stands in front of; those of them that link latent attention.
 _BACKENDS = {
     "torch_native": "sglang_pic.attention.torch_native:PicTorchNativeBackend",
     "triton": "sglang_pic.attention.triton:PicTritonBackend",
     "flashinfer": "sglang_pic.attention.flashinfer:PicFlashInferBackend",
 }
+_LATENT = {"torch_native"}
 
 
-def _in_front(stock: Callable[[Any], Any], ours: str) -> Callable[[Any], Any]:
+def _in_front(name: str, stock: Callable[[Any], Any], ours: str) -> Callable[[Any], Any]:
     """SGLang's attention backend, or ours where the cache is ours and may link."""
 
     @functools.wraps(stock)
@@ -464,7 +476,7 @@ def _in_front(stock: Callable[[Any], Any], ours: str) -> Callable[[Any], Any]:
 
         if (
             get_memory().radix_cache_backend != CACHE_BACKEND
-            or runner.use_mla_backend
+            or (runner.use_mla_backend and name not in _LATENT)
             or runner.model_config.is_encoder_decoder
             or not runner.spec_algorithm.is_none()
         ):
@@ -488,7 +500,7 @@ def _register_backends() -> None:
             CACHE_BACKEND, lambda ctx: build_cache(ctx, unhooked=engine_refusal())
         )
         for name, ours in _BACKENDS.items():
-            ATTENTION_BACKENDS[name] = _in_front(ATTENTION_BACKENDS[name], ours)
+            ATTENTION_BACKENDS[name] = _in_front(name, ATTENTION_BACKENDS[name], ours)
 
 
 def engine_refusal() -> str | None:

@@ -8,10 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tiny_models import tiny_hybrid, tiny_hybrid_model, tiny_mamba2, tiny_mamba2_model
+from tiny_models import (
+    tiny_hybrid,
+    tiny_hybrid_model,
+    tiny_kimi,
+    tiny_kimi_model,
+    tiny_mamba2,
+    tiny_mamba2_model,
+    tiny_mla,
+    tiny_mla_model,
+)
 from torch import Tensor
 
-from sglang_pic.eval.oracle import hybrid, mamba2
+from sglang_pic.eval.oracle import dense, hybrid, mamba2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +31,13 @@ class Family:
         save: writes it below a directory, and returns where.
         model: the same model, in transformers.
         oracle: ``linked_logprobs`` of the family's oracle.
+        linear: whether it has linear layers.
     """
 
     save: Callable[[Path], Path]
     model: Callable[[], Any]
     oracle: Callable[..., Tensor]
+    linear: bool = True
 
     def linked(self, ids: Any, segments: Any, **where: Any) -> Tensor:
         return self.oracle(self.model(), ids, segments, **where)
@@ -48,7 +59,26 @@ def _mamba2(kind: str) -> Family:
     )
 
 
+def _full_attention(
+    model: Any, ids: Any, segments: Any, *, forced: Any, state: str, **layout: Any
+) -> Tensor:
+    """The dense oracle; without linear layers there is no ``state``."""
+    made = dense.linked_logprobs(model, ids, segments, n_new=len(forced), forced=forced, **layout)
+    return made.full_logprobs
+
+
+def _latent(kind: str) -> Family:
+    return Family(
+        functools.partial(tiny_mla, kind=kind),
+        functools.cache(functools.partial(tiny_mla_model, kind)),
+        _full_attention,
+        linear=False,
+    )
+
+
 FAMILIES = {
+    **{kind: _latent(kind) for kind in ("deepseek_v2", "deepseek_v2_yarn")},
     **{kind: _delta(kind) for kind in ("qwen3_5", "qwen3_5_moe", "qwen3_next")},
+    "kimi": Family(tiny_kimi, functools.cache(tiny_kimi_model), hybrid.linked_logprobs),
     **{kind: _mamba2(kind) for kind in ("granite", "falcon_h1", "nemotron_h")},
 }

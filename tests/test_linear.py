@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_pic.kernels.operators.pair import Pair
-from sglang_pic.linear import gdn, packed
+from sglang_pic.linear import delta, gdn, packed
 from sglang_pic.linear.capture import Capture, CaptureRow, build_capture
 from sglang_pic.linear.state import CoreState, LinearShape, StateStore
 from sglang_pic.linear.step import LinkRow, build_link, has_core, runs_of
@@ -29,7 +29,6 @@ HEADS, KEY_HEADS, DK, DV = 4, 2, 8, 6
 CHANNELS = 2 * KEY_HEADS * DK + HEADS * DV
 SHAPE = LinearShape(1, HEADS, DK, DV, CHANNELS, 3, scalar=False)
 CPU = torch.device("cpu")
-Backend = gdn.PicGDNBackend
 
 
 @pytest.fixture(autouse=True)
@@ -88,9 +87,9 @@ def single_pass(layer: Any, tokens: Sequence[int]) -> tuple[torch.Tensor, ...]:
     """Outputs of all tokens, end state and convolution history."""
     x, a, b = inputs_of(tokens)
     conv, states = pools(1)
-    q, k, v = gdn._convolve(layer, x, conv, [len(tokens)])
+    q, k, v = delta.split_convolved(layer, x, conv, [len(tokens)])
     g, beta = gdn.gating.fused_gdn_gating(layer.A_log, a, b, layer.dt_bias)
-    return gdn._walk(q, k, v, g, beta, states, [len(tokens)])[0], states[0], conv[0]
+    return gdn._walk(layer, q, k, v, g, beta, states, [len(tokens)])[0], states[0], conv[0]
 
 
 def compile_segments(
@@ -114,13 +113,13 @@ def compile_segments(
         x, a, b = inputs_of([token for _, part in parts for token in part])
         step = build_capture(rows, torch.arange(len(segments)))
         if step is not None:
-            Backend._capture(None, step, 0, layer, x, a, b, conv, states)
+            delta.capture(gdn.RULE, step, 0, layer, x, a, b, conv, states)
         at = 0
         for i, part in parts:  # the requests' own pass
             own = slice(at, at + len(part))
-            q, k, v = gdn._convolve(layer, x[own], conv[i : i + 1], [len(part)])
+            q, k, v = delta.split_convolved(layer, x[own], conv[i : i + 1], [len(part)])
             g, beta = gdn.gating.fused_gdn_gating(layer.A_log, a[own], b[own], layer.dt_bias)
-            gdn._walk(q, k, v, g, beta, states[i : i + 1], [len(part)])
+            gdn._walk(layer, q, k, v, g, beta, states[i : i + 1], [len(part)])
             at += len(part)
     return captures
 
@@ -219,8 +218,8 @@ def test_a_link_equals_a_single_pass(
             one = dataclasses.replace(row, first_query=0)
             own = slice(row.first_query, row.first_query + row.extend)
             if step is None and has_core(row.plan, row.prefix, row.extend):
-                out = Backend._link(
-                    None,
+                out = delta.link(
+                    gdn.RULE,
                     build_link([one], SHAPE, torch.arange(len(made))),
                     0,
                     layer,
@@ -232,13 +231,13 @@ def test_a_link_equals_a_single_pass(
                 )
                 outputs[i].append(out[0])
             elif step is None:
-                q, k, v = gdn._convolve(layer, x[own], conv[i : i + 1], [row.extend])
+                q, k, v = delta.split_convolved(layer, x[own], conv[i : i + 1], [row.extend])
                 g, beta = gdn.gating.fused_gdn_gating(layer.A_log, a[own], b[own], layer.dt_bias)
-                out = gdn._walk(q, k, v, g, beta, states[i : i + 1], [row.extend])
+                out = gdn._walk(layer, q, k, v, g, beta, states[i : i + 1], [row.extend])
                 outputs[i].append(out[0])
             done[i] += row.extend
         if step is not None:
-            out = Backend._link(None, step, 0, layer, x, a, b, conv, states)[0]
+            out = delta.link(gdn.RULE, step, 0, layer, x, a, b, conv, states)[0]
             for i, row in linked:
                 outputs[i].append(out[row.first_query : row.first_query + row.extend])
     for i, (tokens, plan) in enumerate(made):
@@ -267,8 +266,8 @@ def test_kernel_calls_do_not_grow(calls: dict[str, int], requests: int, segments
     ]
     conv, states = pools(requests)
     calls.update(chunk=0, conv=0, gating=0)
-    Backend._link(
-        None, build_link(rows, SHAPE, torch.arange(requests)), 0, layer, x, a, b, conv, states
+    delta.link(
+        gdn.RULE, build_link(rows, SHAPE, torch.arange(requests)), 0, layer, x, a, b, conv, states
     )
     assert calls == {"chunk": 2, "conv": 1, "gating": 1}
 

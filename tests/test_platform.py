@@ -104,7 +104,7 @@ load_plugins()
 
 import functools, inspect, pkgutil
 from sglang_pic import sglang_hooks
-from sglang_pic.platforms import linear_kernels, mamba2_kernels, sampling_kernels
+from sglang_pic.platforms import latent_attention, linear_kernels, mamba2_kernels, sampling_kernels
 pairs = [(f"torch.{n}", old, getattr(torch, n)) for n, old in stock.items()]
 pairs += [(f"Tensor.{n}", old, getattr(torch.Tensor, n)) for n, old in methods.items()]
 pairs = [pair for pair in pairs if callable(pair[1]) and pair[1] is not pair[2]]
@@ -112,6 +112,7 @@ replaced = {name for name, *_ in pairs}
 assert {"torch.get_device_module", "torch.tensor", "Tensor.pin_memory"} <= replaced, replaced
 hooks = [hook.target for hook in (*sglang_hooks.ENGINE_HOOKS, *sglang_hooks.FRONT_HOOKS)]
 kernels = linear_kernels.KERNELS | mamba2_kernels.KERNELS | sampling_kernels.KERNELS
+kernels |= latent_attention.KERNELS
 for target in (*hooks, *kernels):
     found = pkgutil.resolve_name(target)
     pairs.append((target, found.__wrapped__, found))

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
     FalconH1Config,
     FalconH1ForCausalLM,
+    KimiLinearConfig,
+    KimiLinearForCausalLM,
     NemotronHConfig,
     NemotronHForCausalLM,
     PreTrainedModel,
@@ -70,6 +75,113 @@ def tiny_hybrid(tmp_dir: str | Path, kind: str, seed: int = 0) -> Path:
     model = tiny_hybrid_model(kind, seed)
     model.config.full_attention_interval = 2
     model.save_pretrained(path)
+    return path
+
+
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 1024,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.9,
+}
+
+
+def tiny_mla_model(kind: str, seed: int = 0) -> PreTrainedModel:
+    """Random model with latent attention, float32, two layers.
+
+    ``kind`` is ``deepseek_v2``, whose second layer has experts, or ``deepseek_v2_yarn``:
+    queries by a low rank too, positions stretched, so that scores are scaled by more than
+    the dimension.
+    """
+    config = {
+        **COMMON,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": None,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 24,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "n_group": 1,
+        "topk_group": 1,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        # SGLang reads what only the published configurations have.
+        "moe_layer_freq": 1,
+        "scoring_func": "softmax",
+    }
+    if kind == "deepseek_v2_yarn":
+        config["first_k_dense_replace"] = 2
+        config["q_lora_rank"] = 48
+        config["rope_parameters"] = _YARN
+    return randomize(DeepseekV2ForCausalLM(DeepseekV2Config(**config)), seed)
+
+
+def tiny_mla(tmp_dir: str | Path, kind: str, seed: int = 0) -> Path:
+    """Save a random model with latent attention."""
+    path = Path(tmp_dir) / f"tiny-{kind}-{seed}"
+    tiny_mla_model(kind, seed).save_pretrained(path)
+    return path
+
+
+_KIMI = {
+    **COMMON,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "mlp_layer_types": ["dense"] * 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
+    "rms_norm_eps": 1e-5,
+    "linear_head_dim": 16,
+    "linear_num_heads": 4,
+    "linear_conv_kernel_dim": 4,
+}
+
+
+def tiny_kimi_model(seed: int = 0) -> PreTrainedModel:
+    """Random Kimi Linear, float32: a KDA layer, latent attention without positions,
+    twice; gates as in ``tiny_hybrid_model``."""
+    model = randomize(KimiLinearForCausalLM(KimiLinearConfig(**_KIMI)), seed)
+    for layer in model.model.layers[1::2]:
+        # SGLang takes the configured one here, transformers 1e-6.
+        layer.self_attn.kv_a_layernorm.variance_epsilon = 1e-5
+    return model
+
+
+def tiny_kimi(tmp_dir: str | Path, seed: int = 0) -> Path:
+    """Save a random Kimi Linear, its configuration as published ones are."""
+    path = Path(tmp_dir) / f"tiny-kimi-{seed}"
+    tiny_kimi_model(seed).save_pretrained(path)
+    weights = load_file(path / "model.safetensors")
+    # Transformers names dense layers as if they had experts.
+    named = {name.replace("block_sparse_moe", "mlp"): weight for name, weight in weights.items()}
+    save_file(named, path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    config["linear_attn_config"] = {
+        "kda_layers": [1, 3],
+        "full_attn_layers": [2, 4],
+        "head_dim": config["linear_head_dim"],
+        "num_heads": config["linear_num_heads"],
+        "short_conv_kernel_size": config["linear_conv_kernel_dim"],
+    }
+    config |= {"num_experts": None, "mla_use_nope": True}
+    (path / "config.json").write_text(json.dumps(config))
     return path
 
 

@@ -119,36 +119,54 @@ def _convolve(layer: Any, x: Tensor) -> Tensor:
     return F.silu(sum(taps))
 
 
+def _normal(t: Tensor, dim: int) -> Tensor:
+    t = t.unflatten(-1, (-1, dim))
+    return t / (t.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
 def _split(layer: Any, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Convolved rows to q, k [n, value heads, dk] and v [n, value heads, dv]."""
     q, k, v = y.split([layer.key_dim, layer.key_dim, layer.value_dim], -1)
-    group = layer.num_v_heads // layer.num_k_heads
-
-    def normal(t: Tensor) -> Tensor:
-        t = t.unflatten(-1, (-1, layer.head_k_dim))
-        t = t / (t.square().sum(-1, keepdim=True) + 1e-6).sqrt()
-        return t.repeat_interleave(group, 1)
-
-    return normal(q) * layer.head_k_dim**-0.5, normal(k), v.unflatten(-1, (-1, layer.head_v_dim))
+    group, dk = layer.num_v_heads // layer.num_k_heads, layer.head_k_dim
+    q, k = (_normal(t, dk).repeat_interleave(group, 1) for t in (q, k))
+    return q * dk**-0.5, k, v.unflatten(-1, (-1, layer.head_v_dim))
 
 
 def _recur(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, resets: frozenset[int]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Gated delta rule, float64; the state is forgotten in front of ``resets``.
-    Outputs [tokens, heads, dv] and the state [heads, dk, dv] behind each token."""
+    """Gated delta rule, float64, with a decay ``g`` a head or a channel; the state is
+    forgotten in front of ``resets``. Outputs [tokens, heads, dv] and the state [heads, dk,
+    dv] behind each token."""
     q, k, v, g, beta = (t.double() for t in (q, k, v, g, beta))
     state = k.new_zeros((k.shape[1], k.shape[2], v.shape[2]))
     outputs, states = [], []
     for t in range(len(k)):
         if t in resets:
             state = torch.zeros_like(state)
-        state = state * g[t].exp()[:, None, None]
+        state = state * g[t].exp().reshape(g.shape[1], -1, 1)
         error = beta[t][:, None] * (v[t] - torch.einsum("hk,hkv->hv", k[t], state))
         state = state + k[t][:, :, None] * error[:, None, :]
         outputs.append(torch.einsum("hk,hkv->hv", q[t], state))
         states.append(state.float())
     return torch.stack(outputs).float(), states
+
+
+def _kda(layer: Any, x: Tensor, walked: Walk) -> tuple[Tensor, list[Tensor]]:
+    """As ``_linear``, of Kimi Linear."""
+    mixed = torch.cat([layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)], -1)
+    g, beta, dim = layer.forget_gate(x[None])[0], layer.b_proj(x).sigmoid(), layer.head_dim
+    states: list[Tensor] = []
+
+    def recur(y: Tensor, at: Tensor, resets: frozenset[int]) -> Tensor:
+        q, k, v = y.chunk(3, -1)
+        q, k = _normal(q, dim) * dim**-0.5, _normal(k, dim)
+        outputs, states[:] = _recur(q, k, v.unflatten(-1, (-1, dim)), g[at], beta[at], resets)
+        return outputs
+
+    core = over_rows(walked, mixed, lambda inputs: _convolve(layer, inputs), recur)
+    gate = layer.g_b_proj(layer.g_a_proj(x)).unflatten(-1, (-1, dim))
+    return layer.o_proj(layer.o_norm(core, gate).flatten(1)), states
 
 
 def _linear(layer: Any, x: Tensor, walked: Walk) -> tuple[Tensor, list[Tensor]]:
@@ -174,17 +192,20 @@ def _forward(model: Any, walked: Walk) -> tuple[Tensor, list[Tensor]]:
     positions = rows.position[None]
     if type(model).__name__.startswith("Qwen3_5"):
         positions = positions[None].expand(3, 1, -1)
-    rotary = model.model.rotary_emb(x[None], positions)
+    where = {"attention_mask": walked.mask[None, None]}
+    if hasattr(model.model, "rotary_emb"):
+        where["position_embeddings"] = model.model.rotary_emb(x[None], positions)
     for layer in model.model.layers:
         h = layer.input_layernorm(x)
-        if hasattr(layer, "linear_attn"):
-            mixed, own = _linear(layer.linear_attn, h, walked)
+        linear, run = getattr(layer, "linear_attn", None), _linear
+        if linear is None and hasattr(layer.self_attn, "forget_gate"):
+            linear, run = layer.self_attn, _kda
+        if linear is not None:
+            mixed, own = run(linear, h, walked)
             x = x + mixed
             states.append(torch.stack(own))
         else:
-            out, _ = layer.self_attn(
-                h[None], position_embeddings=rotary, attention_mask=walked.mask[None, None]
-            )
+            out, _ = layer.self_attn(h[None], **where)
             x = x + out[0]
         out = layer.mlp(layer.post_attention_layernorm(x)[None])
         x = x + (out[0] if isinstance(out, tuple) else out)[0]
@@ -203,7 +224,7 @@ def linked_logprobs(
     """Distributions along a forced continuation of a linked prompt.
 
     Args:
-        model: Qwen3.5 or Qwen3-Next of transformers, float32, eager attention.
+        model: Qwen3.5, Qwen3-Next or Kimi Linear of transformers, float32, eager attention.
         forced: the continuation.
         layout: see ``walk``.
 

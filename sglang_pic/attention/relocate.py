@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sglang_pic.attention.kernels import kernels_for
+from sglang_pic.attention.latent import stored
 from sglang_pic.kernels.rotate import LayerRope, angles
 from sglang_pic.link.plan import LinkPlan
 
@@ -40,8 +41,7 @@ class Relocator:
         _wait(source)
         offsets = offsets.to(source.device)
         for layer_id, rope in self._ropes.items():
-            keys = self._pool.get_key_buffer(layer_id)
-            values = self._pool.get_value_buffer(layer_id)
+            keys, values = stored(self._pool, layer_id)
             turns = None if rope is None else angles(rope.cos_sin_cache, offsets)
             neox = rope is None or rope.neox
             kernels_for(keys).relocate(keys, values, source, target, turns, neox=neox)
@@ -51,10 +51,7 @@ class Relocator:
         slots each; arithmetic in float32."""
         _wait(target)
         for layer_id in self._ropes:
-            for buffer in (
-                self._pool.get_key_buffer(layer_id),
-                self._pool.get_value_buffer(layer_id),
-            ):
+            for buffer in stored(self._pool, layer_id):
                 mean = (buffer[target].float() + buffer[other].float()) / 2
                 buffer[target] = mean.to(buffer.dtype)
 

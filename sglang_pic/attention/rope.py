@@ -15,12 +15,23 @@ LINEAR_ROPE = {
     "LinearScalingRotaryEmbedding",
     "Llama3RotaryEmbedding",
     "YaRNScalingRotaryEmbedding",
+    "DeepseekScalingRotaryEmbedding",
     "MRotaryEmbedding",
 }
 
 # Attention without any position encoding where there is no rotary embedding, by
 # exact class: elsewhere a missing one means that positions enter in another way.
 NOPE = {"GraniteMoeHybridAttention", "NemotronHAttention"}
+
+# Latent attention, by exact class. Without a rotary embedding it has no positions.
+LATENT = {"DeepseekV2AttentionMLA"}
+
+
+def attention_of(module: Any) -> RadixAttention | None:
+    """The attention layer that a module of SGLang's models owns, if it owns one."""
+    name = "attn_mqa" if type(module).__name__ in LATENT else "attn"
+    attn = getattr(module, name, None)
+    return attn if isinstance(attn, RadixAttention) else None
 
 
 def layer_ropes(model: Any) -> tuple[dict[int, LayerRope | None], str | None]:
@@ -36,20 +47,24 @@ def layer_ropes(model: Any) -> tuple[dict[int, LayerRope | None], str | None]:
     ropes: dict[int, LayerRope | None] = {}
     layers = {m.layer_id for m in model.modules() if isinstance(m, RadixAttention)}
     for module in model.modules():
-        attn, rotary = getattr(module, "attn", None), getattr(module, "rotary_emb", None)
-        if not isinstance(attn, RadixAttention):
+        attn, rotary = attention_of(module), getattr(module, "rotary_emb", None)
+        if attn is None:
             continue
+        latent = type(module).__name__ in LATENT
+        if latent and module.use_dsa:
+            return {}, f"layer {attn.layer_id}: sparse attention"
         if rotary is not None:
             name = type(rotary).__name__
             if name not in LINEAR_ROPE:
                 return {}, f"layer {attn.layer_id}: {name} is not known to be linear in position"
-            ropes[attn.layer_id] = LayerRope(rotary.cos_sin_cache, rotary.is_neox_style)
-        elif type(module).__name__ in NOPE:
+            first = attn.v_head_dim if latent else 0
+            ropes[attn.layer_id] = LayerRope(rotary.cos_sin_cache, rotary.is_neox_style, first)
+        elif latent or type(module).__name__ in NOPE:
             ropes[attn.layer_id] = None
         else:
             continue
-        if attn.qk_head_dim != attn.v_head_dim:
-            return {}, f"layer {attn.layer_id}: key and value dimensions differ (MLA)"
+        if attn.qk_head_dim != attn.v_head_dim and not latent:
+            return {}, f"layer {attn.layer_id}: key and value dimensions differ"
         if attn.sliding_window_size is not None and attn.sliding_window_size > -1:
             return {}, f"layer {attn.layer_id}: sliding-window attention"
         if attn.logit_cap:

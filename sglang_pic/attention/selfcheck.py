@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from sglang.srt.layers.radix_attention import RadixAttention
 
+from sglang_pic.attention.latent import stored
+from sglang_pic.attention.rope import attention_of
 from sglang_pic.checks import Check
 from sglang_pic.kernels.rotate import LayerRope, angles, rotate
 
@@ -35,8 +36,8 @@ def rotary_check(model: Any, ropes: Mapping[int, LayerRope | None]) -> Check | N
     """
     worst = None
     for module in model.modules():
-        attn, rotary = getattr(module, "attn", None), getattr(module, "rotary_emb", None)
-        if not isinstance(attn, RadixAttention) or rotary is None:
+        attn, rotary = attention_of(module), getattr(module, "rotary_emb", None)
+        if attn is None or rotary is None:
             continue
         rope = ropes[attn.layer_id]
         assert rope is not None
@@ -45,11 +46,12 @@ def rotary_check(model: Any, ropes: Mapping[int, LayerRope | None]) -> Check | N
         from_ = torch.tensor([0, 1, 0, last // 3, last, last], device=device)
         to = torch.tensor([1, 18, last, last // 2, last // 4, 0], device=device)
         generator = torch.Generator().manual_seed(0)
-        keys = torch.randn(len(to), attn.qk_head_dim, generator=generator).to(device)
+        dim = attn.qk_head_dim - rope.first
+        keys = torch.randn(len(to), 1, dim, generator=generator).to(device)
         _, there = rotary.forward_native(from_, keys.clone(), keys.clone())
         _, expected = rotary.forward_native(to, keys.clone(), keys.clone())
         cos, sin = angles(rope.cos_sin_cache, to - from_)
-        moved = rotate(there[:, None], cos, sin, neox=rope.neox)[:, 0]
+        moved = rotate(there, cos, sin, neox=rope.neox)
         found = max(relative(one, wanted) for one, wanted in zip(moved, expected, strict=True))
         table = torch.finfo(rope.cos_sin_cache.dtype).eps
         check = Check(found, 4 * (table + torch.finfo(torch.float32).eps * length))
@@ -76,7 +78,7 @@ def first_layer_checks(
     if 0 not in ropes:
         return {}
     offset = behind.numel() - alone.numel()
-    keys, values = pool.get_key_buffer(0), pool.get_value_buffer(0)
+    keys, values = stored(pool, 0)
     moved, rope = keys[alone].float(), ropes[0]
     if rope is not None:
         offsets = torch.full((alone.numel(),), offset, device=alone.device)

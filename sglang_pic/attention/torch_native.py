@@ -69,9 +69,12 @@ class PicTorchNativeBackend(SpanBackend, TorchNativeAttnBackend):
                 layer, KVWriteLoc(batch.out_cache_loc, self.swa_out_cache_loc), k, v
             )
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        out = torch.empty_like(query)
+        out = query.new_empty((*query.shape[:2], layer.v_head_dim))
         keys = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         values = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
+        if layer.v_head_dim < layer.qk_head_dim:
+            # Of MLA, which are the keys' first channels: kernels want both as wide.
+            values = keys
         rope = self.ropes[layer.layer_id]
         if step.ordinary:
             self._forward_ordinary(query, out, layer, batch, step.ordinary)
@@ -80,9 +83,11 @@ class PicTorchNativeBackend(SpanBackend, TorchNativeAttnBackend):
             # Turned as it is computed with: what is stored may be narrower.
             key = keys[row.slots].to(query.dtype)
             if row.offset is not None and rope is not None:
-                key = rotate(key, *self._angles_of(rope, i, row.offset), neox=rope.neox)
+                turns = self._angles_of(rope, i, row.offset)
+                key = rotate(key, *turns, neox=rope.neox, first=rope.first)
             value = values[row.slots]
-            out[tokens] = walk(query[tokens], key, value, row.tiles, scale=layer.scaling)
+            found = walk(query[tokens], key, value, row.tiles, scale=layer.scaling)
+            out[tokens] = found[..., : layer.v_head_dim]
         if step.parts is not None:
             self._forward_parts(query, out, keys, values, layer.scaling, rope, step.parts)
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
@@ -109,7 +114,8 @@ class PicTorchNativeBackend(SpanBackend, TorchNativeAttnBackend):
         """Decode: attend part by part, merge, into ``out``."""
         gathered = query[parts.tokens[parts.query]]
         if rope is not None:
-            gathered = rotate(gathered, *self._angles_of(rope, -1, -parts.offset), neox=rope.neox)
+            turns = self._angles_of(rope, -1, -parts.offset)
+            gathered = rotate(gathered, *turns, neox=rope.neox, first=rope.first)
         key, value = keys[parts.slots], values[parts.slots]
         partial = torch.empty(gathered.shape, dtype=torch.float32, device=query.device)
         lse = partial.new_empty(partial.shape[:2])
@@ -118,7 +124,7 @@ class PicTorchNativeBackend(SpanBackend, TorchNativeAttnBackend):
             of_k = slice(parts.kv_indptr[part], parts.kv_indptr[part + 1])
             partial[of_q], lse[of_q] = attend(gathered[of_q], key[of_k], value[of_k], scale=scale)
         merged = merge(partial, lse, parts.merge_indptr, parts.merge_index)
-        out[parts.tokens] = merged.to(out.dtype)
+        out[parts.tokens] = merged[..., : out.shape[-1]].to(out.dtype)
 
     def _forward_ordinary(
         self, query: torch.Tensor, out: torch.Tensor, layer: Any, batch: Any, rows: list[int]
@@ -138,7 +144,7 @@ class PicTorchNativeBackend(SpanBackend, TorchNativeAttnBackend):
         part = query[tokens]
         out[tokens] = run(
             part,
-            torch.empty_like(part),
+            part.new_empty((*part.shape[:2], layer.v_head_dim)),
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
             self.token_to_kv_pool.get_value_buffer(layer.layer_id),
             self.req_to_token_pool.req_to_token,

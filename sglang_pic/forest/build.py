@@ -59,6 +59,7 @@ FRESH_SHARE = 0.5
 def _refusal(ctx: Any, runner: Any, unhooked: str | None) -> str | None:
     """Why this server must not link, or ``None``."""
     args, backend = ctx.server_args, runner.attn_backend
+    links = hasattr(backend, "set_rows" if ctx.is_hybrid_ssm else "set_plans")
     reasons = {
         "the radix cache is disabled": args.disable_radix_cache,
         "sliding-window models are not supported": ctx.is_hybrid_swa,
@@ -75,9 +76,10 @@ def _refusal(ctx: Any, runner: Any, unhooked: str | None) -> str | None:
         "deterministic inference is not supported": args.enable_deterministic_inference,
         "diffusion models are not supported": args.dllm_algorithm is not None,
         "a KV cache of blocks with scales is not supported": runner.kv_cache_dtype not in PLAIN,
-        f"attention backend {type(backend).__name__} cannot link": not hasattr(
-            backend, "set_rows" if ctx.is_hybrid_ssm else "set_plans"
+        f"latent attention (MLA) on {type(backend).__name__} is not supported": (
+            runner.use_mla_backend and not links
         ),
+        f"attention backend {type(backend).__name__} cannot link": not links,
     }
     for reason, holds in reasons.items():
         if holds:
@@ -105,7 +107,7 @@ def build_cache(ctx: Any, *, unhooked: str | None) -> PicCache:
         runner.model,
         runner.token_to_kv_pool,
         kv_itemsize=runner.kv_cache_dtype.itemsize,
-        kv_heads=model.get_total_num_kv_heads(),
+        kv_heads=1 if runner.use_mla_backend else model.get_total_num_kv_heads(),
         heads=model.num_attention_heads,
     )
     ranks = Group(ctx.tp_rank, ctx.tp_size, ctx.tp_group.cpu_group if ctx.tp_size > 1 else None)

@@ -37,18 +37,20 @@ class PrefillCost:
                 all experts of a mixture included.
             pool: SGLang's KV pool.
             kv_itemsize: bytes of one number in it.
-            kv_heads, heads: of one full-attention layer.
+            kv_heads, heads: of one full-attention layer; of MLA one key head.
         """
         weights = sum(
             p.numel() for name, p in model.named_parameters() if "embed" not in name.split(".")[-2]
         )
-        key_bytes, value_bytes = pool.get_kv_size_bytes()
+        sizes = pool.get_kv_size_bytes()
+        # Of latent attention one size: its values are nearly all of its keys.
+        held, read = (sum(sizes),) * 2 if isinstance(sizes, tuple) else (sizes, 2 * sizes)
         slots = pool.size + pool.page_size
         # Scores take 2 FLOPs for each number of K and query head that shares it,
         # values as many.
-        numbers = (key_bytes + value_bytes) / slots / kv_itemsize
+        numbers = read / slots / kv_itemsize
         return cls(
             per_token=2.0 * weights,
             per_pair=float(2.0 * numbers * heads / kv_heads),
-            kv_bytes=int(key_bytes + value_bytes) // slots,
+            kv_bytes=int(held) // slots,
         )

@@ -207,7 +207,7 @@ class LinearStates:
             name,
             turn.whose,
             core_end=tokens,
-            conv_tail=cache.conv[0][:, slot].float(),
+            conv_tail=self._shape.histories(cache.conv[0])[:, slot].float(),
             end=cache.temporal[:, slot].float().transpose(-1, -2),
             pairs={},
             cost=self._cost.flops(0, req.kv.kv_committed_len),

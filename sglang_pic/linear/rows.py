@@ -46,6 +46,7 @@ class PicLinearBackend(MambaAttnBackendBase):
     """Beside one of SGLang's linear backends, in front of it among the bases."""
 
     scalar_operators = False
+    tokens_first = False
 
     def __init__(self, model_runner: Any):
         super().__init__(model_runner)
@@ -59,7 +60,9 @@ class PicLinearBackend(MambaAttnBackendBase):
         self._others: Any = None
         self._other_tokens = torch.empty(0, dtype=torch.int64)
         self.shape = LinearShape.of_pool(
-            self.req_to_token_pool.mamba_pool, scalar=self.scalar_operators
+            self.req_to_token_pool.mamba_pool,
+            scalar=self.scalar_operators,
+            tokens_first=self.tokens_first,
         )
 
     def set_rows(
@@ -142,7 +145,7 @@ class PicLinearBackend(MambaAttnBackendBase):
         used_here(end, conv_tail)
         cache = self.req_to_token_pool.mamba_pool.mamba_cache
         cache.temporal[:, slot] = end.transpose(-1, -2).to(cache.temporal)[:, None]
-        cache.conv[0][:, slot] = conv_tail.to(cache.conv[0])[:, None]
+        self.shape.histories(cache.conv[0])[:, slot] = conv_tail.to(cache.conv[0])[:, None]
 
 
 def _rows_of(batch: Any, rows: list[int]) -> Any:

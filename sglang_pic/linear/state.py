@@ -37,7 +37,8 @@ class LinearShape:
 
     While a kernel runs over a stretch of tokens, its pair is one *running state*
     in SGLang's layout: [..., heads, dv + n, dk], B over A, both transposed. A
-    matrix takes n = dk rows, a scalar one row that repeats it.
+    matrix takes n = dk rows, a scalar one row that repeats it. Where ``tokens_first``,
+    SGLang's pool has histories [width - 1, channels].
     """
 
     layers: int
@@ -47,13 +48,20 @@ class LinearShape:
     channels: int
     history: int
     scalar: bool
+    tokens_first: bool = False
 
     @classmethod
-    def of_pool(cls, mamba_pool: Any, *, scalar: bool) -> LinearShape:
+    def of_pool(cls, mamba_pool: Any, *, scalar: bool, tokens_first: bool = False) -> LinearShape:
         """Read off SGLang's state pool."""
-        conv = mamba_pool.mamba_cache.conv[0]
         layers, _, heads, dv, dk = mamba_pool.mamba_cache.temporal.shape
-        return cls(layers, heads, dk, dv, conv.shape[2], conv.shape[3], scalar)
+        channels, history = mamba_pool.mamba_cache.conv[0].shape[2:]
+        if tokens_first:
+            channels, history = history, channels
+        return cls(layers, heads, dk, dv, channels, history, scalar, tokens_first)
+
+    def histories(self, conv: torch.Tensor) -> torch.Tensor:
+        """[..., channels, width - 1], a view of SGLang's pool of histories."""
+        return conv.transpose(-1, -2) if self.tokens_first else conv
 
     @property
     def operator(self) -> tuple[int, ...]:

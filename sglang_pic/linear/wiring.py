@@ -9,15 +9,18 @@ from sglang.srt.layers.attention.hybrid_linear_attn_backend import (
     Mamba2AttnBackend,
 )
 from sglang.srt.layers.attention.linear.gdn_backend import GDNAttnBackend
+from sglang.srt.layers.attention.linear.kda_backend import KDAAttnBackend
 
 from sglang_pic.linear.gdn import PicGDNBackend
 from sglang_pic.linear.hybrid import PicHybridBackend
+from sglang_pic.linear.kda import PicKDABackend
 from sglang_pic.linear.mamba2 import PicMamba2Backend
 from sglang_pic.linear.rows import PicLinearBackend
 
 # By exact class: what a subclass changes we do not know.
 LINEAR_BACKENDS: dict[type, type[PicLinearBackend]] = {
     GDNAttnBackend: PicGDNBackend,
+    KDAAttnBackend: PicKDABackend,
     Mamba2AttnBackend: PicMamba2Backend,
 }
 

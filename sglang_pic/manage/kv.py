@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sglang_pic.attention.latent import stored
 from sglang_pic.store.value import OTHER_SHAPE, BadValue, SavedSegment
 
 
@@ -23,10 +24,12 @@ class KvPages:
         self._layers = layers
 
     def buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """``k.<layer>`` and ``v.<layer>``, [slots, heads, head dim] each."""
+        """``k.<layer>`` and ``v.<layer>``, [slots, heads, head dim] each: what positions
+        turn, and the rest."""
         for layer in self._layers:
-            yield f"k.{layer}", self._pool.get_key_buffer(layer)
-            yield f"v.{layer}", self._pool.get_value_buffer(layer)
+            keys, values = stored(self._pool, layer)
+            yield f"k.{layer}", keys
+            yield f"v.{layer}", values
 
     def check(self, saved: SavedSegment, held: int) -> None:
         """Raise ``BadValue`` unless a value holds K and V of exactly so many tokens."""

@@ -1,4 +1,4 @@
-"""Torch forms of the Triton kernels that SGLang's gated delta nets call.
+"""Torch forms of the Triton kernels that SGLang's gated delta nets and KDA call.
 
 SGLang has these kernels for GPUs and for AMX only. Each function here takes
 the place of the one whose path ``KERNELS`` names, with its signature, layouts
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sglang_pic.kernels.operators import gated_delta
+from sglang_pic.kernels.operators import gated_delta, kda
+from sglang_pic.kernels.operators.chunks import CHUNK
 from sglang_pic.kernels.short_conv import convolve
 
 _SILU = ("silu", "swish", True)
@@ -127,6 +128,16 @@ def chunk_gated_delta_rule(
     return out[None].to(v.dtype), None, starts[None].transpose(-1, -2)
 
 
+def _unpacked(
+    mixed_qkv: torch.Tensor, states: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v [1, tokens, heads, d] of [tokens, channels]."""
+    heads, dv, dk = states.shape[1:]
+    keys = (mixed_qkv.shape[-1] - heads * dv) // 2
+    q, k, v = mixed_qkv[None].split([keys, keys, heads * dv], -1)
+    return q.unflatten(-1, (-1, dk)), k.unflatten(-1, (-1, dk)), v.unflatten(-1, (-1, dv))
+
+
 def packed_decode(
     mixed_qkv: torch.Tensor,
     a: torch.Tensor,
@@ -140,15 +151,97 @@ def packed_decode(
     use_qk_l2norm_in_kernel: bool = False,
 ) -> None:
     """One token of every sequence; writes ``out`` [batch, 1, heads, dv]."""
-    heads, dv, dk = initial_state.shape[1:]
-    keys = (mixed_qkv.shape[-1] - heads * dv) // 2
-    parts = mixed_qkv[None].split([keys, keys, heads * dv], -1)
-    q, k, v = (part.unflatten(-1, (-1, d)) for part, d in zip(parts, (dk, dk, dv), strict=True))
+    q, k, v = _unpacked(mixed_qkv, initial_state)
     g, beta = fused_gdn_gating(A_log, a, b, dt_bias)
     slots = ssm_state_indices.long()
     query, key, value = _prepare(q, k, v, scale, use_qk_l2norm_in_kernel)
     state = initial_state[slots].float().transpose(-1, -2)
     result, end = gated_delta.step(query, key, value, g[0], beta[0].float(), state)
+    initial_state[slots] = end.transpose(-1, -2).to(initial_state.dtype)
+    out.copy_(result[:, None])
+
+
+def kda_gates(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    lower_bound: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log decay [tokens, heads, dk] and write strength [tokens, heads], float32."""
+    rate = A_log.float().exp().reshape(-1, 1)
+    x = a.float().reshape(len(a), len(rate), -1) + dt_bias.float().view(len(rate), -1)
+    g = -rate * F.softplus(x) if lower_bound is None else lower_bound * (rate * x).sigmoid()
+    return g, b.float().sigmoid().view(len(a), -1)
+
+
+def chunk_kda(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    initial_state_indices: torch.Tensor | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    A_log: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    lower_bound: float | None = None,
+    output_intermediate_states: bool = False,
+    track_state: torch.Tensor | None = None,
+    track_chunk_idx: torch.Tensor | None = None,
+    beta_is_raw: bool = False,
+    **_: Any,
+) -> Any:
+    """Outputs [1, tokens, heads, dv], with ``output_intermediate_states`` the states at
+    chunk starts beside it; ``track_state`` [sequences, heads, dv, dk] takes those of the
+    chunks asked for."""
+    assert initial_state is not None and initial_state_indices is not None
+    assert cu_seqlens is not None and beta_is_raw
+    assert A_log is not None and dt_bias is not None
+    slots, lengths = initial_state_indices.long(), cu_seqlens.diff()
+    query, key, value = _prepare(q, k, v, scale, use_qk_l2norm_in_kernel)
+    out, end, starts = kda.chunk(
+        query,
+        key,
+        value,
+        *kda_gates(g[0], beta[0], A_log, dt_bias, lower_bound),
+        initial_state[slots].float().transpose(-1, -2),
+        lengths.tolist(),
+    )
+    initial_state[slots] = end.transpose(-1, -2).to(initial_state.dtype)
+    states = starts.transpose(-1, -2)
+    if track_state is not None and track_chunk_idx is not None:
+        chunks = (lengths + CHUNK - 1) // CHUNK
+        first = chunks.cumsum(0) - chunks
+        rows = (track_chunk_idx >= 0).nonzero().squeeze(1)
+        track_state[rows] = states[first[rows] + track_chunk_idx[rows]]
+    found = out[None].to(v.dtype)
+    return (found, states[None]) if output_intermediate_states else found
+
+
+def kda_packed_decode(
+    mixed_qkv: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    scale: float,
+    initial_state: torch.Tensor,
+    out: torch.Tensor,
+    ssm_state_indices: torch.Tensor,
+    use_qk_l2norm_in_kernel: bool = False,
+    lower_bound: float | None = None,
+) -> None:
+    """One token of every sequence; writes ``out`` [batch, 1, heads, dv]."""
+    q, k, v = _unpacked(mixed_qkv, initial_state)
+    slots = ssm_state_indices.long()
+    query, key, value = _prepare(q, k, v, scale, use_qk_l2norm_in_kernel)
+    gates = kda_gates(a, b, A_log, dt_bias, lower_bound)
+    state = initial_state[slots].float().transpose(-1, -2)
+    result, end = kda.step(query, key, value, *gates, state)
     initial_state[slots] = end.transpose(-1, -2).to(initial_state.dtype)
     out.copy_(result[:, None])
 
@@ -283,6 +376,8 @@ KERNELS: dict[str, Callable[..., Any]] = {
     _OPS
     + "attention.fla.fused_recurrent."
     + "fused_recurrent_gated_delta_rule_packed_decode": packed_decode,
+    _OPS + "attention.fla.kda.chunk_kda": chunk_kda,
+    _OPS + "attention.fla.fused_recurrent.fused_recurrent_kda_packed_decode": kda_packed_decode,
     _OPS + "attention.fla.fused_norm_gate.rms_norm_gated": fused_norm_gate,
     _OPS + "attention.fla.layernorm_gated.rms_norm_gated": layernorm_gated,
     _OPS + "attention.triton_gdn_fused_proj.fused_qkvzba_split_reshape_cat": split_interleaved,

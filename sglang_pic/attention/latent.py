@@ -1,0 +1,24 @@
+"""Where SGLang's pools hold what positions turn, in latent attention (MLA) too.
+
+There a token's row is one key that all heads share, ``[latent | rotary slice]``; its values
+are the latent, a part of the same memory. Queries come *absorbed*: multiplied into the
+latent's space, so that attention is one of a single key head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def stored(pool: Any, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a layer's pool holds, without overlap: what positions turn, and the rest.
+
+    Keys and values, [slots, kv_heads, head_dim]; of latent attention the rotary slice and
+    the latent, views of one row.
+    """
+    keys, values = pool.get_key_buffer(layer_id), pool.get_value_buffer(layer_id)
+    if keys.data_ptr() == values.data_ptr():
+        keys = keys[..., values.shape[-1] :]
+    return keys, values
