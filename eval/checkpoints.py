@@ -10,7 +10,7 @@ On servers with the shipped hybrid or another, one after another, at equal memor
     blocks        stock SGLang, a state every 512 tokens of a prompt, with memory for all
     checkpoints   ours beside no_buffer
 
-Unmarked requests, one at a time: questions about documents, users behind prompts that
+Unmarked requests, one at a time, each kind into an empty cache: questions about documents, users behind prompts that
 branch, and prompts that share nothing, of which the time that checkpoints take on the
 scheduler's thread is told (by the built-in timer). Every answer is compared with
 no_buffer's, greedily decoded.
@@ -188,6 +188,7 @@ def measure(model: pathlib.Path, sizes: Sizes, *, seed: int) -> Outcome:
             own = AS_ASKED if arm.ours else ()
             with serve(model, log, *common, *arm.flags, *own, **module) as server:
                 for name, prompts in workloads(random.Random(seed), vocabulary, sizes):
+                    server.post("/flush_cache", {}).raise_for_status()
                     if arm.ours and name == NOTHING:
                         server.post("/pic/timer", {"on": True})
                     found = ask(server, name, arm, prompts)
