@@ -10,10 +10,10 @@ On servers with the shipped hybrid or another, one after another, at equal memor
     blocks        stock SGLang, a state every 512 tokens of a prompt, with memory for all
     checkpoints   ours beside no_buffer
 
-Unmarked requests, one at a time, each kind into an empty cache: questions about documents, users behind prompts that
-branch, and prompts that share nothing, of which the time that checkpoints take on the
-scheduler's thread is told (by the built-in timer). Every answer is compared with
-no_buffer's, greedily decoded.
+Unmarked requests, one at a time, each kind into an empty cache: questions about documents,
+users behind prompts that branch, and prompts that share nothing, of which the time that
+checkpoints take on the scheduler's thread is told (by the built-in timer). Every answer is
+compared with no_buffer's, greedily decoded.
 
 ``--simulate`` replays streams instead, those of FILE and synthetic ones, over ways of
 placing states (``eval.replay``). Without a model: in seconds.
