@@ -355,7 +355,7 @@ def test_moved_keys_are_held_against_those_computed_there(neox: bool, dtype: Any
 
 
 class Rotary(torch.nn.Module):
-    """As SGLang's, with angles of ``position ** power``."""
+    """As SGLang's of keys [n, heads, head_dim], with angles of ``position ** power``."""
 
     def __init__(self, power: float):
         super().__init__()
@@ -365,8 +365,7 @@ class Rotary(torch.nn.Module):
 
     def forward_native(self, positions: Any, query: Any, key: Any) -> Any:
         cos, sin = self.cos_sin_cache[positions].chunk(2, -1)
-        turned = [rotate(x[:, None], cos, sin, neox=True)[:, 0] for x in (query, key)]
-        return tuple(turned)
+        return tuple(rotate(x, cos, sin, neox=True) for x in (query, key))
 
 
 @pytest.mark.parametrize(("power", "sound"), [(1.0, True), (1.1, False)])
