@@ -39,11 +39,11 @@ def register() -> None:
         FAULTS[name]()
 
 
-def _unrotated(x: Any, cos: Any, sin: Any, *, neox: bool) -> Any:
+def _unrotated(x: Any, cos: Any, sin: Any, *, neox: bool, first: int = 0) -> Any:
     return x
 
 
-def _turned_back(x: Any, cos: Any, sin: Any, *, neox: bool) -> Any:
+def _turned_back(x: Any, cos: Any, sin: Any, *, neox: bool, first: int = 0) -> Any:
     half = cos.shape[-1]
     turned, rest = x[..., : 2 * half].float(), x[..., 2 * half :]
     cos, sin = cos[:, None], -sin[:, None]

@@ -101,7 +101,7 @@ def test_what_one_server_compiles_another_links(
 def test_a_hybrids_segments_come_back_with_their_states(
     logs: pathlib.Path, tmp_path: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    path = tiny_hybrid(tmp_path_factory.mktemp("hybrid"), "qwen3_next", SEEDS["page16"])
+    path = tiny_hybrid(tmp_path_factory.mktemp("hybrid"), "qwen3_next", SEEDS[16])
     args = (*TINY, *ALWAYS, "--page-size=16", f"--pic-store=file://{tmp_path}?mib=64")
     salt = fresh_salt()
     prompt = assemble([("text", ids_of(5, 20)), *PARTS, ("text", ids_of(6, 7))])
