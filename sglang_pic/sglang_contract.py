@@ -180,6 +180,10 @@ RELIED_ON = {
         "a",
         "b",
     ),
+    _SRT + "models.deepseek_common.attention_backend_handler.AttentionBackendRegistry.register": (
+        "backend_name",
+        "handler_func",
+    ),
     _SRT + "layers.attention.linear.kda_backend.KDAAttnBackend.forward_extend": (
         "self",
         "layer",

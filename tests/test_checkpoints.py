@@ -342,6 +342,13 @@ class TestReplay:
             assert 0 <= row["recomputed_tokens"] <= row["overlap_tokens"] < row["prompt_tokens"]
             assert row["states_per_path"] == 0 or row["policy"] != "none"
 
+    def test_what_comes_back_is_new(self) -> None:
+        """Each document is asked about twice, and gone before it comes again: whether the
+        first question keeps a state is learnt from how often new ones were left."""
+        stream = [Request(((f"d{one}", 320),), 400) for i in range(300) for one in (i % 12, i % 12)]
+        found = self.share(stream, Sparse(4), paths=1)
+        assert found["resumed_share"] > 0.9
+
     def test_no_memory_no_states(self) -> None:
         stream = [Request((("d", 640),), 700) for _ in range(40)]
         assert self.share(stream, Sparse(0))["recomputed_tokens"] == 640 * 20

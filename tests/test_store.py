@@ -29,6 +29,7 @@ from test_stores import master
 from sglang_pic.errors import PicConfigError, PicRefused
 from sglang_pic.forest.keys import segment_id
 from sglang_pic.manage import incoming, segments
+from sglang_pic.manage.arrival import answer
 from sglang_pic.manage.incoming import COMING, GONE, HERE, LOOKING
 from sglang_pic.manage.store import Store
 from sglang_pic.store import mooncake
@@ -617,9 +618,44 @@ def test_a_value_of_another_shape_is_refused(tmp_path: pathlib.Path) -> None:
     driver.check()
 
 
-def test_a_copy_is_given_up_where_its_pages_go_first(
+def test_a_copy_that_fails_is_not_tried_again(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Else each of them would count as a fault, and link no more."""
+    driver = Driver(4, 512, _config())
+    store = _store(driver, tmp_path)
+    advance = store._outgoing._advance
+
+    def fail(copy: Any, most: int) -> int:
+        if copy.record.path[-1] == _tokens(0, 40)[-1]:
+            raise RuntimeError("no room on the host")
+        return advance(copy, most)
+
+    monkeypatch.setattr(store._outgoing, "_advance", fail)
+    for i in range(2):
+        assert driver.compile(_tokens(i, 40), named=True)
+    with pytest.raises(RuntimeError):
+        store.step()
+    _settled(store, 1)
+    assert store._outgoing.pending == 0 and len(_listed(tmp_path)) == 1
+    driver.check()
+
+
+def test_a_fault_of_the_store_ends_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(4, 512, _config())
+    assert driver.compile(_tokens(0, 50))
+    req = driver.link([*_tokens(0, 50), 7], [(0, 50)], policy="none")
+
+    def fail() -> None:
+        raise RuntimeError("the store")
+
+    monkeypatch.setattr(driver.forest.store, "step", fail)
+    scheduler = types.SimpleNamespace(tree_cache=driver.cache)
+    assert answer(scheduler, req, is_retracted=False) is None
+    assert driver.start(req)
+
+
+def test_a_copy_is_given_up_where_its_pages_go_first(tmp_path: pathlib.Path) -> None:
     driver = Driver(1, 256, _config())
     store = _store(driver, tmp_path)
     document = _tokens(0, 60)

@@ -40,7 +40,8 @@ def answer(scheduler: Any, req: Any, is_retracted: bool) -> Answer | None:
         asked = cache.forest.asked.of(req)
         if asked is not NOTHING:
             cache.forest.consensus.arrived()
-            cache.forest.store.step()
+            with cache.forest.contained("store"):
+                cache.forest.store.step()
         if asked.command is not None:
             return Answer(DONE + obey(scheduler, req, asked.command))
         if asked.link is not None and asked.link.strict:

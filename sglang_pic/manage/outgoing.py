@@ -146,20 +146,22 @@ class Outgoing:
     def step(self, most: int = STEP_BYTES) -> None:
         """Copy a piece of what waits."""
         while self._pending and most > 0:
-            name, copy = next(iter(self._pending.items()))
+            # Taken out: what fails is not tried again.
+            name, copy = self._pending.popitem(last=False)
             record = self._forest.segments.find_held(name)
             if record is None:
-                del self._pending[name]
                 continue
             if copy is None or copy.record is not record:
                 copy = self._begun(record)
+            if copy is not None:
+                most -= self._advance(copy, most)
+                if copy.done == len(copy.slots):
+                    self._finish(copy)
+                    continue
+            self._pending[name] = copy
+            self._pending.move_to_end(name, last=False)
             if copy is None:
                 return
-            self._pending[name] = copy
-            most -= self._advance(copy, most)
-            if copy.done == len(copy.slots):
-                del self._pending[name]
-                self._finish(copy)
 
     def _begun(self, record: SegmentRecord) -> _Copy | None:
         """A copy of a segment, or nothing: it need not be written, or there is no room
