@@ -181,6 +181,7 @@ RELIED_ON = {
         "b",
     ),
     _SRT + "models.deepseek_common.attention_backend_handler.AttentionBackendRegistry.register": (
+        "cls",
         "backend_name",
         "handler_func",
     ),
