@@ -26,6 +26,7 @@ from typing import Any
 
 from sglang_pic.eval.command import Outcome, deliver, new_figure, parser_of
 from sglang_pic.eval.tables import Table
+from sglang_pic.server.sources import deal
 
 # Workers and milliseconds: HYPIC's, of eleven segments of 2400 tokens.
 PAPER = {1: 2321.0, 2: 1173.0, 4: 646.0, 8: 378.0}
@@ -62,13 +63,9 @@ class Costs:
 def lpt(lengths: Sequence[int], workers: int) -> list[list[int]]:
     """Of each worker the indices of the segments that it compiles, in order: the longest
     first, each to the one with the least to do."""
-    shares: list[list[int]] = [[] for _ in range(workers)]
-    loads = [0] * workers
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        least = min(range(workers), key=loads.__getitem__)
-        shares[least].append(i)
-        loads[least] += lengths[i]
-    return shares
+    whose = deal(lengths, [0] * workers)
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return [[i for i in order if whose[i] == worker] for worker in range(workers)]
 
 
 def round_robin(lengths: Sequence[int], workers: int) -> list[list[int]]:
@@ -129,8 +126,8 @@ def run(costs: Costs, *, quick: bool, seed: int = 0) -> Outcome:
     rows: list[dict[str, Any]] = []
     for name, lengths in prompts.items():
         for workers in QUICK_WORKERS if quick else WORKERS:
-            for rule, deal in RULES.items():
-                found = [simulate(one, deal(one, workers), costs) for one in lengths]
+            for rule, dealt in RULES.items():
+                found = [simulate(one, dealt(one, workers), costs) for one in lengths]
                 rows.append(
                     {
                         "prompt": name,

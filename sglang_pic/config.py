@@ -81,6 +81,10 @@ class PicConfig:
             (``pays``), or ``always``.
         store_timeout_s: how long a segment is waited for that the store has; then it is
             compiled.
+        peers: addresses of other servers of the same model that compile segments for this
+            one, separated by commas, or ``router+URL`` of SGLang's router before them; they
+            share the store. ``None`` for none.
+        peer_timeout_s: how long a peer may take for a segment; then it is compiled here.
         tenants: JSON file of salts by API key; ``None`` lets clients name theirs.
         state: default state policy of hybrid models: ``compose``, ``last``, or
             ``auto`` to choose by ``server.calibrate``.
@@ -123,6 +127,8 @@ class PicConfig:
     store_key_file: str | None = None
     store_when: str = PAYS
     store_timeout_s: float = 5.0
+    peers: str | None = None
+    peer_timeout_s: float = 60.0
     tenants: str | None = None
     state: str = "compose"
     state_dtype: str = "float32"
@@ -169,6 +175,10 @@ class PicConfig:
             raise PicConfigError(f"store_when must be one of {STORE_WHEN}, got {self.store_when!r}")
         if self.store_timeout_s <= 0:
             raise PicConfigError(f"store_timeout_s must be above 0, got {self.store_timeout_s}")
+        if self.peers is not None and self.store is None:
+            raise PicConfigError("peers write what they compile into a store: none is named")
+        if self.peer_timeout_s <= 0:
+            raise PicConfigError(f"peer_timeout_s must be above 0, got {self.peer_timeout_s}")
         if self.canary_timeout_s <= 0:
             raise PicConfigError(f"canary_timeout_s must be above 0, got {self.canary_timeout_s}")
         if self.policy not in POLICIES:

@@ -28,6 +28,7 @@ from sglang_pic.errors import PicConfigError
 from sglang_pic.find.base import FIND
 from sglang_pic.find.own import rules_with
 from sglang_pic.link.policy import AUTO, COMPANIES, MODES, POLICIES, STATE_POLICIES
+from sglang_pic.server.roster import check_peers
 from sglang_pic.store.address import check_address, read_key
 
 # As like one of our flags as none of SGLang's is.
@@ -220,6 +221,19 @@ def pic_parser() -> argparse.ArgumentParser:
         "(%(default)s)",
     )
     parser.add_argument(
+        "--pic-peers",
+        metavar="URL,...",
+        help="other servers of the same model and store that compile a cold prompt's segments "
+        "beside this one; router+URL for the workers of SGLang's router",
+    )
+    parser.add_argument(
+        "--pic-peer-timeout",
+        type=float,
+        default=defaults.peer_timeout_s,
+        metavar="SECONDS",
+        help="how long a peer may take for a segment; then it is compiled here (%(default)s)",
+    )
+    parser.add_argument(
         "--pic-tenants",
         metavar="FILE",
         help="JSON object of cache salts by API key: requests get the salt of their key, and "
@@ -341,8 +355,8 @@ def check_files(args: argparse.Namespace) -> None:
     """Refuse now what would be refused when SGLang has loaded the model.
 
     Raises:
-        PicConfigError: ``--pic-tenants``, ``--pic-store``, its key or ``--pic-find-rules`` is
-            not what it must be.
+        PicConfigError: ``--pic-tenants``, ``--pic-store``, its key, ``--pic-peers`` or
+            ``--pic-find-rules`` is not what it must be.
     """
     try:
         rules_with(args.pic_find_rules)
@@ -359,6 +373,13 @@ def check_files(args: argparse.Namespace) -> None:
             raise PicConfigError(f"--pic-store: {error}") from error
     elif args.pic_store_key_file is not None:
         raise PicConfigError("--pic-store-key-file: signs what goes to a --pic-store")
+    if args.pic_peers is not None:
+        if args.pic_store is None:
+            raise PicConfigError("--pic-peers: peers need a --pic-store that all of them share")
+        try:
+            check_peers(args.pic_peers)
+        except PicConfigError as error:
+            raise PicConfigError(f"--pic-peers: {error}") from error
     try:
         read_key(args.pic_store_key_file)
     except PicConfigError as error:

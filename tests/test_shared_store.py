@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from test_hybrid import SEEDS
 from test_hybrid import check_linked as check_hybrid
 from tiny_models import tiny_hybrid
 
-from sglang_pic.eval.serving import Server
+from sglang_pic.eval.serving import Server, free_port
 from sglang_pic.store.directory import SUFFIX
 
 pytestmark = pytest.mark.server
@@ -124,3 +125,56 @@ def test_a_hybrids_segments_come_back_with_their_states(
         answer = server.generate(**body(*prompt, 3, salt))
         assert waits(answer) == [("compiled", "computed", "not_in_store")] * 4
         check_hybrid(answer, *prompt, seam=16, page=16)
+
+
+def fresh(seed: int) -> Any:
+    """A prompt over four documents that nobody has."""
+    parts = [("segment", ids_of(1000 * seed + i, 80 + 8 * i)) for i in range(4)]
+    return assemble([("text", ids_of(seed, 9)), *parts, ("text", ids_of(seed + 1, 7))])
+
+
+def test_a_cold_prompt_is_compiled_by_peers(
+    tiny_path: pathlib.Path, logs: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    ports = [free_port() for _ in range(2)]
+    urls = [f"http://127.0.0.1:{port}" for port in ports]
+    args = (*TINY, *ALWAYS, f"--pic-store={tmp_path}", f"--pic-peers={','.join(urls)}")
+    one, there = ("compiled", "computed", "not_in_store"), ("fetched", "peer", "compiled_there")
+    salt = fresh_salt()
+    with serve(tiny_path, logs / "peer1.log", *args, env=CHECKS, port=ports[0]) as a:
+        with serve(tiny_path, logs / "peer2.log", *args, env=CHECKS, port=ports[1]) as b:
+            # Half of it here and half of it there, and so linked the first time.
+            answer = ask(a, prompt := fresh(1), salt)
+            assert sorted(waits(answer)) == sorted([one, one, there, there])
+            check_linked(answer, *prompt, seam=16, page=1, n_new=3)
+            assert b.get("/pic/stats").json()["front"]["lent"] == 2
+            front = a.get("/pic/stats").json()["front"]
+            assert front["sources"] == {"computed": 2, "peer": 2}
+            assert front["peer_compiles"] == {urls[1]: {"came": 2}}
+            # Of another tenant nothing is there; of this one all that B compiled.
+            assert there in waits(ask(a, prompt, fresh_salt()))
+            answer = ask(b, prompt, salt)
+            assert {source for _, source, _ in waits(answer)} <= {"store", "computed", "peer"}
+            check_linked(answer, *prompt, seam=16, page=1, n_new=3)
+            # Both ask each other for the same.
+            for seed in (2, 3, 4):
+                prompt = fresh(seed)
+                with ThreadPoolExecutor(2) as pool:
+                    for answer in pool.map(ask, (a, b), (prompt, prompt), (salt, salt)):
+                        check_linked(answer, *prompt, seam=16, page=1, n_new=3)
+            for server in (a, b):
+                assert server.forest()["integrity"] == "ok"
+        # B is gone.
+        for seed in (5, 6):
+            answer = ask(a, prompt := fresh(seed), salt)
+            assert {one[1] for one in waits(answer)} <= {"computed"}
+            ask(a, prompt, salt)
+            check_linked(ask(a, prompt, salt), *prompt, seam=16, page=1, n_new=3)
+        # What stands there now has other pages, so other values.
+        other = (*args, "--page-size=16")
+        with serve(tiny_path, logs / "peer3.log", *other, port=ports[1]):
+            time.sleep(6)
+            answer = ask(a, prompt := fresh(7), salt)
+            assert ("compiled", "computed", "peer_wrote_another_value") in waits(answer)
+            check_linked(answer, *prompt, seam=16, page=1, n_new=3)
+        assert a.forest()["integrity"] == "ok"

@@ -135,6 +135,9 @@ COMMANDS: dict[type, Handler] = {
     asked.Restore: lambda scheduler, req, command: _store(scheduler).restore(tenant_of(req)),
     asked.Fetch: lambda scheduler, req, command: _fetch(scheduler, req, command),
     asked.Fetched: lambda scheduler, req, command: _fetched(scheduler, command),
+    asked.Publish: lambda scheduler, req, command: {
+        "segments": _store(scheduler).publish(command.segments, tenant_of(req))
+    },
     asked.Held: lambda scheduler, req, command: {
         "held": segments.held(_forest(scheduler), command.segments, tenant_of(req))
     },

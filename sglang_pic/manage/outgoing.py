@@ -19,6 +19,8 @@ from cachetools import LRUCache
 from sglang_pic.forest.forest import Forest
 from sglang_pic.forest.segments import SegmentRecord
 from sglang_pic.manage.kv import KvPages
+from sglang_pic.request.commands import UNWRITTEN, WRITING, WRITTEN
+from sglang_pic.store.base import DROPPED
 from sglang_pic.store.value import Codec, SavedSegment
 from sglang_pic.store.writing import Writer
 
@@ -142,6 +144,24 @@ class Outgoing:
             return
         self._known[key] = True
         self._pending[record.id] = None
+
+    def publish(self, record: SegmentRecord) -> tuple[str, str | None]:
+        """Have a held segment written whatever it is worth: ``WRITING``, ``WRITTEN``, or
+        ``UNWRITTEN`` and why."""
+        names = self.names(record)
+        if any(self._writer.is_under_way(name) for name in names):
+            return WRITING, None
+        problem = next(filter(None, map(self._writer.refusal, names)), None)
+        if problem is not None and record.id not in self._pending:
+            for name in names:
+                self.forget(name)
+            return UNWRITTEN, problem.reason
+        if all(name in self._known for name in names):
+            return WRITTEN, None
+        if record.id not in self._pending and len(self._pending) >= MOST_PENDING:
+            return UNWRITTEN, DROPPED
+        self._pending.setdefault(record.id, None)
+        return WRITING, None
 
     def step(self, most: int = STEP_BYTES) -> None:
         """Copy a piece of what waits."""

@@ -28,6 +28,7 @@ from sglang_pic.manage.incoming import Incoming
 from sglang_pic.manage.kv import KvPages
 from sglang_pic.manage.outgoing import Outgoing, by_head
 from sglang_pic.manage.segments import pin
+from sglang_pic.request.commands import UNWRITTEN, WRITING, WRITTEN
 from sglang_pic.store.base import Problem, SegmentStore
 from sglang_pic.store.reading import Reader
 from sglang_pic.store.value import (
@@ -49,6 +50,9 @@ MAX_VALUE = 4 << 30
 MAX_PINS_BYTES = 16 << 20
 LATE = "store_late"
 NO_ROOM = "it does not fit into what is free of the budgets"
+
+# Of several ranks the one that is behind tells.
+_BEHIND = (UNWRITTEN, WRITING, WRITTEN)
 
 T = TypeVar("T")
 
@@ -136,6 +140,29 @@ class Store:
 
     def step(self) -> None:
         self._outgoing.step()
+
+    def publish(self, segments: Sequence[str], tenant: str | None) -> list[dict[str, Any]]:
+        """Have segments of a tenant written now, those of no adapter; what has become of
+        each, alike on all ranks.
+
+        Returns:
+            ``{"state": WRITING | WRITTEN | UNWRITTEN, "reason"}`` each.
+        """
+        own = self._forest.segments.namespace(tenant)
+        told = self._ranks.gather([self._publish(segment, own) for segment in segments])
+        found = []
+        for states in zip(*told, strict=True):
+            state, reason = min(states, key=lambda one: _BEHIND.index(one[0]))
+            found.append({"state": state, "reason": reason})
+        return found
+
+    def _publish(self, segment: str, space: str) -> tuple[str, str | None]:
+        record = self._forest.segments.find_held(segment)
+        if record is None or record.node is None or record.salt != space:
+            return UNWRITTEN, "not_held"
+        if record.extra_key:
+            return UNWRITTEN, "adapter"
+        return self._outgoing.publish(record)
 
     def deleted(self, segment: str) -> None:
         record = self._forest.segments.find_held(segment)

@@ -69,6 +69,10 @@ class Counts:
         sources: segments that were missing, by where they came from (``server.sources``).
         source_seconds, source_bytes: that this took, and read.
         store_misses: those that were computed though there is a store, by why.
+        peer_compiles: segments that peers were asked for, by the peer's address, and by
+            whether they came.
+        peer_back_offs: times that a peer was left alone for a while, by its address.
+        lent: segments that were compiled here for peers.
         poll_failures: times the schedulers did not tell their numbers to ``/metrics``.
         linking_off: why linking is switched off (``server.gate``), or ``None``.
     """
@@ -99,6 +103,9 @@ class Counts:
     source_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     source_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
     store_misses: dict[str, int] = dataclasses.field(default_factory=dict)
+    peer_compiles: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    peer_back_offs: dict[str, int] = dataclasses.field(default_factory=dict)
+    lent: int = 0
     poll_failures: int = 0
     linking_off: str | None = None
     audit: AuditCounts = dataclasses.field(default_factory=AuditCounts)
@@ -140,6 +147,14 @@ class Counts:
         _add(self.source_bytes, kind, nbytes)
         if kind == "computed" and reason != "no_store":
             _add(self.store_misses, reason)
+
+    def observe_peer(self, url: str, came: bool) -> None:
+        """Count a segment that a peer was asked for."""
+        _add(self.peer_compiles.setdefault(url, {}), "came" if came else "failed")
+
+    def observe_back_off(self, url: str) -> None:
+        """Count that a peer is left alone for a while."""
+        _add(self.peer_back_offs, url)
 
     def observe_compile(
         self, computed: Sequence[int], of_segment: Sequence[bool], seconds: float, page_size: int

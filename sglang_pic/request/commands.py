@@ -10,6 +10,9 @@ from typing import Union
 
 import msgspec
 
+# What has become of a segment that is to be written to the store.
+WRITING, WRITTEN, UNWRITTEN = "writing", "written", "unwritten"
+
 
 class _Command(msgspec.Struct, forbid_unknown_fields=True, tag_field="do"):
     pass
@@ -111,6 +114,12 @@ class Fetched(_Command, tag="fetched"):
     drop: bool = False
 
 
+class Publish(_Command, tag="publish"):
+    """Write segments of the tenant to the store, and what has become of each."""
+
+    segments: list[str]
+
+
 class Held(_Command, tag="held"):
     """Which of these the tenant has."""
 
@@ -157,6 +166,7 @@ Command = Union[  # noqa: UP007  (msgspec reads it at run time, on Python 3.10 t
     Restore,
     Fetch,
     Fetched,
+    Publish,
     Held,
     Companies,
     Name,

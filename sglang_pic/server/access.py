@@ -157,6 +157,7 @@ TABLE: dict[Row, Who] = {
         GET            /pic/forest
         GET            /pic/budgets
         GET            /pic/stats
+        GET            /pic/load
         GET POST       /pic/timer
         POST           /pic/compile
         POST           /pic/explain

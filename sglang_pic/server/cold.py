@@ -26,11 +26,15 @@ class Cold:
     """Decides for one tokenizer manager.
 
     Args:
+        busiest: of items of so many tokens, the tokens that whoever compiles most would.
         allowed: whether anything is answered so.
     """
 
-    def __init__(self, compiler: Compiler, *, allowed: bool):
+    def __init__(
+        self, compiler: Compiler, busiest: Callable[[Sequence[int]], int] = sum, *, allowed: bool
+    ):
         self._compiler = compiler
+        self._busiest = busiest
         self._allowed = allowed
         # What will be compiled behind requests that run now.
         self._coming: Counter[CompileItem] = Counter()
@@ -54,7 +58,7 @@ class Cold:
         ):
             return False
         seam = 0 if link.options.policy == "none" else link.options.seam
-        compiled = sum(len(item.ids) for item in items)
+        compiled = self._busiest([len(item.ids) for item in items])
         # The text in front of the segments is cached when it comes to linking.
         opening = link.spans[0].start if link.spans else 0
         named = sum(span.end - span.start for span in link.spans)

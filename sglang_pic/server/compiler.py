@@ -56,7 +56,7 @@ class Made:
     """What became of one item.
 
     Attributes:
-        outcome: ``compiled`` for this request, or ``fetched`` from the store; ``shared``:
+        outcome: ``compiled`` for this request, or ``fetched`` from elsewhere; ``shared``:
             another request, or an earlier item of this one, has it computed or fetched;
             ``late``: still under way;
             ``failed``; ``queue_full``: its tenant has too many waiting.
@@ -184,6 +184,11 @@ class Compiler:
             logger.warning("sglang_pic: %d segments not compiled in time: not waited for", late)
         return made
 
+    @property
+    def tokens_waiting(self) -> int:
+        """Of what SGLang has not been given yet."""
+        return sum(len(job.item.ids) for job in self._jobs.values() if not job.sent)
+
     def is_under_way(self, item: CompileItem) -> bool:
         """Whether somebody waits for it already."""
         return item in self._jobs
@@ -274,8 +279,7 @@ class Compiler:
         if all(job.sent for job in pending):
             return True
         anew = sum(len(job.item.ids) for job in pending)
-        queued = sum(len(job.item.ids) for job in self._jobs.values() if not job.sent)
-        others = queued - sum(len(job.item.ids) for job in pending if not job.sent)
+        others = self.tokens_waiting - sum(len(job.item.ids) for job in pending if not job.sent)
         return others <= anew
 
     def _send(self) -> None:
@@ -291,9 +295,10 @@ class Compiler:
     async def _run(self, job: Job, callers: Sequence[Caller]) -> None:
         item = job.item
         try:
-            source = await self._fetching.fetch(item)
+            no_logs = any(caller.no_logs for caller in callers)
+            source = await self._fetching.fetch(item, no_logs=no_logs)
             if source.kind == COMPUTED:
-                got = await self._computed(job, callers, source)
+                got = await self._computed(job, callers, source, no_logs=no_logs)
             else:
                 got = Got(0, source)
         except Exception as error:
@@ -311,12 +316,13 @@ class Compiler:
             self._queue.done(job.tenant)
             self._send()
 
-    async def _computed(self, job: Job, callers: Sequence[Caller], why: Source) -> Got:
+    async def _computed(
+        self, job: Job, callers: Sequence[Caller], why: Source, *, no_logs: bool
+    ) -> Got:
         """Have SGLang compute it, since it came from nowhere else."""
         item = job.item
         start = time.perf_counter()
         first = min(callers, key=lambda caller: self._urgency(caller.priority))
-        no_logs = any(caller.no_logs for caller in callers)
         sent = compile_request(item, dataclasses.replace(first, no_logs=no_logs))
         output = await anext(self._generate(sent))
         meta = output["meta_info"]

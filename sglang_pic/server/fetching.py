@@ -60,12 +60,20 @@ class Fetching(Protocol):
         on. Waits only for a moment."""
         ...
 
-    async def fetch(self, item: CompileItem) -> Source:
-        """Where one comes from: of the store it is held now, else it is to be computed."""
+    async def fetch(self, item: CompileItem, *, no_logs: bool = False) -> Source:
+        """Where one comes from: it is held now, unless it is to be computed.
+
+        Args:
+            no_logs: its tokens must not be logged.
+        """
         ...
 
     def computed(self, tokens: int, seconds: float) -> None:
         """A compile of so many tokens took so long."""
+        ...
+
+    def busiest(self, lengths: Sequence[int]) -> int:
+        """Of segments of so many tokens, the tokens that whoever computes most would."""
         ...
 
 
@@ -77,11 +85,14 @@ class NoStore:
     async def known(self, items: Sequence[CompileItem]) -> list[bool]:
         return [False] * len(items)
 
-    async def fetch(self, item: CompileItem) -> Source:
+    async def fetch(self, item: CompileItem, *, no_logs: bool = False) -> Source:
         return Source()
 
     def computed(self, tokens: int, seconds: float) -> None:
         pass
+
+    def busiest(self, lengths: Sequence[int]) -> int:
+        return sum(lengths)
 
 
 @dataclasses.dataclass(eq=False)
@@ -142,7 +153,7 @@ class FromStore:
         self._computing.see(tokens, seconds)
 
     async def known(self, items: Sequence[CompileItem]) -> list[bool]:
-        coming = [self._begin(item) for item in items]
+        coming = [self._begin(item, always=self._always) for item in items]
         waits = [one.known for one in coming if isinstance(one, _Coming)]
         if waits:
             await asyncio.wait(waits, timeout=KNOWN_S)
@@ -150,18 +161,35 @@ class FromStore:
             isinstance(one, _Coming) and one.known.done() and one.known.result() for one in coming
         ]
 
-    async def fetch(self, item: CompileItem) -> Source:
+    def busiest(self, lengths: Sequence[int]) -> int:
+        return sum(lengths)
+
+    def moving(self, tokens: int) -> float:
+        """Tokens computed in the time that reading the value of one takes, of one of so
+        many; 0 where that was not measured lately."""
+        read, computed = self._reading.seconds(tokens), self._computing.seconds(tokens)
+        return 0.0 if read is None or not computed else read / computed
+
+    async def fetch(self, item: CompileItem, *, no_logs: bool = False) -> Source:
+        return await self.read(item, always=self._always)
+
+    async def read(self, item: CompileItem, *, always: bool) -> Source:
+        """``fetch``.
+
+        Args:
+            always: read what is there whatever that takes.
+        """
         early = self._early.pop(item, None)
         if early is not None:
             return early
-        coming = self._begin(item)
+        coming = self._begin(item, always=always)
         if isinstance(coming, _Coming):
             coming.is_awaited = True
             # Who leaves must not take it from the others.
             return await asyncio.shield(coming.source)
         return coming
 
-    def _begin(self, item: CompileItem) -> _Coming | Source:
+    def _begin(self, item: CompileItem, *, always: bool) -> _Coming | Source:
         """One that is on its way, or why it is not."""
         coming = self._coming.get(item)
         if coming is not None:
@@ -170,7 +198,7 @@ class FromStore:
             len(item.ids),
             refusal=self._refusal(item),
             backs_off=self._back_off.is_on,
-            always=self._always,
+            always=always,
             reading=self._reading,
             computing=self._computing,
         )

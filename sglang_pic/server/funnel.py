@@ -46,11 +46,14 @@ from sglang_pic.server.fetching import Fetching, FromStore, NoStore
 from sglang_pic.server.finding import Finding, Found
 from sglang_pic.server.guards import Guards
 from sglang_pic.server.guests import Inviting, Nobody, Own, Shipped
+from sglang_pic.server.lending import Lending, server_of
 from sglang_pic.server.life import Lives, Prompt
+from sglang_pic.server.peers import FromPeers
 from sglang_pic.server.placing import LeastWork, OneRank
 from sglang_pic.server.public import check_public
 from sglang_pic.server.queue import FairQueue
 from sglang_pic.server.resolve import Resolver, is_list_of_one
+from sglang_pic.server.roster import roster_of
 from sglang_pic.server.send import is_batch, split
 from sglang_pic.server.urgency import urgency
 from sglang_pic.server.waited import NOTHING, Waited
@@ -147,20 +150,12 @@ class Funnel:
         self.wanted = Wanted(self.context, self.config)
         unhooked = type(manager).generate_request.__wrapped__
         urgency_of = functools.partial(urgency, manager)
-        fetching: Fetching = NoStore()
-        if self.config.store is not None:
-            fetching = FromStore(
-                functools.partial(command, manager),
-                lambda space: space.removeprefix(self.wanted.space(None)),
-                len(self.context),
-                lambda: manager.max_req_input_len - 1,
-                self.config.store_timeout_s,
-                always=self.config.store_when != PAYS,
-                ranks=get_parallel().dp_size,
-            )
+        fetching = self._fetching()
+        queue = self._queue()
         self.compiler = Compiler(
-            lambda obj: unhooked(manager, obj), self._queue(), urgency_of, page, fetching
+            lambda obj: unhooked(manager, obj), queue, urgency_of, page, fetching
         )
+        self.lending = Lending(manager, self.compiler, max(1, queue.most // 2))
         self.waiting = Waiting(manager, urgency_of)
         self.guards = Guards(manager, self.config, self.context, unhooked)
         asking = Asking(manager, self.wanted)
@@ -177,7 +172,7 @@ class Funnel:
         if has_companies and self.config.company_when == IDLE:
             shortest = max(self.config.min_segment, page)
             companions = WhenIdle(self.maker, shortest, lambda: not manager.rid_to_state)
-        cold = Cold(self.compiler, allowed=self.config.cold == EXACT)
+        cold = Cold(self.compiler, fetching.busiest, allowed=self.config.cold == EXACT)
         self.finding = Finding(
             self.config,
             self.resolver,
@@ -198,6 +193,39 @@ class Funnel:
             companions,
             LeastWork(ranks) if ranks > 1 else OneRank(),
             fetching,
+        )
+
+    def _fetching(self) -> Fetching:
+        """Where segments come from that are not held."""
+        config, manager = self.config, self._manager
+        if config.store is None:
+            return NoStore()
+
+        def tenant_of(space: str) -> str:
+            return space.removeprefix(self.wanted.space(None))
+
+        store = FromStore(
+            functools.partial(command, manager),
+            tenant_of,
+            len(self.context),
+            lambda: manager.max_req_input_len - 1,
+            config.store_timeout_s,
+            always=config.store_when != PAYS,
+            ranks=get_parallel().dp_size,
+        )
+        if config.peers is None:
+            return store
+        args = manager.server_args
+        key = args.admin_api_key or args.api_key
+        return FromPeers(
+            store,
+            roster_of(config.peers, key),
+            server_of(manager),
+            lambda: self.lending.waiting(),
+            key,
+            config.peer_timeout_s,
+            tenant_of,
+            len(self.context),
         )
 
     def _inviting(self) -> Inviting:

@@ -15,7 +15,8 @@ class CompileItem:
     and cached as SGLang's ordinary prefix. ``seams`` and ``named`` as in
     ``compile_hints``. ``rank``: the data-parallel rank it is wanted on, if on one.
     ``company``: where the segments of a company stand in it, of which it is one order;
-    ``guests`` and ``shipped`` as in ``CompileRequest``.
+    ``guests`` and ``shipped`` as in ``CompileRequest``. ``here``: no peer is to compile it,
+    since one has asked for it.
     """
 
     ids: tuple[int, ...]
@@ -29,3 +30,4 @@ class CompileItem:
     company: tuple[TokenSpan, ...] = ()
     guests: int = 0
     shipped: bool = False
+    here: bool = False

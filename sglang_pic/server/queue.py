@@ -42,7 +42,7 @@ class FairQueue(Generic[Item]):
     """
 
     def __init__(self, most: int, most_of_tenant: int, length: int):
-        self._most = most
+        self.most = most
         self._most_of_tenant = most_of_tenant
         self._length = length
         self._tenants: OrderedDict[str | None, _Tenant[Item]] = OrderedDict()
@@ -84,7 +84,7 @@ class FairQueue(Generic[Item]):
 
     def take(self) -> Item | None:
         """The next item to send, or ``None``: nothing waits that may be under way now."""
-        if self._taken == self._most:
+        if self._taken == self.most:
             return None
         most = self._most_of_tenant
         ready = [key for key, one in self._tenants.items() if one.places and one.taken < most]

@@ -1,7 +1,7 @@
-"""Where a missing segment comes from: the store, or a compile.
+"""Where a missing segment comes from: the store, a peer that compiles it, or a compile here.
 
-One function decides, by what reading and computing took lately; its reason is in the
-request's report.
+Two functions decide, by what reading and computing took lately and by what waits where: of
+the store ``source_of``, of peers ``deal``. The reason is in the request's report.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 # Where it came from.
-HELD, STORE, COMPUTED = "held", "store", "computed"
+HELD, STORE, PEER, COMPUTED = "held", "store", "peer", "computed"
 # Why it was computed, beside what the store says (``store.base``, ``store.value``).
 NO_STORE = "no_store"
 NO_SEGMENT = "no_segment"
@@ -22,6 +22,7 @@ BACK_OFF = "store_backs_off"
 LATE = "store_late"
 # Why it was read.
 IN_STORE = "in_store"
+COMPILED_THERE = "compiled_there"
 
 # What a pace is learnt from: so many, not older.
 KEPT, KEPT_S = 64, 60.0
@@ -72,7 +73,7 @@ class Pace:
 
 
 class BackOff:
-    """Leaves a store alone that has failed several times in a row.
+    """Leaves a store, or a peer, alone that has failed several times in a row.
 
     Args:
         clock: seconds, monotonic.
@@ -84,13 +85,16 @@ class BackOff:
         self._until = 0.0
         self._next = BACK_OFF_S
 
-    def failed(self) -> None:
-        """It has not answered, or has not done what it should."""
+    def failed(self) -> bool:
+        """It has not answered, or has not done what it should; whether it is left alone now
+        for that."""
         self._failures += 1
-        if self._failures >= MOST_FAILURES:
-            self._failures = 0
-            self._until = self._clock() + self._next
-            self._next = min(2 * self._next, MOST_BACK_OFF_S)
+        if self._failures < MOST_FAILURES:
+            return False
+        self._failures = 0
+        self._until = self._clock() + self._next
+        self._next = min(2 * self._next, MOST_BACK_OFF_S)
+        return True
 
     def worked(self) -> None:
         """It has answered."""
@@ -129,3 +133,24 @@ def source_of(
     if read is not None and computed is not None and computed < read:
         return COMPUTED, SOONER_COMPUTED
     return STORE, IN_STORE
+
+
+def deal(lengths: Sequence[int], loads: Sequence[float], moving: float = 0.0) -> list[int]:
+    """Who compiles each of some segments: longest first, each to whom would have it done
+    soonest (LPT, as HYPIC deals a cold prompt).
+
+    Args:
+        lengths: tokens.
+        loads: tokens that wait at each worker; the first is this server.
+        moving: tokens computed in the time that the value of one token takes from any
+            other worker to here.
+
+    Returns:
+        The worker of each segment.
+    """
+    ends, workers = list(loads), [0] * len(lengths)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        away = lengths[i] * moving
+        workers[i] = min(range(len(ends)), key=lambda at: (ends[at] + (away if at else 0.0), at))
+        ends[workers[i]] += lengths[i]
+    return workers

@@ -19,6 +19,7 @@ TOO_LARGE = "too_large"
 REFUSED = "store_refused"
 RAISED = "store_failed"
 UNLISTED = "store_lists_nothing"
+DROPPED = "too_much_waits"
 
 T = TypeVar("T")
 

@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
+from cachetools import LRUCache
 
-from sglang_pic.store.base import Problem, SegmentStore
+from sglang_pic.store.base import DROPPED, RAISED, Problem, SegmentStore
 from sglang_pic.store.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,8 @@ WRITERS = 1
 MOST_WAITING = 1024
 # Bytes of copies that wait to be written.
 MOST_BYTES = 512 << 20
+# Of values that the store did not take it is remembered why.
+MOST_REFUSED = 4096
 
 
 @dataclasses.dataclass
@@ -50,6 +53,9 @@ class Writer:
         self._workers = Workers("pic-store-write", WRITERS, MOST_WAITING)
         self._lock = threading.Lock()
         self._flying = 0
+        # Names of values that wait, and why the last ones were not taken.
+        self._waiting: Counter[str] = Counter()
+        self._refused: LRUCache[str, Problem] = LRUCache(MOST_REFUSED)
         self.counts = Written()
 
     @property
@@ -73,46 +79,67 @@ class Writer:
         """
 
         def work() -> None:
+            problem: Problem | None = Problem(RAISED)
             try:
-                self._write(name, encode, replace)
+                problem = self._write(name, encode, replace)
             finally:
-                self._add(-nbytes)
+                self._end(name, nbytes, problem)
 
         if not self.has_room(nbytes):
             self.counts.dropped += 1
             return False
-        self._add(nbytes)
+        with self._lock:
+            self._flying += nbytes
+            self._waiting[name] += 1
         if self._workers.submit(work):
             return True
-        self._add(-nbytes)
+        self._end(name, nbytes, Problem(DROPPED))
         self.counts.dropped += 1
         return False
+
+    def is_under_way(self, name: str) -> bool:
+        """Whether a value waits, or is being written."""
+        return name in self._waiting
+
+    def refusal(self, name: str) -> Problem | None:
+        """Why a value was not taken when it was last written."""
+        with self._lock:
+            return self._refused.get(name)
 
     def remove(self, name: str) -> None:
         """Have a value removed, as far as that can be."""
         self._workers.submit(lambda: self._note(self._store.remove(name)))
 
-    def _add(self, nbytes: int) -> None:
+    def _end(self, name: str, nbytes: int, problem: Problem | None) -> None:
+        """A value does not wait any more."""
         with self._lock:
-            self._flying += nbytes
+            self._flying -= nbytes
+            self._waiting[name] -= 1
+            if not self._waiting[name]:
+                del self._waiting[name]
+            if problem is None:
+                self._refused.pop(name, None)
+            else:
+                self._refused[name] = problem
 
-    def _write(self, name: str, encode: Callable[[], np.ndarray], replace: bool) -> None:
+    def _write(self, name: str, encode: Callable[[], np.ndarray], replace: bool) -> Problem | None:
         there = [False] if replace else self._store.exist([name])
         if isinstance(there, Problem):
             self._note(there)
-            return
+            return there
         if there[0]:
             with self._lock:
                 self.counts.present += 1
-            return
+            return None
         value = encode()
         problem = self._store.put(name, value)
         if problem is not None:
             self._note(problem)
-            return
+            return problem
         with self._lock:
             self.counts.values += 1
             self.counts.nbytes += len(value)
+        return None
 
     def _note(self, problem: Problem | None) -> None:
         if problem is None:

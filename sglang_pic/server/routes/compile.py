@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
+import time
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -12,14 +15,19 @@ from sglang.srt.utils.json_response import orjson_response
 
 from sglang_pic.errors import PicRefused, PicRequestError
 from sglang_pic.forest.keys import company_id, namespace, segment_id
-from sglang_pic.request.fields import MAX_SEGMENTS
+from sglang_pic.request.commands import UNWRITTEN, WRITTEN
+from sglang_pic.request.fields import MAX_SEAM, MAX_SEGMENTS
 from sglang_pic.request.tokenize import check_tokenizer
 from sglang_pic.server.compiler import QUEUE_FULL, Caller, Made
+from sglang_pic.server.fetching import FIRST_S, MOST_S
 from sglang_pic.server.funnel import Funnel, funnel_of
 from sglang_pic.server.routes.base import Answer, ExtraKey, Tenant, manager, pic_router, tell
 from sglang_pic.server.routes.prompts import TokenIds, check_prompt
 
 router = pic_router()
+
+# How long the store may take.
+PUBLISH_S = 60.0
 
 
 def _as_texts(value: Any) -> Any:
@@ -57,6 +65,18 @@ class CompileBody(Tenant):
         None, description="of `company`: what stands in front of the first, as the server sees it"
     )
 
+    seam: int | None = Field(
+        None,
+        description="of the links that will use them, the server's own by default; "
+        "a hybrid keeps states of each width",
+        ge=0,
+        le=MAX_SEAM,
+    )
+    publish: bool = Field(
+        False, description="for a peer: compile here, and answer when the store has them"
+    )
+    no_logs: bool = Field(False, description="log no token of them")
+
 
 class CompiledSegment(Answer):
     id: str
@@ -85,6 +105,11 @@ async def compile_segments(body: CompileBody) -> Any:
     elif body.opening is not None:
         raise PicRequestError("opening", "is of segments compiled in 'company'")
     segments = _read(body, funnel)
+    with funnel.lending.lent(len(segments)) if body.publish else contextlib.nullcontext():
+        return await _compiled(body, funnel, segments)
+
+
+async def _compiled(body: CompileBody, funnel: Funnel, segments: Sequence[list[int]]) -> Any:
     salt, extra_key, lora_path = body.cache_salt, body.extra_key, body.lora_path
     key = await _key(body)
     lengths = [len(ids) for ids in segments]
@@ -92,17 +117,20 @@ async def compile_segments(body: CompileBody) -> Any:
     space = namespace(funnel.context, salt)
     names = [segment_id(space, key, ids) for ids in segments]
     # On every rank, since nobody knows on which the links will run.
-    ranks = await tell("name", segments=names, seam=funnel.config.seam, cache_salt=salt)
+    seam = funnel.config.seam if body.seam is None else body.seam
+    ranks = await tell("name", segments=names, seam=seam, cache_salt=salt)
     absent = [
         (i, at) for i in range(len(names)) for at, rank in enumerate(ranks) if not rank["held"][i]
     ]
     items = [
-        funnel.wanted.segment(
-            segments[i], salt, extra_key, lora_path, named=True, rank=at if len(ranks) > 1 else None
+        dataclasses.replace(
+            funnel.wanted.segment(segments[i], salt, extra_key, lora_path, seam=seam, named=True),
+            rank=at if len(ranks) > 1 else None,
+            here=body.publish,
         )
         for i, at in absent
     ]
-    made = await funnel.compiler.compile(items, Caller(salt))
+    made = await funnel.compiler.compile(items, Caller(salt, no_logs=body.no_logs))
     computed = [0] * len(names)
     for (i, _), one in zip(absent, made, strict=True):
         _check(one, f"segments[{i}]")
@@ -111,6 +139,8 @@ async def compile_segments(body: CompileBody) -> Any:
     for i, name in enumerate(names):
         if not any(rank["held"][i] for rank in ranks):
             raise PicRefused(507, f"compiled, and no room to keep it: {name}", f"segments[{i}]")
+    if body.publish:
+        await _publish(names, salt)
     companies: list[dict[str, Any]] = []
     if body.company:
         companies = await _companies(body, funnel, segments, names, key, len(ranks))
@@ -127,6 +157,29 @@ async def compile_segments(body: CompileBody) -> Any:
             "companies": companies,
         }
     )
+
+
+async def _publish(names: Sequence[str], salt: str | None) -> None:
+    """Return when the store has these segments.
+
+    Raises:
+        PicRefused: 507, it does not take one; 504, it takes too long.
+    """
+    end, pause = time.monotonic() + PUBLISH_S, FIRST_S
+    while time.monotonic() < end:
+        ranks = await tell("publish", segments=names, cache_salt=salt)
+        # Of data-parallel ranks one is enough.
+        states = [[rank["segments"][i] for rank in ranks] for i in range(len(names))]
+        for i, of_ranks in enumerate(states):
+            if all(one["state"] == UNWRITTEN for one in of_ranks):
+                raise PicRefused(
+                    507, f"not in the store: {of_ranks[0]['reason']}", f"segments[{i}]"
+                )
+        if all(any(one["state"] == WRITTEN for one in of_ranks) for of_ranks in states):
+            return
+        await asyncio.sleep(pause)
+        pause = min(MOST_S, 1.5 * pause)
+    raise PicRefused(504, f"not in the store after {PUBLISH_S:g} s", "publish")
 
 
 def _check(made: Made, field: str) -> None:

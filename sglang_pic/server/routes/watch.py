@@ -15,6 +15,7 @@ from sglang_pic import __version__, timer
 from sglang_pic.link.policy import AUTO
 from sglang_pic.metrics import front
 from sglang_pic.server.funnel import funnel_of
+from sglang_pic.server.lending import server_of
 from sglang_pic.server.routes.base import Answer, Body, manager, pic_router, tell
 
 router = pic_router()
@@ -156,6 +157,19 @@ async def budgets() -> Any:
 async def stats() -> Any:
     """Counters and sizes, of this process and of each rank."""
     return orjson_response({"front": front.counts.to_json(), "ranks": await tell("stats")})
+
+
+class Load(Answer):
+    server: str = Field(description="by which it knows itself among its peers")
+    tokens: int = Field(description="that wait to be computed")
+
+
+@router.get("/load", response_model=Load)
+@auth_level(AuthLevel.ADMIN_OPTIONAL)
+async def load() -> Any:
+    """How much waits here; peers ask."""
+    tokens = await funnel_of(manager()).lending.waiting()
+    return orjson_response({"server": server_of(manager()), "tokens": tokens})
 
 
 # -- times --------------------------------------------------------------------------
