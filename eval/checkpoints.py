@@ -21,6 +21,7 @@ placing states (``eval.replay``). Without a model: in seconds.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 import pathlib
@@ -146,10 +147,29 @@ def workloads(
     yield NOTHING, [tokens(rng.randint(300, 1200)) for _ in range(sizes.alone)]
 
 
+def shared(prompts: Sequence[list[int]]) -> list[int]:
+    """Of each prompt the tokens that it begins with as an earlier one does."""
+    seen: list[list[int]] = []
+    found = []
+    for ids in prompts:
+        at = bisect.bisect(seen, ids)
+        found.append(max((_common(ids, one) for one in seen[max(0, at - 1) : at + 1]), default=0))
+        seen.insert(at, ids)
+    return found
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    for at, (a, b) in enumerate(zip(one, other)):  # noqa: B905
+        if a != b:
+            return at
+    return min(len(one), len(other))
+
+
 def ask(server: Server, name: str, arm: Arm, prompts: Sequence[list[int]]) -> list[dict[str, Any]]:
     """One row a prompt."""
     rows = []
-    for ids in tqdm(prompts, desc=f"{arm.name}: {name}", unit="prompt"):
+    known = shared(prompts)
+    for i, ids in enumerate(tqdm(prompts, desc=f"{arm.name}: {name}", unit="prompt")):
         asked = {"max_new_tokens": ANSWER_TOKENS, "temperature": 0, "ignore_eos": True}
         ttft, first, last = server.streamed(input_ids=ids, sampling_params=asked)
         rows.append(
@@ -157,6 +177,7 @@ def ask(server: Server, name: str, arm: Arm, prompts: Sequence[list[int]]) -> li
                 "arm": arm.name,
                 "workload": name,
                 "prompt_tokens": len(ids),
+                "shared_tokens": known[i],
                 "cached_tokens": first["meta_info"]["cached_tokens"],
                 "ttft_s": ttft,
                 "answer": last["output_ids"],
@@ -244,6 +265,7 @@ def _table(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> Table:
             found = _of(rows, arm, name)
             tokens = sum(row["prompt_tokens"] for row in found)
             computed = tokens - sum(row["cached_tokens"] for row in found)
+            again = sum(max(0, row["shared_tokens"] - row["cached_tokens"]) for row in found)
             times = [row["ttft_s"] for row in base], [row["ttft_s"] for row in found]
             low, high = ratio_interval(*times)
             lines.append(
@@ -252,6 +274,7 @@ def _table(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> Table:
                     f"{tokens}",
                     f"{computed}",
                     f"{100 * computed / tokens:.0f} %",
+                    f"{again}",
                     f"{sum(times[0]) / sum(times[1]):.2f} [{low:.2f}, {high:.2f}]",
                     f"{sum(row['same_answer'] for row in found)} of {len(found)}",
                 )
@@ -259,14 +282,23 @@ def _table(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> Table:
     share = config["share_of_time_where_nothing_is_shared"]
     held = config["checkpoints"]
     note = (
-        f"At equal memory, of {config['states_fit']} states ({BLOCKS}: for all of its own). "
+        "Again: what an earlier prompt begins with too. At equal memory, of "
+        f"{config['states_fit']} states ({BLOCKS}: for all of its own). "
         f"TTFT as {NO_BUFFER}'s over this one's, with its interval of 95 %. Ours placed "
         f"{held['placed']} checkpoints and holds {held['held']}; where nothing is shared they "
         f"take {100 * share:.2f} % of the time to the first token."
     )
     return Table(
         "Ordinary prefixes of a hybrid",
-        ("requests and cache", "prompt tokens", "computed", "share", "TTFT gain", "same answers"),
+        (
+            "requests and cache",
+            "prompt tokens",
+            "computed",
+            "share",
+            "of it again",
+            "TTFT gain",
+            "same answers",
+        ),
         lines,
         note,
     )

@@ -219,7 +219,7 @@ def test_segments_are_dealt_out_and_come_from_the_store(counts: Counts) -> None:
             made = await compile_all(peers, items)
             # 40 and 10 here, 30 and 20 there, whatever stands first.
             assert sources(made) == [HERE_COMPUTED, HERE_COMPUTED, FROM_PEER, FROM_PEER]
-            assert counts.peer_compiles == {url: {"came": 2}}
+            assert counts.peer_segments == {url: 2}
             # What it was given it has now.
             assert peers.busiest([40, 30, 20, 10]) == 100
 
@@ -249,7 +249,7 @@ def test_what_a_peer_does_not_bring_is_computed(case: str, counts: Counts) -> No
         expected = "not_in_store" if case == "gone" else reason
         assert sources([made]) == [(COMPILED, COMPUTED, expected)]
         assert made.tokens == 50
-        assert counts.peer_compiles == ({} if case == "gone" else {url: {"failed": 1}})
+        assert counts.peer_failures == ({} if case == "gone" else {url: 1})
         assert not peers._tasks or all(task.done() for task in peers._tasks)
 
     asyncio.run(run())

@@ -150,7 +150,7 @@ def test_a_cold_prompt_is_compiled_by_peers(
             assert b.get("/pic/stats").json()["front"]["lent"] == 2
             front = a.get("/pic/stats").json()["front"]
             assert front["sources"] == {"computed": 2, "peer": 2}
-            assert front["peer_compiles"] == {urls[1]: {"came": 2}}
+            assert front["peer_segments"] == {urls[1]: 2}
             # Of another tenant nothing is there; of this one all that B compiled.
             assert there in waits(ask(a, prompt, fresh_salt()))
             answer = ask(b, prompt, salt)

@@ -69,8 +69,8 @@ class Counts:
         sources: segments that were missing, by where they came from (``server.sources``).
         source_seconds, source_bytes: that this took, and read.
         store_misses: those that were computed though there is a store, by why.
-        peer_compiles: segments that peers were asked for, by the peer's address, and by
-            whether they came.
+        peer_segments, peer_failures: segments that a peer was asked for and that came, or did
+            not, by its address.
         peer_back_offs: times that a peer was left alone for a while, by its address.
         lent: segments that were compiled here for peers.
         poll_failures: times the schedulers did not tell their numbers to ``/metrics``.
@@ -103,7 +103,8 @@ class Counts:
     source_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     source_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
     store_misses: dict[str, int] = dataclasses.field(default_factory=dict)
-    peer_compiles: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    peer_segments: dict[str, int] = dataclasses.field(default_factory=dict)
+    peer_failures: dict[str, int] = dataclasses.field(default_factory=dict)
     peer_back_offs: dict[str, int] = dataclasses.field(default_factory=dict)
     lent: int = 0
     poll_failures: int = 0
@@ -150,7 +151,7 @@ class Counts:
 
     def observe_peer(self, url: str, came: bool) -> None:
         """Count a segment that a peer was asked for."""
-        _add(self.peer_compiles.setdefault(url, {}), "came" if came else "failed")
+        _add(self.peer_segments if came else self.peer_failures, url)
 
     def observe_back_off(self, url: str) -> None:
         """Count that a peer is left alone for a while."""

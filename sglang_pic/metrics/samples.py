@@ -180,6 +180,29 @@ FRONT_METRICS = (
         "reason",
     ),
     Metric(
+        PREFIX + "peer_segments_total",
+        "Segments that a peer has compiled for this server.",
+        lambda front: front["peer_segments"],
+        "peer",
+    ),
+    Metric(
+        PREFIX + "peer_failures_total",
+        "Segments that a peer was asked for in vain.",
+        lambda front: front["peer_failures"],
+        "peer",
+    ),
+    Metric(
+        PREFIX + "peer_back_offs_total",
+        "Times that a peer was left alone for a while.",
+        lambda front: front["peer_back_offs"],
+        "peer",
+    ),
+    Metric(
+        PREFIX + "lent_segments_total",
+        "Segments that were compiled here for peers.",
+        lambda front: front["lent"],
+    ),
+    Metric(
         PREFIX + "seconds_saved",
         "Estimate of the computing spared since start, less what compiling took.",
         lambda front: front["seconds_saved"],
