@@ -487,7 +487,8 @@ def test_a_thousand_answers_are_as_without(
                 print(told["checkpoints"], held["state"], held["evicted"])
                 assert told["checkpoints"]["tokens_resumed"] > 2000
                 assert held["state"]["checkpoint"] <= held["state"]["budget"] == 1 << 20
-                if "--page-size=1" in flags:
+                # Half a state a rank: there is room for all.
+                if "--page-size=1" in flags and "--tp-size=2" not in flags:
                     assert held["evicted"]["state"] > 0
     same = sum(one == other for one, other in zip(found["auto"], found["off"], strict=True))
     assert same == 1000
