@@ -175,8 +175,6 @@ class PicConfig:
             raise PicConfigError(f"store_when must be one of {STORE_WHEN}, got {self.store_when!r}")
         if self.store_timeout_s <= 0:
             raise PicConfigError(f"store_timeout_s must be above 0, got {self.store_timeout_s}")
-        if self.peers is not None and self.store is None:
-            raise PicConfigError("peers write what they compile into a store: none is named")
         if self.peer_timeout_s <= 0:
             raise PicConfigError(f"peer_timeout_s must be above 0, got {self.peer_timeout_s}")
         if self.canary_timeout_s <= 0:

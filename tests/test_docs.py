@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from sybil.document import Document
 from sybil.evaluators.python import PythonEvaluator
 from sybil.example import Example
@@ -35,6 +36,7 @@ from sglang_pic.launch_server import pic_parser, read_config
 from sglang_pic.linear.state import StateStore
 from sglang_pic.link import report
 from sglang_pic.server import gate
+from sglang_pic.server.roster import check_peers
 from sglang_pic.server.routes import router
 from sglang_pic.server.tenants import Tenants, check_key
 
@@ -151,6 +153,29 @@ def test_no_page_names_an_unknown_flag() -> None:
     for page in PAGES:
         found = set(re.findall(r"--pic-[a-z-]*[a-z]", page.read_text()))
         assert found <= set(flags()), name_of(page)
+
+
+def test_the_examples_of_several_servers_start_ours() -> None:
+    """Compose and Kubernetes: flags of ours, and peers that are servers of the example."""
+    services = yaml.safe_load((USING / "compose.yaml").read_text())["services"]
+    lines = [shlex.split(one["command"]) for one in services.values()]
+    names = {f"http://{name}:30000" for name in services}
+    for one in yaml.safe_load_all((USING / "kubernetes.yaml").read_text()):
+        if one["kind"] == "Service":
+            continue
+        spec, meta = one["spec"], one["metadata"]
+        container = spec["template"]["spec"]["containers"][0]
+        lines.append([*container["command"], *container["args"]])
+        names |= {
+            f"http://{meta['name']}-{i}.{meta['name']}:30000" for i in range(spec["replicas"])
+        }
+    servers = [line for line in lines if "sglang_pic.launch_server" in line]
+    assert len(servers) == 4
+    for line in servers:
+        args, rest = pic_parser().parse_known_args(line[3:])
+        assert not [word for word in rest if word.startswith("--pic")]
+        check_peers(args.pic_peers)
+        assert set(args.pic_peers.split(",")) <= names
 
 
 def test_every_reason_is_explained() -> None:
