@@ -221,7 +221,7 @@ class Held:
         await self.go.wait()
         return [item.ids[0] in self._tokens for item in items]
 
-    async def fetch(self, item: Any) -> Source:
+    async def fetch(self, item: Any, *, no_logs: bool = False) -> Source:
         if item.ids[0] not in self._tokens:
             return Source(COMPUTED, "not_in_store")
         self._scheduler.held.add(item.ids[0])

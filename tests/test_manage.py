@@ -27,8 +27,10 @@ from sglang_pic.errors import PicRefused
 from sglang_pic.eval.serving import Server, free_port
 from sglang_pic.request.tokenize import Rule
 from sglang_pic.server import commands
-from sglang_pic.server.compiler import COMPILED, FAILED, QUEUE_FULL, Made
+from sglang_pic.server.compiler import COMPILED, FAILED, QUEUE_FULL, Compiler, Made
+from sglang_pic.server.lending import Lending
 from sglang_pic.server.pins import Pins
+from sglang_pic.server.queue import FairQueue
 from sglang_pic.server.routes import base, compile, explain, install, router, segments, watch
 from sglang_pic.sglang_hooks import CACHE_BACKEND, install_http
 
@@ -224,6 +226,8 @@ class FakeSchedulers:
         self.room = 1000
         self.keeps = True
         self.ready: list[str] = []
+        # Of ``publish``: by rank and segment, what is told one question after another.
+        self.fates: list[list[list[tuple[str, str | None]]]] = []
 
     async def command(self, manager: Any, do: str, **fields: Any) -> list[Any]:
         self.told.append((do, fields))
@@ -252,6 +256,9 @@ class FakeSchedulers:
             return {"extra_key": (fields["extra_key"] or "") + "-its-id"}
         if do == "name":
             return {"held": [one in self.ready for one in fields["segments"]]}
+        if do == "publish":
+            fates = [fate.pop(0) if len(fate) > 1 else fate[0] for fate in self.fates[rank]]
+            return {"segments": [{"state": state, "reason": why} for state, why in fates]}
         if do == "held":
             return {"held": [self.keeps] * len(fields["segments"])}
         if do == "explain":
@@ -297,13 +304,14 @@ class FakeFunnel:
         self.guards = self
         self.finding = types.SimpleNamespace(search=lambda *_, **__: None)
         self.resolver = FakeResolver(self.config.link_defaults)
+        self.lending = Lending(None, Compiler(None, FairQueue(4, 4, 4)), 2)  # type: ignore[arg-type]
 
     async def compile(self, items: list[Any], caller: Any) -> list[Made]:
         self.compiled += items
         return [Made(COMPILED, len(item)) for item in items]
 
     def segment(
-        self, ids: list[int], salt: Any, extra_key: Any, lora_path: Any, *, named: bool, rank: Any
+        self, ids: list[int], salt: Any, extra_key: Any, lora_path: Any, *, named: bool, **_: Any
     ) -> list[int]:
         assert named
         return ids
@@ -455,6 +463,54 @@ def test_what_is_held_is_not_compiled_again(front: Front) -> None:
     # Of the seam width that links here have.
     named = [fields for do, fields in front.schedulers.told if do == "name"]
     assert all(fields["seam"] == front.funnel.config.seam for fields in named)
+
+
+WRITING, WRITTEN = ("writing", None), ("written", None)
+NOT = ("unwritten", "store_failed")
+FATES: dict[str, tuple[list[Any], int]] = {
+    "at once": ([[[WRITTEN], [WRITTEN]]], 200),
+    "after a while": ([[[WRITING, WRITING, WRITTEN], [WRITING, WRITTEN]]], 200),
+    "one is refused": ([[[WRITTEN], [WRITING, NOT]]], 507),
+    "on one of two ranks": ([[[WRITTEN], [NOT]], [[NOT], [WRITTEN]]], 200),
+    "on none of two": ([[[WRITTEN], [NOT]], [[WRITTEN], [NOT]]], 507),
+    "never": ([[[WRITING], [WRITTEN]]], 504),
+}
+
+
+@pytest.mark.parametrize("case", FATES)
+def test_what_is_published_is_in_the_store(
+    case: str, front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compile, "PUBLISH_S", 0.3)
+    front.schedulers.fates, status = FATES[case]
+    front.schedulers.cards = [[] for _ in front.schedulers.fates]
+    sent = {"input_ids": [[3] * 40, [4] * 41], "publish": True, "seam": 5, "no_logs": True}
+    answer = front.send("POST", "/pic/compile", json=sent)
+    assert answer.status_code == status, answer.text
+    if status == 507:
+        assert answer.json()["error"]["param"] == "segments[1]"
+    assert next(fields for do, fields in front.schedulers.told if do == "name")["seam"] == 5
+    # Nothing of it stays lent.
+    with front.funnel.lending.lent(2):
+        pass
+
+
+def test_no_more_is_lent_than_half(front: Front) -> None:
+    front.schedulers.fates = [[[WRITTEN]]]
+    sent = {"input_ids": [3] * 40, "publish": True}
+    with front.funnel.lending.lent(2):
+        refused = front.send("POST", "/pic/compile", json=sent)
+        assert refused.status_code == 503 and refused.json()["error"]["param"] == "publish"
+        assert not front.funnel.compiled
+        # What is for nobody else is compiled all the same.
+        assert front.send("POST", "/pic/compile", json={"input_ids": [3] * 40}).ok
+    assert front.send("POST", "/pic/compile", json=sent).ok
+
+
+@pytest.mark.parametrize("seam", [-1, 1 << 21, "4", 1.5])
+def test_a_seam_that_is_none_is_refused(seam: Any, front: Front) -> None:
+    refused = front.send("POST", "/pic/compile", json={"input_ids": [3] * 40, "seam": seam})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "seam"
 
 
 def test_segments_are_named_and_foretold_with_their_adapter(front: Front) -> None:

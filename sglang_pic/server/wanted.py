@@ -86,12 +86,21 @@ class Wanted:
         seam: int | None = None,
         named: bool = False,
         rank: int | None = None,
+        here: bool = False,
     ) -> CompileItem:
         """The internal request that compiles one segment for one tenant, in a
         hybrid for links of one seam width: the server's own by default."""
-        seams = (self._config.seam if seam is None else seam,)
         path, space = (*self.context, *ids), self.space(salt)
-        return CompileItem(path, space, extra_key, lora, seams=seams, named=named, rank=rank)
+        return CompileItem(
+            path,
+            space,
+            extra_key,
+            lora,
+            seams=(self._config.seam if seam is None else seam,),
+            named=named,
+            rank=rank,
+            here=here,
+        )
 
 
 def caller_of(obj: GenerateReqInput) -> Caller:

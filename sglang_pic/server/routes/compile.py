@@ -123,8 +123,13 @@ async def _compiled(body: CompileBody, funnel: Funnel, segments: Sequence[list[i
         (i, at) for i in range(len(names)) for at, rank in enumerate(ranks) if not rank["held"][i]
     ]
     items = [
-        dataclasses.replace(
-            funnel.wanted.segment(segments[i], salt, extra_key, lora_path, seam=seam, named=True),
+        funnel.wanted.segment(
+            segments[i],
+            salt,
+            extra_key,
+            lora_path,
+            seam=seam,
+            named=True,
             rank=at if len(ranks) > 1 else None,
             here=body.publish,
         )
