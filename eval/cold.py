@@ -1,204 +1,339 @@
-"""Cold prompts whose segments are compiled by several servers at once: a simulation.
+"""Cold prompts: their segments compiled by several servers at once, or read from a store.
 
-    python -m eval.cold --simulate [--quick] [--json FILE] [--plot FILE]
+    python -m eval.cold [--quick] [--json FILE] [--plot FILE]
+    python -m eval.cold --simulate [--compile-us US] [--gb-s RATE] ...
 
-No server runs here. ``m`` workers compile the segments of one cold prompt, each its
-share one after another; a value is written when it is compiled and fetched by the worker
-that got the prompt, one after another as they come; then that one links. Shares are dealt
+Servers of one thread each, with one store, a directory; the first gets the prompts, the
+others are its peers. Every prompt is of random tokens that nobody has. Cold: the time to the
+first token over workers, of prompts that wait for their compiles; beside it stock SGLang's
+time, on one thread too. Fetched: the seconds that a segment takes which the store has,
+beside those of computing it, and from which length on reading is sooner: as measured, and
+as the lines foretell by which a server decides (``server.sources.Pace``), fitted to the
+other half of what was measured.
 
-    lpt          the longest segment first, each to the worker with the least to do
-    round_robin  in turn, as they stand in the prompt
-
-``equal``: eleven segments of 2400 tokens, as HYPIC reports them (2321, 1173, 646 and
-378 ms at 1, 2, 4 and 8 workers), whose time a compile is fitted to. ``drawn``: 64
-segments of 200 to 8000 tokens, log-uniform, the mean over several draws. Other costs are
-given as flags: measure them on servers of your own.
+Two cores carry two workers. What more would bring: ``--simulate``, without servers
+(``eval.cold_simulated``).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import math
+import pathlib
 import random
-from collections.abc import Callable, Sequence
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sglang_pic.eval.command import Outcome, deliver, new_figure, parser_of
-from sglang_pic.eval.tables import Table
-from sglang_pic.server.sources import deal
+from tqdm import tqdm
+from transformers import AutoConfig
 
-# Workers and milliseconds: HYPIC's, of eleven segments of 2400 tokens.
-PAPER = {1: 2321.0, 2: 1173.0, 4: 646.0, 8: 378.0}
-PAPER_SEGMENTS, PAPER_TOKENS = 11, 2400
-WORKERS, QUICK_WORKERS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64), (1, 2, 8, 64)
-DRAWN, SHORTEST, LONGEST = 64, 200, 8000
-DRAWS, QUICK_DRAWS = 50, 5
+from sglang_pic.eval import cold_simulated
+from sglang_pic.eval.bench import STOCK_MODULE, model_path, ordinary_tokens
+from sglang_pic.eval.cold_simulated import Costs, fitted_us
+from sglang_pic.eval.command import Outcome, deliver, new_figure, parser_of
+from sglang_pic.eval.intervals import ratio_interval
+from sglang_pic.eval.serving import Server, free_port, serve
+from sglang_pic.eval.tables import Table
+from sglang_pic.server.sources import Pace
+
+STOCK = 0  # workers
+OPENING, QUESTION = 16, 24
+POOL_TOKENS = 16384
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+WORKERS = "workers"
 
 
 @dataclasses.dataclass(frozen=True)
-class Costs:
-    """Of one kind of server and store.
+class Sizes:
+    """What is asked.
 
     Attributes:
-        compile_us: microseconds that compiling a token takes.
-        token_bytes: bytes that its value has.
-        gb_s: at which one server reads and writes values, in 1e9 bytes a second.
-        link_ms: milliseconds of the link, whatever the workers.
+        workers: servers; ``STOCK`` is stock SGLang alone.
+        segments, tokens: of a cold prompt: how many, and of each.
+        prompts: of each kind.
+        lengths: of segments that are read and computed.
+        segments_a_length: how many of each.
     """
 
-    compile_us: float
-    token_bytes: int
-    gb_s: float
-    link_ms: float
-
-    def compile_ms(self, tokens: int) -> float:
-        return tokens * self.compile_us / 1e3
-
-    def move_ms(self, tokens: int) -> float:
-        """To write or to read the value of so many tokens."""
-        return tokens * self.token_bytes / self.gb_s / 1e6
+    workers: tuple[int, ...]
+    segments: tuple[int, ...]
+    tokens: int
+    prompts: int
+    lengths: tuple[int, ...]
+    segments_a_length: int
 
 
-def lpt(lengths: Sequence[int], workers: int) -> list[list[int]]:
-    """Of each worker the indices of the segments that it compiles, in order: the longest
-    first, each to the one with the least to do."""
-    whose = deal(lengths, [0] * workers)
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return [[i for i in order if whose[i] == worker] for worker in range(workers)]
+FULL = Sizes((STOCK, 1, 2, 3), (2, 4, 8, 16), 384, 6, (32, 64, 128, 256, 512, 1024), 12)
+QUICK = Sizes((STOCK, 1, 2), (2, 8), 256, 3, (32, 128, 512), 6)
 
 
-def round_robin(lengths: Sequence[int], workers: int) -> list[list[int]]:
-    """The same, dealt in turn."""
-    return [list(range(first, len(lengths), workers)) for first in range(workers)]
-
-
-RULES: dict[str, Callable[[Sequence[int], int], list[list[int]]]] = {
-    "lpt": lpt,
-    "round_robin": round_robin,
-}
-
-
-def simulate(
-    lengths: Sequence[int], shares: Sequence[Sequence[int]], costs: Costs
-) -> tuple[float, float]:
-    """Time to the first token of a cold prompt, and until its last segment is compiled, in
-    ms. The first worker is the one that got the prompt."""
-    compiled, there = 0.0, []
-    own = 0.0
-    for worker, share in enumerate(shares):
-        at = written = 0.0
-        for i in share:
-            at += costs.compile_ms(lengths[i])
-            # Written while the next one compiles.
-            written = max(written, at) + costs.move_ms(lengths[i])
-            if worker:
-                there.append((written, i))
-        compiled = max(compiled, at)
-        own = at if worker == 0 else own
-    fetched = 0.0
-    for written, i in sorted(there):
-        fetched = max(fetched, written) + costs.move_ms(lengths[i])
-    return max(own, fetched) + costs.link_ms, compiled
-
-
-def fitted_us() -> float:
-    """Microseconds a token that fit HYPIC's times best, in the share of each: the busiest of
-    its workers compiles ``ceil(11 / m)`` segments."""
-    per_segment = [ms / math.ceil(PAPER_SEGMENTS / m) for m, ms in PAPER.items()]
-    return sum(per_segment) / len(per_segment) / PAPER_TOKENS * 1e3
-
-
-def drawn(seed: int) -> list[int]:
-    """Lengths of one prompt's segments."""
-    draw = random.Random(seed)
-    spread = math.log(LONGEST / SHORTEST)
-    return [round(SHORTEST * math.exp(draw.random() * spread)) for _ in range(DRAWN)]
-
-
-def run(costs: Costs, *, quick: bool, seed: int = 0) -> Outcome:
-    """Simulate every number of workers, both rules."""
-    draws = QUICK_DRAWS if quick else DRAWS
-    prompts = {
-        "equal": [[PAPER_TOKENS] * PAPER_SEGMENTS],
-        "drawn": [drawn(seed + i) for i in range(draws)],
-    }
-    rows: list[dict[str, Any]] = []
-    for name, lengths in prompts.items():
-        for workers in QUICK_WORKERS if quick else WORKERS:
-            for rule, dealt in RULES.items():
-                found = [simulate(one, dealt(one, workers), costs) for one in lengths]
-                rows.append(
-                    {
-                        "prompt": name,
-                        "workers": workers,
-                        "rule": rule,
-                        "ttft_ms": sum(ttft for ttft, _ in found) / len(found),
-                        "compiled_ms": sum(compiled for _, compiled in found) / len(found),
-                        "paper_ms": PAPER.get(workers) if name == "equal" else None,
-                    }
-                )
-    config = {**dataclasses.asdict(costs), "draws": draws, "seed": seed}
-    return Outcome(config, rows, [table_of(rows, name) for name in prompts], plot(rows))
-
-
-def table_of(rows: Sequence[dict[str, Any]], prompt: str) -> Table:
-    """One line a number of workers."""
-    found = {(row["workers"], row["rule"]): row for row in rows if row["prompt"] == prompt}
-    alone = found[1, "lpt"]["ttft_ms"]
-    lines = []
-    for workers in dict.fromkeys(workers for workers, _ in found):
-        best, dealt = (found[workers, rule] for rule in RULES)
-        paper = best["paper_ms"]
-        lines.append(
-            (
-                str(workers),
-                f"{best['ttft_ms']:.0f}",
-                f"{dealt['ttft_ms']:.0f}",
-                "" if paper is None else f"{paper:.0f}",
-                f"{alone / best['ttft_ms']:.1f}x",
-            )
+@contextlib.contextmanager
+def servers(model: pathlib.Path, workers: int) -> Iterator[list[Server]]:
+    """So many, of which the first gets the prompts."""
+    common = ("--skip-tokenizer-init", f"--max-total-tokens={POOL_TOKENS}")
+    ports = [free_port() for _ in range(workers)]
+    with contextlib.ExitStack() as stack:
+        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if workers == STOCK:
+            log = folder / "stock.log"
+            yield [
+                stack.enter_context(serve(model, log, *common, module=STOCK_MODULE, env=ONE_THREAD))
+            ]
+            return
+        peers = ",".join(f"http://127.0.0.1:{port}" for port in ports)
+        ours = (
+            *common,
+            "--pic-cold=link",
+            "--pic-company=off",
+            "--pic-store-when=always",
+            f"--pic-store={folder / 'store'}",
+            *([f"--pic-peers={peers}"] if workers > 1 else []),
         )
-    what = (
-        f"{PAPER_SEGMENTS} segments of {PAPER_TOKENS} tokens"
-        if prompt == "equal"
-        else f"{DRAWN} segments of {SHORTEST} to {LONGEST} tokens"
+        yield [
+            stack.enter_context(
+                serve(model, folder / f"{port}.log", *ours, port=port, env=ONE_THREAD)
+            )
+            for port in ports
+        ]
+
+
+Prompt = tuple[list[int], list[dict[str, int]]]
+
+
+def prompt_of(rng: random.Random, vocabulary: Sequence[int], count: int, tokens: int) -> Prompt:
+    """Token ids that nobody has, and the places of their segments."""
+    ids = rng.choices(vocabulary, k=OPENING + count * tokens + QUESTION)
+    starts = range(OPENING, OPENING + count * tokens, tokens)
+    return ids, [{"start": at, "end": at + tokens} for at in starts]
+
+
+def ask(server: Server, prompt: Prompt, *, marked: bool) -> tuple[float, dict[str, Any]]:
+    """Seconds to the first token, and the answer's meta data."""
+    ids, segments = prompt
+    pic = {"pic": {"segments": segments}} if marked else {}
+    sampling = {"max_new_tokens": 1, "temperature": 0}
+    seconds, first = server.first_token(input_ids=ids, sampling_params=sampling, **pic)
+    meta: dict[str, Any] = first["meta_info"]
+    return seconds, meta
+
+
+def cold_rows(
+    pool: list[Server], workers: int, sizes: Sizes, vocabulary: Sequence[int], rng: random.Random
+) -> Iterator[dict[str, Any]]:
+    """One row a cold prompt.
+
+    Raises:
+        RuntimeError: one was not linked, or a peer was asked in vain.
+    """
+    marked = workers != STOCK
+    # Whatever is loaded lazily is, on every server.
+    for server in pool:
+        for _ in range(2):
+            ask(server, prompt_of(rng, vocabulary, 2, sizes.tokens), marked=marked)
+    grid = [count for count in sizes.segments for _ in range(sizes.prompts)]
+    for count in tqdm(grid, desc=f"{workers or 'stock'}: cold", unit="prompt"):
+        seconds, meta = ask(pool[0], prompt_of(rng, vocabulary, count, sizes.tokens), marked=marked)
+        waited = meta["pic"]["waited_for"] if marked else []
+        sources = [one["source"] for one in waited if one["segment"] is not None]
+        strange = [one for one in waited if one["source"] == "computed" and "peer" in one["why"]]
+        if strange or (marked and len(sources) != count):
+            raise RuntimeError(f"of {count} segments these were waited for: {waited}")
+        yield {
+            "part": "cold",
+            WORKERS: workers,
+            "segments": count,
+            "ttft_s": seconds,
+            "by_peers": sources.count("peer"),
+        }
+
+
+def fetched_rows(
+    server: Server, sizes: Sizes, vocabulary: Sequence[int], rng: random.Random
+) -> Iterator[dict[str, Any]]:
+    """Seconds of each segment, computed and then read, one at a time.
+
+    Raises:
+        RuntimeError: it did not come from where it should.
+    """
+    grid = [length for _ in range(sizes.segments_a_length) for length in sizes.lengths]
+    for length in tqdm(grid, desc="fetched", unit="segment"):
+        prompt = prompt_of(rng, vocabulary, 1, length)
+        ids, (span,) = prompt
+        publish = {"input_ids": ids[span["start"] : span["end"]], "publish": True}
+        for source in ("computed", "store"):
+            _, meta = ask(server, prompt, marked=True)
+            (one,) = [one for one in meta["pic"]["waited_for"] if one["segment"] is not None]
+            if one["source"] != source:
+                raise RuntimeError(f"expected from {source}: {one}")
+            yield {
+                "part": "fetched",
+                "source": source,
+                "tokens": length,
+                "seconds": one["seconds"],
+                "bytes": one["bytes"],
+            }
+            server.post("/pic/compile", publish).raise_for_status()
+            server.post("/flush_cache", {}).raise_for_status()
+
+
+def crossing(rows: Sequence[dict[str, Any]]) -> tuple[float | None, float | None]:
+    """From how many tokens on reading is sooner: measured, between the medians of
+    neighbouring lengths, on one half of the rows; and by the lines, on the other."""
+    lengths = sorted({row["tokens"] for row in rows})
+    by: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        by.setdefault((row["source"], row["tokens"]), []).append(row["seconds"])
+    gains = [
+        statistics.median(by["computed", n][::2]) - statistics.median(by["store", n][::2])
+        for n in lengths
+    ]
+    measured: float | None = float(lengths[0]) if gains[0] > 0 else None
+    for (n, before), (m, after) in zip(
+        zip(lengths, gains, strict=True), zip(lengths[1:], gains[1:], strict=True), strict=False
+    ):
+        if before <= 0 < after:
+            measured = n + (m - n) * -before / (after - before)
+    lines = {"computed": Pace(), "store": Pace()}
+    for (source, n), seconds in by.items():
+        for one in seconds[1::2]:
+            lines[source].see(n, one)
+    foretold = None
+    for n in range(1, 2 * lengths[-1]):
+        computed, read = (lines[source].seconds(n) for source in ("computed", "store"))
+        if computed is not None and read is not None and read < computed:
+            foretold = float(n)
+            break
+    return measured, foretold
+
+
+def measure(*, quick: bool, seed: int = 0) -> Outcome:
+    """Both parts, on servers of SmolLM2."""
+    sizes = QUICK if quick else FULL
+    model = model_path("smollm2")
+    vocabulary = ordinary_tokens(AutoConfig.from_pretrained(model).vocab_size)
+    rows: list[dict[str, Any]] = []
+    for workers in sizes.workers:
+        with servers(model, workers) as pool:
+            rows += cold_rows(pool, workers, sizes, vocabulary, random.Random(seed + workers))
+            if workers == 1:
+                rows += fetched_rows(pool[0], sizes, vocabulary, random.Random(seed))
+    fetched = [row for row in rows if row["part"] == "fetched"]
+    measured, foretold = crossing(fetched)
+    config = {
+        **dataclasses.asdict(sizes),
+        "model": model.name,
+        "seed": seed,
+        "sooner_read_from": measured,
+        "sooner_read_from_foretold": foretold,
+    }
+    return Outcome(
+        config, rows, [_cold_table(rows, sizes), _fetched_table(rows, config)], _plot(rows)
     )
+
+
+def _ttft(rows: Sequence[dict[str, Any]], workers: int, count: int) -> list[float]:
+    return [
+        row["ttft_s"]
+        for row in rows
+        if row["part"] == "cold" and (row[WORKERS], row["segments"]) == (workers, count)
+    ]
+
+
+def _cold_table(rows: Sequence[dict[str, Any]], sizes: Sizes) -> Table:
+    lines = []
+    for count in sizes.segments:
+        alone = _ttft(rows, 1, count)
+        line = [f"{count} x {sizes.tokens}"]
+        for workers in sizes.workers:
+            found = _ttft(rows, workers, count)
+            low, high = ratio_interval(alone, found)
+            gain = statistics.fmean(alone) / statistics.fmean(found)
+            line.append(f"{statistics.fmean(found):.2f} s, {gain:.2f}x [{low:.2f}, {high:.2f}]")
+        lines.append(tuple(line))
+    names = ["stock" if workers == STOCK else f"{workers} of ours" for workers in sizes.workers]
     return Table(
-        f"Cold prompt of {what}, simulated: ms to the first token",
-        ("workers", "longest first", "in turn", "HYPIC", "longest first, gain"),
+        "Cold prompts: seconds to the first token, compiled by one server and several",
+        ("segments x tokens", *names),
         lines,
+        "Each server of one thread. Ratios to one server of ours, with intervals of 95 %. "
+        "Ours compiles and links, which `--pic-cold exact`, the default, does not wait for where "
+        "one server would compile alone.",
     )
 
 
-def plot(rows: Sequence[dict[str, Any]]) -> Any:
-    """Milliseconds over workers, the paper's points among them."""
+def _fetched_table(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> Table:
+    lines = []
+    for length in config["lengths"]:
+        found = {
+            source: [
+                row["seconds"]
+                for row in rows
+                if row["part"] == "fetched" and (row["source"], row["tokens"]) == (source, length)
+            ]
+            for source in ("computed", "store")
+        }
+        low, high = ratio_interval(found["computed"], found["store"])
+        computed, read = (1e3 * statistics.fmean(found[one]) for one in ("computed", "store"))
+        ratio = f"{computed / read:.2f} [{low:.2f}, {high:.2f}]"
+        lines.append((str(length), f"{computed:.1f}", f"{read:.1f}", ratio))
+    measured, foretold = config["sooner_read_from"], config["sooner_read_from_foretold"]
+    return Table(
+        "A missing segment, computed or read from the store: ms",
+        ("tokens", "computed", "read", "computed / read"),
+        lines,
+        f"Sooner read from {_tokens(measured)} on as measured, from {_tokens(foretold)} on by "
+        "lines through the other half of the rows.",
+    )
+
+
+def _tokens(count: float | None) -> str:
+    return "no length" if count is None else f"{count:.0f} tokens"
+
+
+def _plot(rows: Sequence[dict[str, Any]]) -> Any:
     figure, axes = new_figure(2)
-    for axis, prompt in zip(axes, dict.fromkeys(row["prompt"] for row in rows), strict=True):
-        for rule in RULES:
-            found = [row for row in rows if (row["prompt"], row["rule"]) == (prompt, rule)]
-            at = [row["workers"] for row in found]
-            axis.plot(at, [row["ttft_ms"] for row in found], marker=".", label=rule)
-        if prompt == "equal":
-            axis.plot(list(PAPER), list(PAPER.values()), "k*", label="HYPIC")
-        axis.set(title=prompt, xlabel="workers", ylabel="ms", xscale="log", yscale="log")
-        axis.legend()
+    cold = [row for row in rows if row["part"] == "cold"]
+    counts = sorted({row["segments"] for row in cold})
+    for workers in dict.fromkeys(row[WORKERS] for row in cold):
+        label = "stock" if workers == STOCK else f"{workers} of ours"
+        means = [statistics.fmean(_ttft(rows, workers, count)) for count in counts]
+        axes[0].plot(counts, means, marker="o", label=label)
+    axes[0].set(xlabel="segments", ylabel="seconds to the first token", ylim=(0, None))
+    axes[0].legend()
+    fetched = [row for row in rows if row["part"] == "fetched"]
+    lengths = sorted({row["tokens"] for row in fetched})
+    for source, label in (("computed", "computed"), ("store", "read")):
+        means = [
+            1e3
+            * statistics.fmean(
+                row["seconds"] for row in fetched if (row["source"], row["tokens"]) == (source, n)
+            )
+            for n in lengths
+        ]
+        axes[1].plot(lengths, means, marker="o", label=label)
+    axes[1].set(xlabel="tokens of a segment", ylabel="ms", ylim=(0, None))
+    axes[1].legend()
     return figure
 
 
 def main() -> None:
-    parser = parser_of(__doc__, "fewer numbers of workers and draws")
-    parser.add_argument(
-        "--simulate", action="store_true", required=True, help="all that there is yet"
-    )
-    costs = parser.add_argument_group("costs")
+    parser = parser_of(__doc__, "two workers, fewer prompts")
+    parser.add_argument("--simulate", action="store_true", help="without servers")
+    costs = parser.add_argument_group("costs of the simulation")
     costs.add_argument("--compile-us", type=float, help="of a token (fitted to HYPIC's times)")
     costs.add_argument("--token-bytes", type=int, default=131072, help="(%(default)s)")
     costs.add_argument("--gb-s", type=float, default=25.0, help="of the store (%(default)s)")
     costs.add_argument("--link-ms", type=float, default=0.0, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (%(default)s)")
     args = parser.parse_args()
-    deliver(run(costs_of(args), quick=args.quick, seed=args.seed), args)
+    if args.simulate:
+        outcome = cold_simulated.run(costs_of(args), quick=args.quick, seed=args.seed)
+    else:
+        outcome = measure(quick=args.quick, seed=args.seed)
+    deliver(outcome, args)
 
 
 def costs_of(args: argparse.Namespace) -> Costs:

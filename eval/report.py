@@ -21,6 +21,7 @@ from typing import Any, cast
 from sglang_pic.eval import (
     breakdown,
     checkpoints,
+    cold,
     found,
     hybrid_quality,
     load,
@@ -86,6 +87,12 @@ ALONE = (
         "python -m eval.checkpoints --quick",
         lambda _: checkpoints.run(quick=True),
         "checkpoints",
+    ),
+    Part(
+        "Cold prompts, by several servers",
+        "python -m eval.cold --quick",
+        lambda _: cold.measure(quick=True),
+        "cold",
     ),
 )
 _HYBRID = f" --hybrid --seam {HYBRID_SEAM}"

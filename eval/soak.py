@@ -1,13 +1,15 @@
 """Soak: a long run of mixed traffic over a corpus ten times the cache.
 
-    python -m eval.soak [--minutes 20] [--quick] [--hybrid] [--json FILE] [--plot FILE]
+    python -m eval.soak [--minutes 20] [--quick] [--hybrid] [--peer] [--json FILE] [--plot FILE]
 
 Twelve clients at once, of three tenants: links, conversations, growing segments, several
 samples, batches, ordinary and exact requests, segments that are found; compiles, pins with
 a time, deletes, flushes, dry runs; malformed requests, aborts, streams dropped half-way,
 clients that leave. Hostile ones too: forged commands, ambiguous names, mutated bodies,
 thousands of small segments of as many strangers, aborts and departures while segments
-compile. SGLang retracts requests by force and checks its own memory at every step.
+compile. With ``--peer`` segments are compiled by another server too and come from a store
+that both have; it is killed every two minutes. SGLang retracts requests by force and
+checks its own memory at every step.
 
 Answers to prompts that were asked in quiet before must be the same (``eval.recorded``):
 ``exact`` ones were recomputed in full; ``linked`` ones are compared where the same
@@ -41,6 +43,7 @@ from transformers import AutoConfig
 from sglang_pic.eval.bench import linear_layers, model_path, ordinary_tokens
 from sglang_pic.eval.command import Outcome, deliver, new_figure, parser_of
 from sglang_pic.eval.models.tiny import tiny_llama
+from sglang_pic.eval.mortal import Mortal
 from sglang_pic.eval.recorded import (
     EXACT,
     LINKED,
@@ -50,7 +53,7 @@ from sglang_pic.eval.recorded import (
     Sample,
     asking,
 )
-from sglang_pic.eval.serving import Server, serve
+from sglang_pic.eval.serving import Server, free_port, serve
 from sglang_pic.eval.storm import CLIENTS, DEEDS, HELD, TENANTS, Material, Seen, link_of, storm
 from sglang_pic.eval.tables import Table
 from sglang_pic.eval.watch import Growth, Watch, growth, last_half
@@ -117,11 +120,24 @@ def cache_flags(config: Any) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def soaked(model: pathlib.Path, log: pathlib.Path) -> Iterator[Server]:
+def soaked(model: pathlib.Path, log: pathlib.Path, *flags: str) -> Iterator[Server]:
     """A server with a small cache and strict checks."""
-    flags = cache_flags(AutoConfig.from_pretrained(model))
-    with serve(model, log, *HARD, *flags, env=STRICT) as server:
+    cache = cache_flags(AutoConfig.from_pretrained(model))
+    with serve(model, log, *HARD, *cache, *flags, env=STRICT) as server:
         yield server
+
+
+@contextlib.contextmanager
+def with_peer(model: pathlib.Path, log: pathlib.Path) -> Iterator[tuple[Server, Mortal]]:
+    """``soaked``, with a store, and a peer that is killed."""
+    other = free_port()
+    with tempfile.TemporaryDirectory() as store:
+        shared = (f"--pic-store=file://{store}?mib=256", "--pic-store-when=always")
+        cache = cache_flags(AutoConfig.from_pretrained(model))
+        peer = Mortal(model, log.with_suffix(".peer"), other, *HARD, *cache, *shared)
+        asks = (f"--pic-peers=http://127.0.0.1:{other}", "--pic-peer-timeout=10")
+        with peer.living(), soaked(model, log, *shared, *asks) as server:
+            yield server, peer
 
 
 # -- what is asked ------------------------------------------------------------------
@@ -185,8 +201,13 @@ def run(
     minutes: float,
     seed: int = 0,
     model: str = "tiny",
+    beside: Callable[[], list[Check]] = list,
 ) -> tuple[Outcome, list[Check]]:
-    """Record, storm, check; the server must be idle and of ``soaked``'s flags."""
+    """Record, storm, check; the server must be idle and of ``soaked``'s flags.
+
+    Args:
+        beside: further checks, when the storm is over.
+    """
     capacity = server.forest()["available_tokens"]
     material = material_of(server, vocabulary, seed)
     watch = Watch(server)
@@ -194,7 +215,7 @@ def run(
     seconds = 60 * minutes
     seen = asyncio.run(_storm(server, material, watch, seconds, seed))
     grown = growth(watch.sights)
-    checks = checks_of(seen, watch, grown, minutes)
+    checks = [*checks_of(seen, watch, grown, minutes), *beside()]
     try:
         checks += _afterwards(server, capacity, started)
     except (requests.RequestException, RuntimeError) as error:
@@ -285,6 +306,19 @@ def checks_of(seen: Seen, watch: Watch, grown: dict[str, Growth], minutes: float
             or f"{watch.forests} checks of the forest, {len(watch.sights)} of budgets",
         ),
         _memory_flat(grown, minutes),
+    ]
+
+
+def of_peer(server: Server, peer: Mortal) -> list[Check]:
+    """That it was asked, in vain too, and that the store was read."""
+    front = server.get("/pic/stats").json()["front"]
+    came, failed = (sum(front[f"peer_{what}"].values()) for what in ("segments", "failures"))
+    read = front["sources"].get("store", 0)
+    lives = f"{peer.deaths} deaths" if peer.failure is None else peer.failure[-500:]
+    return [
+        Check("peer killed", peer.deaths > 0 and peer.failure is None, lives),
+        Check("segments of the peer", came > 0, f"{came} came, {failed} did not"),
+        Check("segments of the store", read > 0, f"{read} read"),
     ]
 
 
@@ -449,6 +483,9 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--hybrid", action="store_true", help="the shipped hybrid")
     which.add_argument("--model", help="directory of any other model (a tiny random Llama)")
+    parser.add_argument(
+        "--peer", action="store_true", help="with a store, and a peer that is killed"
+    )
     parser.add_argument("--log", type=pathlib.Path, help="the server's (a temporary file)")
     parser.add_argument("--minutes", type=float, help=f"of traffic ({MINUTES:g})")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (%(default)s)")
@@ -459,14 +496,16 @@ def main() -> None:
         model = model_path(name) if name else tiny_llama(folder)
         vocabulary = ordinary_tokens(AutoConfig.from_pretrained(model).vocab_size)
         print(f"starting a server with {name or 'a tiny Llama'} ...", flush=True)
-        with soaked(model, args.log or pathlib.Path(folder) / "soak.log") as server:
-            outcome, checks = run(
-                server,
-                vocabulary,
-                minutes=minutes,
-                seed=args.seed,
-                model=name or "tiny",
-            )
+        log = args.log or pathlib.Path(folder) / "soak.log"
+        settings: dict[str, Any] = {"minutes": minutes, "seed": args.seed, "model": name or "tiny"}
+        if args.peer:
+            with with_peer(model, log) as (server, peer):
+                outcome, checks = run(
+                    server, vocabulary, beside=lambda: of_peer(server, peer), **settings
+                )
+        else:
+            with soaked(model, log) as server:
+                outcome, checks = run(server, vocabulary, **settings)
     deliver(outcome, args)
     if not all(check.ok for check in checks):
         sys.exit("soak: a check failed")

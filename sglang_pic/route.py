@@ -72,7 +72,7 @@ def choose(router: str, body: Mapping[str, Any], api_key: str | None = None) -> 
             (i, str(one["url"])) for i, one in enumerate(workers) if one.get("is_healthy", True)
         ]
         with ThreadPoolExecutor(len(urls) or 1) as threads:
-            found = list(threads.map(lambda at: _weighed(session, *at, body), urls))
+            found = list(threads.map(lambda at: _weighed(session, at[0], at[1], body), urls))
     choices = [one for one in found if isinstance(one, Choice)]
     if not choices:
         raise NoWorkerError(f"no worker of {router} foretells a link: {found!r:.500}")
