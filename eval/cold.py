@@ -9,7 +9,8 @@ first token over workers, of prompts that wait for their compiles; beside it sto
 time, on one thread too. Fetched: the seconds that a segment takes which the store has,
 beside those of computing it, and from which length on reading is sooner: as measured, and
 as the lines foretell by which a server decides (``server.sources.Pace``), fitted to the
-other half of what was measured.
+other half of what was measured. That is asked of a tiny model too, which computes a short
+segment sooner than anything reads it.
 
 Two cores carry two workers. What more would bring: ``--simulate``, without servers
 (``eval.cold_simulated``).
@@ -35,15 +36,17 @@ from sglang_pic.eval.bench import STOCK_MODULE, model_path, ordinary_tokens
 from sglang_pic.eval.cold_simulated import Costs, fitted_us
 from sglang_pic.eval.command import Outcome, deliver, new_figure, parser_of
 from sglang_pic.eval.intervals import ratio_interval
+from sglang_pic.eval.models.tiny import tiny_llama
 from sglang_pic.eval.serving import Server, free_port, serve
 from sglang_pic.eval.tables import Table
-from sglang_pic.server.sources import Pace
+from sglang_pic.server.sources import COMPUTED, PEER, STORE, Pace
 
 STOCK = 0  # workers
 OPENING, QUESTION = 16, 24
 POOL_TOKENS = 16384
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 WORKERS = "workers"
+SMOLLM2, TINY = "smollm2", "tiny"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,8 @@ class Sizes:
         workers: servers; ``STOCK`` is stock SGLang alone.
         segments, tokens: of a cold prompt: how many, and of each.
         prompts: of each kind.
-        lengths: of segments that are read and computed.
+        lengths, tiny_lengths: of segments that are read and computed, by SmolLM2 and by a
+            tiny model.
         segments_a_length: how many of each.
     """
 
@@ -63,11 +67,20 @@ class Sizes:
     tokens: int
     prompts: int
     lengths: tuple[int, ...]
+    tiny_lengths: tuple[int, ...]
     segments_a_length: int
 
 
-FULL = Sizes((STOCK, 1, 2, 3), (2, 4, 8, 16), 384, 6, (32, 64, 128, 256, 512, 1024), 12)
-QUICK = Sizes((STOCK, 1, 2), (2, 8), 256, 3, (32, 128, 512), 6)
+FULL = Sizes(
+    (STOCK, 1, 2, 3),
+    (2, 4, 8, 16),
+    384,
+    6,
+    (32, 64, 128, 256, 512, 1024),
+    (64, 128, 256, 512, 1024, 2048),
+    12,
+)
+QUICK = Sizes((STOCK, 1, 2), (2, 8), 256, 3, (32, 128, 512), (64, 512, 2048), 6)
 
 
 @contextlib.contextmanager
@@ -138,7 +151,7 @@ def cold_rows(
         seconds, meta = ask(pool[0], prompt_of(rng, vocabulary, count, sizes.tokens), marked=marked)
         waited = meta["pic"]["waited_for"] if marked else []
         sources = [one["source"] for one in waited if one["segment"] is not None]
-        strange = [one for one in waited if one["source"] == "computed" and "peer" in one["why"]]
+        strange = [one for one in waited if one["source"] == COMPUTED and PEER in one["why"]]
         if strange or (marked and len(sources) != count):
             raise RuntimeError(f"of {count} segments these were waited for: {waited}")
         yield {
@@ -146,30 +159,36 @@ def cold_rows(
             WORKERS: workers,
             "segments": count,
             "ttft_s": seconds,
-            "by_peers": sources.count("peer"),
+            "by_peers": sources.count(PEER),
         }
 
 
 def fetched_rows(
-    server: Server, sizes: Sizes, vocabulary: Sequence[int], rng: random.Random
+    server: Server,
+    model: str,
+    lengths: Sequence[int],
+    count: int,
+    vocabulary: Sequence[int],
+    rng: random.Random,
 ) -> Iterator[dict[str, Any]]:
     """Seconds of each segment, computed and then read, one at a time.
 
     Raises:
         RuntimeError: it did not come from where it should.
     """
-    grid = [length for _ in range(sizes.segments_a_length) for length in sizes.lengths]
-    for length in tqdm(grid, desc="fetched", unit="segment"):
+    grid = [length for _ in range(count) for length in lengths]
+    for length in tqdm(grid, desc=f"fetched, {model}", unit="segment"):
         prompt = prompt_of(rng, vocabulary, 1, length)
         ids, (span,) = prompt
         publish = {"input_ids": ids[span["start"] : span["end"]], "publish": True}
-        for source in ("computed", "store"):
+        for source in (COMPUTED, STORE):
             _, meta = ask(server, prompt, marked=True)
             (one,) = [one for one in meta["pic"]["waited_for"] if one["segment"] is not None]
             if one["source"] != source:
                 raise RuntimeError(f"expected from {source}: {one}")
             yield {
                 "part": "fetched",
+                "model": model,
                 "source": source,
                 "tokens": length,
                 "seconds": one["seconds"],
@@ -187,7 +206,7 @@ def crossing(rows: Sequence[dict[str, Any]]) -> tuple[float | None, float | None
     for row in rows:
         by.setdefault((row["source"], row["tokens"]), []).append(row["seconds"])
     gains = [
-        statistics.median(by["computed", n][::2]) - statistics.median(by["store", n][::2])
+        statistics.median(by[COMPUTED, n][::2]) - statistics.median(by[STORE, n][::2])
         for n in lengths
     ]
     measured: float | None = float(lengths[0]) if gains[0] > 0 else None
@@ -196,13 +215,13 @@ def crossing(rows: Sequence[dict[str, Any]]) -> tuple[float | None, float | None
     ):
         if before <= 0 < after:
             measured = n + (m - n) * -before / (after - before)
-    lines = {"computed": Pace(), "store": Pace()}
+    lines = {COMPUTED: Pace(), STORE: Pace()}
     for (source, n), seconds in by.items():
         for one in seconds[1::2]:
             lines[source].see(n, one)
     foretold = None
     for n in range(1, 2 * lengths[-1]):
-        computed, read = (lines[source].seconds(n) for source in ("computed", "store"))
+        computed, read = (lines[source].seconds(n) for source in (COMPUTED, STORE))
         if computed is not None and read is not None and read < computed:
             foretold = float(n)
             break
@@ -212,26 +231,47 @@ def crossing(rows: Sequence[dict[str, Any]]) -> tuple[float | None, float | None
 def measure(*, quick: bool, seed: int = 0) -> Outcome:
     """Both parts, on servers of SmolLM2."""
     sizes = QUICK if quick else FULL
-    model = model_path("smollm2")
+    model = model_path(SMOLLM2)
     vocabulary = ordinary_tokens(AutoConfig.from_pretrained(model).vocab_size)
     rows: list[dict[str, Any]] = []
     for workers in sizes.workers:
         with servers(model, workers) as pool:
             rows += cold_rows(pool, workers, sizes, vocabulary, random.Random(seed + workers))
             if workers == 1:
-                rows += fetched_rows(pool[0], sizes, vocabulary, random.Random(seed))
-    fetched = [row for row in rows if row["part"] == "fetched"]
-    measured, foretold = crossing(fetched)
+                rows += fetched_rows(
+                    pool[0],
+                    SMOLLM2,
+                    sizes.lengths,
+                    sizes.segments_a_length,
+                    vocabulary,
+                    random.Random(seed),
+                )
+    with tempfile.TemporaryDirectory() as folder:
+        tiny = tiny_llama(folder)
+        words = ordinary_tokens(AutoConfig.from_pretrained(tiny).vocab_size)
+        with servers(tiny, 1) as pool:
+            rows += fetched_rows(
+                pool[0],
+                TINY,
+                sizes.tiny_lengths,
+                sizes.segments_a_length,
+                words,
+                random.Random(seed),
+            )
+    crossings = {name: crossing(_fetched(rows, name)) for name in (SMOLLM2, TINY)}
     config = {
         **dataclasses.asdict(sizes),
-        "model": model.name,
         "seed": seed,
-        "sooner_read_from": measured,
-        "sooner_read_from_foretold": foretold,
+        "sooner_read_from": {name: found for name, (found, _) in crossings.items()},
+        "foretold": {name: found for name, (_, found) in crossings.items()},
     }
     return Outcome(
         config, rows, [_cold_table(rows, sizes), _fetched_table(rows, config)], _plot(rows)
     )
+
+
+def _fetched(rows: Sequence[dict[str, Any]], model: str) -> list[dict[str, Any]]:
+    return [row for row in rows if row["part"] == "fetched" and row["model"] == model]
 
 
 def _ttft(rows: Sequence[dict[str, Any]], workers: int, count: int) -> list[float]:
@@ -265,28 +305,30 @@ def _cold_table(rows: Sequence[dict[str, Any]], sizes: Sizes) -> Table:
 
 
 def _fetched_table(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> Table:
-    lines = []
-    for length in config["lengths"]:
-        found = {
-            source: [
-                row["seconds"]
-                for row in rows
-                if row["part"] == "fetched" and (row["source"], row["tokens"]) == (source, length)
-            ]
-            for source in ("computed", "store")
-        }
-        low, high = ratio_interval(found["computed"], found["store"])
-        computed, read = (1e3 * statistics.fmean(found[one]) for one in ("computed", "store"))
-        ratio = f"{computed / read:.2f} [{low:.2f}, {high:.2f}]"
-        lines.append((str(length), f"{computed:.1f}", f"{read:.1f}", ratio))
-    measured, foretold = config["sooner_read_from"], config["sooner_read_from_foretold"]
+    lines, notes = [], []
+    for model in (SMOLLM2, TINY):
+        of_model = _fetched(rows, model)
+        for length in sorted({row["tokens"] for row in of_model}):
+            found = {source: _seconds(of_model, source, length) for source in (COMPUTED, STORE)}
+            low, high = ratio_interval(found[COMPUTED], found[STORE])
+            computed, read = (1e3 * statistics.fmean(found[one]) for one in (COMPUTED, STORE))
+            ratio = f"{computed / read:.2f} [{low:.2f}, {high:.2f}]"
+            lines.append((model, str(length), f"{computed:.1f}", f"{read:.1f}", ratio))
+        measured, foretold = (config[name][model] for name in ("sooner_read_from", "foretold"))
+        notes.append(
+            f"{model}: sooner read from {_tokens(measured)} on as measured, from "
+            f"{_tokens(foretold)} on by lines through the other half of the rows."
+        )
     return Table(
         "A missing segment, computed or read from the store: ms",
-        ("tokens", "computed", "read", "computed / read"),
+        ("model", "tokens", "computed", "read", "computed / read"),
         lines,
-        f"Sooner read from {_tokens(measured)} on as measured, from {_tokens(foretold)} on by "
-        "lines through the other half of the rows.",
+        " ".join(notes),
     )
+
+
+def _seconds(rows: Sequence[dict[str, Any]], source: str, tokens: int) -> list[float]:
+    return [row["seconds"] for row in rows if (row["source"], row["tokens"]) == (source, tokens)]
 
 
 def _tokens(count: float | None) -> str:
@@ -303,18 +345,13 @@ def _plot(rows: Sequence[dict[str, Any]]) -> Any:
         axes[0].plot(counts, means, marker="o", label=label)
     axes[0].set(xlabel="segments", ylabel="seconds to the first token", ylim=(0, None))
     axes[0].legend()
-    fetched = [row for row in rows if row["part"] == "fetched"]
-    lengths = sorted({row["tokens"] for row in fetched})
-    for source, label in (("computed", "computed"), ("store", "read")):
-        means = [
-            1e3
-            * statistics.fmean(
-                row["seconds"] for row in fetched if (row["source"], row["tokens"]) == (source, n)
-            )
-            for n in lengths
-        ]
-        axes[1].plot(lengths, means, marker="o", label=label)
-    axes[1].set(xlabel="tokens of a segment", ylabel="ms", ylim=(0, None))
+    for model in (SMOLLM2, TINY):
+        fetched = _fetched(rows, model)
+        lengths = sorted({row["tokens"] for row in fetched})
+        for source, label in ((COMPUTED, "computed"), (STORE, "read")):
+            means = [1e3 * statistics.fmean(_seconds(fetched, source, n)) for n in lengths]
+            axes[1].plot(lengths, means, marker="o", label=f"{model}, {label}")
+    axes[1].set(xlabel="tokens of a segment", ylabel="ms", yscale="log")
     axes[1].legend()
     return figure
 
