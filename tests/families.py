@@ -17,6 +17,8 @@ from tiny_models import (
     tiny_mamba2_model,
     tiny_mla,
     tiny_mla_model,
+    tiny_windowed,
+    tiny_windowed_model,
 )
 from torch import Tensor
 
@@ -67,17 +69,21 @@ def _full_attention(
     return made.full_logprobs
 
 
-def _latent(kind: str) -> Family:
+def _attention(save: Callable[..., Path], model: Callable[..., Any], kind: str) -> Family:
     return Family(
-        functools.partial(tiny_mla, kind=kind),
-        functools.cache(functools.partial(tiny_mla_model, kind)),
+        functools.partial(save, kind=kind),
+        functools.cache(functools.partial(model, kind)),
         _full_attention,
         linear=False,
     )
 
 
 FAMILIES = {
-    **{kind: _latent(kind) for kind in ("deepseek_v2", "deepseek_v2_yarn")},
+    **{
+        kind: _attention(tiny_mla, tiny_mla_model, kind)
+        for kind in ("deepseek_v2", "deepseek_v2_yarn")
+    },
+    **{kind: _attention(tiny_windowed, tiny_windowed_model, kind) for kind in ("gemma3", "olmo3")},
     **{kind: _delta(kind) for kind in ("qwen3_5", "qwen3_5_moe", "qwen3_next")},
     "kimi": Family(tiny_kimi, functools.cache(tiny_kimi_model), hybrid.linked_logprobs),
     **{kind: _mamba2(kind) for kind in ("granite", "falcon_h1", "nemotron_h")},

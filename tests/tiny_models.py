@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
     FalconH1Config,
     FalconH1ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     KimiLinearConfig,
     KimiLinearForCausalLM,
     NemotronHConfig,
     NemotronHForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     PreTrainedModel,
     Qwen3_5ForCausalLM,
     Qwen3_5MoeForCausalLM,
@@ -75,6 +80,49 @@ def tiny_hybrid(tmp_dir: str | Path, kind: str, seed: int = 0) -> Path:
     model = tiny_hybrid_model(kind, seed)
     model.config.full_attention_interval = 2
     model.save_pretrained(path)
+    return path
+
+
+WINDOW = 24
+_WINDOWED = {
+    **COMMON,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": WINDOW,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def tiny_windowed_model(kind: str, seed: int = 0) -> PreTrainedModel:
+    """Random model, float32: a layer that sees ``WINDOW`` tokens, a full one, twice.
+
+    ``kind`` is ``gemma3``, whose full layers turn by another base, and four times slower,
+    or ``olmo3``.
+    """
+    if kind == "olmo3":
+        return randomize(Olmo3ForCausalLM(Olmo3Config(**_WINDOWED)), seed)
+    config = Gemma3TextConfig(
+        **{**_WINDOWED, "tie_word_embeddings": True},
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100000.0},
+        },
+    )
+    model = randomize(Gemma3ForCausalLM(config), seed)
+    with torch.no_grad():  # which are the head's weights too
+        model.model.embed_tokens.weight.mul_(0.25)
+    return model
+
+
+def tiny_windowed(tmp_dir: str | Path, kind: str, seed: int = 0) -> Path:
+    """Save a random model with windows."""
+    path = Path(tmp_dir) / f"tiny-{kind}-{seed}"
+    tiny_windowed_model(kind, seed).save_pretrained(path)
     return path
 
 
