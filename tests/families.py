@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tiny_models import (
+    tiny_bailing,
+    tiny_bailing_model,
     tiny_hybrid,
     tiny_hybrid_model,
     tiny_kimi,
@@ -22,7 +24,7 @@ from tiny_models import (
 )
 from torch import Tensor
 
-from sglang_pic.eval.oracle import dense, hybrid, mamba2
+from sglang_pic.eval.oracle import dense, hybrid, lightning, mamba2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,13 @@ class Family:
 
     def linked(self, ids: Any, segments: Any, **where: Any) -> Tensor:
         return self.oracle(self.model(), ids, segments, **where)
+
+    def plain(self, ids: Any, forced: Any) -> Tensor:
+        """Of the model by itself; by its oracle, where transformers has no such model."""
+        model = self.model()
+        if isinstance(model, lightning.Bailing):
+            return self.linked(ids, [], seam=0, page=1, state="compose", forced=forced)
+        return dense.full_logprobs(model, ids, len(forced), forced=forced).full_logprobs
 
 
 def _delta(kind: str) -> Family:
@@ -85,6 +94,7 @@ FAMILIES = {
     },
     **{kind: _attention(tiny_windowed, tiny_windowed_model, kind) for kind in ("gemma3", "olmo3")},
     **{kind: _delta(kind) for kind in ("qwen3_5", "qwen3_5_moe", "qwen3_next")},
+    "ling": Family(tiny_bailing, functools.cache(tiny_bailing_model), lightning.linked_logprobs),
     "kimi": Family(tiny_kimi, functools.cache(tiny_kimi_model), hybrid.linked_logprobs),
     **{kind: _mamba2(kind) for kind in ("granite", "falcon_h1", "nemotron_h")},
 }

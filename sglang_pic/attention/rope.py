@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
@@ -30,7 +30,11 @@ NOPE = {"GraniteMoeHybridAttention", "NemotronHAttention"}
 WINDOWED = {"Gemma3Attention", "Olmo2Attention"}
 
 # Latent attention, by exact class. Without a rotary embedding it has no positions.
-LATENT = {"DeepseekV2AttentionMLA"}
+LATENT = {"DeepseekV2AttentionMLA", "DsV3MLA"}
+
+# Lightning attention, by exact class: linear layers whose attention SGLang describes as
+# it does that of full ones.
+LIGHTNING = {"BailingMoELinearAttention"}
 
 
 def attention_of(module: Any) -> RadixAttention | None:
@@ -59,12 +63,43 @@ def attentions(model: Any) -> Iterator[tuple[Any, RadixAttention, Any]]:
     text = next((m for m in model.modules() if type(m).__name__ == "Gemma3TextModel"), None)
     for module in model.modules():
         attn, rotary = attention_of(module), getattr(module, "rotary_emb", None)
-        if attn is None:
+        if attn is None or type(module).__name__ in LIGHTNING:
             continue
         if type(module).__name__ == "Gemma3Attention" and text is not None:
             used = text.rotary_emb_local if module.is_sliding else text.rotary_emb
             rotary = gemma.setdefault(id(used), GemmaRotary(used, rotary))
         yield module, attn, rotary
+
+
+def _lightning(model: Any) -> dict[int, Any]:
+    """Modules of Lightning attention by layer id."""
+    known = (m for m in model.modules() if type(m).__name__ in LIGHTNING)
+    return {module.attn.layer_id: module for module in known}
+
+
+def lightning_rope(model: Any, layers: Collection[int]) -> tuple[LayerRope | None, str | None]:
+    """What turns the keys of Lightning attention, the same in all its layers.
+
+    Args:
+        layers: ids of all linear layers.
+
+    Returns:
+        The table, ``None`` where keys are not turned; and the reason why this model must
+        not be linked, or ``None``.
+    """
+    found = _lightning(model)
+    unknown = sorted(set(layers) - set(found))
+    if unknown:
+        return None, f"layer {unknown[0]}: Lightning attention of a class that is not known"
+    turned = [module.rotary_emb for module in found.values() if module.linear_rope]
+    if not turned:
+        return None, None
+    one = turned[0]
+    if len(turned) < len(found) or any(other is not one for other in turned):
+        return None, "linear layers turn their keys differently"
+    if type(one).__name__ not in LINEAR_ROPE:
+        return None, f"linear layers: {type(one).__name__} is not known to be linear in position"
+    return LayerRope(one.cos_sin_cache, one.is_neox_style), None
 
 
 def layer_ropes(model: Any) -> tuple[dict[int, LayerRope | None], str | None]:
@@ -79,6 +114,7 @@ def layer_ropes(model: Any) -> tuple[dict[int, LayerRope | None], str | None]:
     """
     ropes: dict[int, LayerRope | None] = {}
     layers = {m.layer_id for m in model.modules() if isinstance(m, RadixAttention)}
+    layers -= set(_lightning(model))
     for module, attn, rotary in attentions(model):
         latent = type(module).__name__ in LATENT
         if latent and module.use_dsa:
