@@ -2,7 +2,7 @@
 
 The form for prefill: keys are rotated to their true positions as they are
 read, so one pass needs no partial results and no merge. Queries go in tiles;
-each tile reads the keys up to its last query.
+each tile reads the keys up to its last query, from the first that a window leaves.
 """
 
 from __future__ import annotations
@@ -18,29 +18,34 @@ TILE = 64
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Queries ``[start, stop)`` see among the first ``keys`` keys those where
-    ``mask`` (float32 [stop - start, keys]) is 0; elsewhere it is -inf."""
+    """Queries ``[start, stop)`` see among the keys ``[first, keys)`` those where
+    ``mask`` (float32 [stop - start, keys - first]) is 0; elsewhere it is -inf."""
 
     start: int
     stop: int
+    first: int
     keys: int
     mask: torch.Tensor
 
 
-def make_tiles(visible: torch.Tensor) -> list[Tile]:
+def make_tiles(visible: torch.Tensor, hidden: torch.Tensor | None = None) -> list[Tile]:
     """Cut queries into tiles.
 
     Args:
         visible: int64 [n], how many keys, in position order, each query sees;
             ascending, at least 1.
+        hidden: int64 [n], how many of these, the first, lie in front of its window;
+            ascending, less than ``visible``; none without it.
     """
+    hidden = torch.zeros_like(visible) if hidden is None else hidden
     tiles = []
     for start in range(0, visible.numel(), TILE):
-        counts = visible[start : start + TILE]
-        keys = int(counts[-1])
-        mask = torch.zeros(counts.numel(), keys, device=visible.device)
-        mask.masked_fill_(torch.arange(keys, device=mask.device) >= counts[:, None], -torch.inf)
-        tiles.append(Tile(start, start + counts.numel(), keys, mask))
+        until, since = visible[start : start + TILE, None], hidden[start : start + TILE, None]
+        first, keys = int(since[0]), int(until[-1])
+        key = torch.arange(first, keys, device=visible.device)
+        mask = torch.zeros(len(until), keys - first, device=visible.device)
+        mask.masked_fill_((key >= until) | (key < since), -torch.inf)
+        tiles.append(Tile(start, start + len(until), first, keys, mask))
     return tiles
 
 
@@ -81,7 +86,7 @@ def walk(
     out = torch.empty_like(query)
     for tile in tiles:
         part = q[:, :, tile.start : tile.stop]
-        keys, values = k[:, :, : tile.keys], v[:, :, : tile.keys]
+        keys, values = (x[:, :, tile.first : tile.keys] for x in (k, v))
         mask = tile.mask.to(query.dtype)
         if query.device.type == "cpu":
             found, _ = flash_cpu(part, keys, values, attn_mask=mask[None, None], scale=scale)

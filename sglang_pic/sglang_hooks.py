@@ -438,6 +438,7 @@ def _install_cpu_kernels() -> None:
         return
     from sglang_pic.platforms import (
         latent_attention,
+        lightning_kernels,
         linear_kernels,
         mamba2_kernels,
         sampling_kernels,
@@ -447,6 +448,7 @@ def _install_cpu_kernels() -> None:
     latent_attention.register()
     kernels = (
         linear_kernels.KERNELS
+        | lightning_kernels.KERNELS
         | mamba2_kernels.KERNELS
         | sampling_kernels.KERNELS
         | latent_attention.KERNELS

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tiny_models import (
+    tiny_bailing,
+    tiny_bailing_model,
     tiny_hybrid,
     tiny_hybrid_model,
     tiny_kimi,
@@ -17,10 +19,12 @@ from tiny_models import (
     tiny_mamba2_model,
     tiny_mla,
     tiny_mla_model,
+    tiny_windowed,
+    tiny_windowed_model,
 )
 from torch import Tensor
 
-from sglang_pic.eval.oracle import dense, hybrid, mamba2
+from sglang_pic.eval.oracle import dense, hybrid, lightning, mamba2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,13 @@ class Family:
 
     def linked(self, ids: Any, segments: Any, **where: Any) -> Tensor:
         return self.oracle(self.model(), ids, segments, **where)
+
+    def plain(self, ids: Any, forced: Any) -> Tensor:
+        """Of the model by itself; by its oracle, where transformers has no such model."""
+        model = self.model()
+        if isinstance(model, lightning.Bailing):
+            return self.linked(ids, [], seam=0, page=1, state="compose", forced=forced)
+        return dense.full_logprobs(model, ids, len(forced), forced=forced).full_logprobs
 
 
 def _delta(kind: str) -> Family:
@@ -67,18 +78,23 @@ def _full_attention(
     return made.full_logprobs
 
 
-def _latent(kind: str) -> Family:
+def _attention(save: Callable[..., Path], model: Callable[..., Any], kind: str) -> Family:
     return Family(
-        functools.partial(tiny_mla, kind=kind),
-        functools.cache(functools.partial(tiny_mla_model, kind)),
+        functools.partial(save, kind=kind),
+        functools.cache(functools.partial(model, kind)),
         _full_attention,
         linear=False,
     )
 
 
 FAMILIES = {
-    **{kind: _latent(kind) for kind in ("deepseek_v2", "deepseek_v2_yarn")},
+    **{
+        kind: _attention(tiny_mla, tiny_mla_model, kind)
+        for kind in ("deepseek_v2", "deepseek_v2_yarn")
+    },
+    **{kind: _attention(tiny_windowed, tiny_windowed_model, kind) for kind in ("gemma3", "olmo3")},
     **{kind: _delta(kind) for kind in ("qwen3_5", "qwen3_5_moe", "qwen3_next")},
+    "ling": Family(tiny_bailing, functools.cache(tiny_bailing_model), lightning.linked_logprobs),
     "kimi": Family(tiny_kimi, functools.cache(tiny_kimi_model), hybrid.linked_logprobs),
     **{kind: _mamba2(kind) for kind in ("granite", "falcon_h1", "nemotron_h")},
 }

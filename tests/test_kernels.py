@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_pic.attention.step import StepRow, build_step
+from sglang_pic.attention.step import StepRow, build_step, walks_within
 from sglang_pic.kernels.attend import attend, attend_dense
 from sglang_pic.kernels.merge import merge
 from sglang_pic.kernels.rotate import angles, rotate
@@ -69,9 +69,10 @@ def test_walk_matches_float64(n: int) -> None:
     torch.testing.assert_close(out.double(), exact.transpose(0, 1), atol=1e-5, rtol=0)
 
 
-def linked_attention(lengths: list[int], seam: int, chunk: int) -> None:
+def linked_attention(lengths: list[int], seam: int, chunk: int, window: int | None = None) -> None:
     """One row of segments, computed in chunks through plan, step, kernels; against
-    dense attention in which every key sits at its true position."""
+    dense attention in which every key sits at its true position, of which a query
+    sees those ``window`` or fewer before its own."""
     heads, kv_heads, dim, page = 4, 2, 16, 1
     n = sum(lengths) + 3
     cos_sin = table(n + 1, dim)
@@ -102,7 +103,8 @@ def linked_attention(lengths: list[int], seam: int, chunk: int) -> None:
     k_true = rotate(keys, *everywhere, neox=True).repeat_interleave(2, 1).double()
     q_true = rotate(queries, *everywhere, neox=True).double()
     scores = torch.einsum("nhd,mhd->hnm", q_true, k_true) * 0.25
-    scores.masked_fill_(torch.ones(n, n, dtype=torch.bool).triu(1), -torch.inf)
+    ago = torch.arange(n)[:, None] - torch.arange(n)
+    scores.masked_fill_((ago < 0) | (ago > (n if window is None else window)), -torch.inf)
     weights, wide = scores.softmax(-1), values.double().repeat_interleave(2, 1)
     exact = torch.einsum("hnm,mhd->nhd", weights, wide)[live]
 
@@ -114,8 +116,13 @@ def linked_attention(lengths: list[int], seam: int, chunk: int) -> None:
         )
         assert step is not None
         new = rotated[done : done + extend]
-        if extend > 1:
-            (row_walk,) = step.walks
+        if extend > 1 or window is not None:
+            walks = step.walks
+            if window is not None:
+                walks = walks_within(step, window, torch.device("cpu"))
+                reach = int(live[done + extend - 1] - live[done]) + 1 + window
+                assert all(row_walk.slots.numel() <= reach for row_walk in walks)
+            (row_walk,) = walks
             key = pool_k[row_walk.slots]
             if row_walk.offset is not None:
                 key = rotate(key, *angles(cos_sin, row_walk.offset), neox=True)
@@ -144,6 +151,17 @@ def linked_attention(lengths: list[int], seam: int, chunk: int) -> None:
 )
 def test_linking_is_attention_at_true_positions(lengths, seam, chunk) -> None:
     linked_attention(lengths, seam, chunk)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5),
+    seam=st.integers(0, 25),
+    chunk=st.sampled_from([1, 2, 7, 30, 200]),
+    window=st.sampled_from([0, 1, 5, 12, 40, 500]),
+)
+def test_a_window_is_over_positions_in_the_prompt(lengths, seam, chunk, window) -> None:
+    linked_attention(lengths, seam, chunk, window)
 
 
 def test_a_shared_span_is_read_once() -> None:

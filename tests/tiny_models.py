@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
     FalconH1Config,
     FalconH1ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     KimiLinearConfig,
     KimiLinearForCausalLM,
     NemotronHConfig,
     NemotronHForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     PreTrainedModel,
     Qwen3_5ForCausalLM,
     Qwen3_5MoeForCausalLM,
@@ -25,6 +30,7 @@ from transformers import (
 )
 
 from sglang_pic.eval.models.tiny import COMMON, MAMBA2, randomize, tiny_granite_model
+from sglang_pic.eval.oracle import lightning
 
 _HYBRID = {
     **COMMON,
@@ -75,6 +81,53 @@ def tiny_hybrid(tmp_dir: str | Path, kind: str, seed: int = 0) -> Path:
     model = tiny_hybrid_model(kind, seed)
     model.config.full_attention_interval = 2
     model.save_pretrained(path)
+    return path
+
+
+WINDOW = 24
+_WINDOWED = {
+    **COMMON,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": WINDOW,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def tiny_windowed_model(kind: str, seed: int = 0) -> PreTrainedModel:
+    """Random model, float32: a layer that sees ``WINDOW`` tokens, a full one, twice.
+
+    ``kind`` is ``gemma3``, whose full layers turn by another base, and four times slower,
+    or ``olmo3``.
+    """
+    if kind == "olmo3":
+        return randomize(Olmo3ForCausalLM(Olmo3Config(**_WINDOWED)), seed)
+    config = Gemma3TextConfig(
+        **{**_WINDOWED, "tie_word_embeddings": True},
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100000.0},
+        },
+    )
+    model = randomize(Gemma3ForCausalLM(config), seed)
+    with torch.no_grad():  # which are the head's weights too
+        model.model.embed_tokens.weight.mul_(0.25)
+    return model
+
+
+def tiny_windowed(tmp_dir: str | Path, kind: str, seed: int = 0) -> Path:
+    """Save a random model with windows, its configuration as published ones are."""
+    path = Path(tmp_dir) / f"tiny-{kind}-{seed}"
+    tiny_windowed_model(kind, seed).save_pretrained(path)
+    if kind == "olmo3":
+        config = json.loads((path / "config.json").read_text())
+        rope = config.pop("rope_parameters")["sliding_attention"]
+        (path / "config.json").write_text(json.dumps(config | {"rope_theta": rope["rope_theta"]}))
     return path
 
 
@@ -238,4 +291,89 @@ def tiny_mamba2(tmp_dir: str | Path, kind: str, seed: int = 0) -> Path:
         kinds = [_SGLANG.get(one, one) for one in config["layers_block_type"]]
         ours = {"layers_block_type": kinds, "mamba_n_groups": config["n_groups"]}
         (path / "config.json").write_text(json.dumps(config | ours))
+    return path
+
+
+_BAILING = {
+    **COMMON,
+    "model_type": "bailing_hybrid",
+    "architectures": ["BailingMoeV2_5ForCausalLM"],
+    "torch_dtype": "float32",
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "layer_group_size": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "kv_lora_rank": 32,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "use_qk_norm": True,
+    "group_norm_size": 2,
+    # No layer has experts.
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 4,
+}
+
+
+def tiny_bailing_model(seed: int = 0) -> lightning.Bailing:
+    """Random Ring 2.5, float32: a Lightning layer that turns its keys, latent attention,
+    twice. A head of each Lightning layer remembers for hundreds of tokens."""
+    hidden, heads, dim = _BAILING["hidden_size"], _BAILING["num_attention_heads"], 32
+    wide, vocab = _BAILING["intermediate_size"], _BAILING["vocab_size"]
+    latent, plain, turned, value = 32, 16, 8, 24
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.word_embeddings": (vocab, hidden),
+        "model.norm": (hidden,),
+        "lm_head": (vocab, hidden),
+    }
+    for layer in range(4):
+        of = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
+        of |= {"mlp.gate_proj": (wide, hidden), "mlp.up_proj": (wide, hidden)}
+        of |= {"mlp.down_proj": (hidden, wide)}
+        if layer % 2 == 0:
+            attention: dict[str, tuple[int, ...]] = {
+                "query_key_value": (3 * heads * dim, hidden),
+                "query_layernorm": (dim,),
+                "key_layernorm": (dim,),
+                "g_proj": (heads * dim, hidden),
+                "g_norm": (heads * dim,),
+                "dense": (hidden, heads * dim),
+            }
+        else:
+            attention = {
+                "q_proj": (heads * (plain + turned), hidden),
+                "kv_a_proj_with_mqa": (latent + turned, hidden),
+                "kv_a_layernorm": (latent,),
+                "kv_b_proj": (heads * (plain + value), latent),
+                "dense": (hidden, heads * value),
+            }
+        of |= {f"attention.{name}": shape for name, shape in attention.items()}
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in of.items()}
+    generator = torch.Generator().manual_seed(seed)
+    stds = {"word_embeddings": 1.0, "query_key_value": 0.2, "dense": 0.3, "q_proj": 0.25}
+    weights = {}
+    for name, shape in shapes.items():
+        std = next((std for part, std in stds.items() if part in name), 0.12)
+        drawn = torch.randn(shape, generator=generator) * std
+        weights[f"{name}.weight"] = drawn + 1 if len(shape) == 1 else drawn
+    return lightning.Bailing(_BAILING, weights)
+
+
+def tiny_bailing(tmp_dir: str | Path, seed: int = 0) -> Path:
+    """Save a random Ring 2.5."""
+    path = Path(tmp_dir) / f"tiny-bailing-{seed}"
+    path.mkdir(parents=True, exist_ok=True)
+    made = tiny_bailing_model(seed)
+    save_file(made.weights, path / "model.safetensors", {"format": "pt"})
+    (path / "config.json").write_text(json.dumps(made.config))
     return path

@@ -15,6 +15,9 @@ position 0 shifts all positions up.
 Nothing here imports the code under test: positions, visibility and the choice
 of reused tokens follow from segments, seam width, page size and compile context
 by this file's own rules, stated token by token.
+
+A layer that sees a window of W tokens sees, of what is visible, the positions less than
+W before its own: in the prompt, and so in a copy, wherever the rows lie.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 Segment = tuple[int, int]
 LIVE = -1  # in ``Rows.copy``: the row belongs to no isolated copy
@@ -193,21 +197,41 @@ def _generation(
     return Generation(chosen, [float(full[i, t]) for i, t in enumerate(chosen)], full)
 
 
+def _masks(model: Any, visible: Tensor, ago: Tensor) -> Any:
+    """What to add to the scores: one tensor, or one for each kind of layer.
+
+    Args:
+        visible: bool [n, m], of rows n among all rows m.
+        ago: int64 [n, m], how many positions before the row's own.
+    """
+
+    def mask(seen: Tensor) -> Tensor:
+        return torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))[None, None]
+
+    if "sliding_attention" not in (getattr(model.config, "layer_types", None) or ()):
+        return mask(visible)
+    inside = ago < model.config.sliding_window
+    return {"full_attention": mask(visible), "sliding_attention": mask(visible & inside)}
+
+
 def _linked_steps(model: Any, rows: Rows, chosen: Sequence[int]) -> Iterator[Tensor]:
     """Dense forward, then one row a token: it sees what the last row saw, and itself."""
-    tokens, position, visible, cache = rows.tokens, rows.position, rows.visible, None
+    tokens, position, visible = rows.tokens, rows.position, rows.visible
+    places = position
+    # Keeps every row: one made for the model drops those outside a window, by row.
+    cache = DynamicCache()
     while True:
-        mask = torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))
         out = model(
             input_ids=tokens[None],
             position_ids=position[None],
-            attention_mask=mask[None, None],
+            attention_mask=_masks(model, visible, position[:, None] - places[None, :]),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
         yield out.logits[0, -1].float()
-        tokens, position, cache = torch.tensor(chosen[-1:]), position[-1:] + 1, out.past_key_values
+        tokens, position = torch.tensor(chosen[-1:]), position[-1:] + 1
+        places = torch.cat([places, position])
         visible = torch.cat([visible[-1:], torch.ones(1, 1, dtype=torch.bool)], 1)
 
 

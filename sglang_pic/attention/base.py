@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 
-from sglang_pic.attention.rope import layer_ropes
+from sglang_pic.attention.rope import has_windows, layer_ropes
 from sglang_pic.attention.rows import by_row
 from sglang_pic.attention.ship import to_device
 from sglang_pic.attention.step import StepRow
@@ -28,6 +28,8 @@ class SpanBackend:
 
     ropes: dict[int, LayerRope | None]
     refusal: str | None
+    # Whether a layer may see a window of positions alone.
+    sees_windows = False
     # SGLang's.
     token_to_kv_pool: Any
     req_to_token_pool: Any
@@ -35,6 +37,9 @@ class SpanBackend:
     def __init__(self, model_runner: Any, *args: Any, **kwargs: Any):
         super().__init__(model_runner, *args, **kwargs)  # type: ignore[call-arg]
         self.ropes, self.refusal = layer_ropes(model_runner.model)
+        self._windows = has_windows(model_runner.model)
+        if self._windows and not self.sees_windows and self.refusal is None:
+            self.refusal = f"sliding windows on {type(self).__name__} are not supported"
         self._plans: list[LinkPlan | None] = []
         self._rids: list[str] = []
 
@@ -59,9 +64,10 @@ class SpanBackend:
     def _live_plans(self, batch: Any) -> list[LinkPlan | None]:
         """One a row."""
         plans = by_row(self._rids, self._plans, batch)
-        if not batch.forward_mode.is_decode():
+        if not batch.forward_mode.is_decode() or self._windows:
             return plans
-        # Decode of relocated rows: their keys are in place, stock attention is right.
+        # Decode of relocated rows: their keys are in place, stock attention is right,
+        # but for a window, which it would count in row order.
         return [None if plan is not None and plan.relocated else plan for plan in plans]
 
     def planned_rows(self, batch: Any) -> list[StepRow] | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sglang_pic.attention.latent import stored
-from sglang_pic.attention.rope import attention_of
+from sglang_pic.attention.rope import attentions
 from sglang_pic.checks import Check
 from sglang_pic.kernels.rotate import LayerRope, angles, rotate
 
@@ -35,9 +35,8 @@ def rotary_check(model: Any, ropes: Mapping[int, LayerRope | None]) -> Check | N
     The table itself is rounded: an angle is off by an ulp of float32 of the position.
     """
     worst = None
-    for module in model.modules():
-        attn, rotary = attention_of(module), getattr(module, "rotary_emb", None)
-        if attn is None or rotary is None:
+    for _, attn, rotary in attentions(model):
+        if rotary is None:
             continue
         rope = ropes[attn.layer_id]
         assert rope is not None

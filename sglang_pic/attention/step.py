@@ -14,6 +14,10 @@ distinct span, with the queries that see it; queries are rotated, keys stay.
 
 Spans that several requests share are one part: their keys are read once for
 the whole batch. A single new token precedes nothing, so parts need no mask.
+
+In a layer whose queries see a window of positions alone all rows are walks
+(``walks_within``), from the first key that a window leaves: a span may lie in the
+windows of some queries in part, of some not at all, and there is little to share.
 """
 
 from __future__ import annotations
@@ -49,11 +53,11 @@ class StepRow:
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """A row with several new tokens.
+    """A row with several new tokens, or any row in a layer with a window.
 
     Attributes:
         first_query, extend: its queries among the batch's tokens.
-        slots: int64 [m], all its keys in position order.
+        slots: int64 [m], its keys in position order: all, or those of the window.
         offset: int64 [m], rotate each key by this; ``None`` if all are in place.
         tiles: which query sees which key; ``None`` if query i sees keys 0..i.
     """
@@ -92,11 +96,12 @@ class Parts:
 
 @dataclasses.dataclass(frozen=True)
 class SpanStep:
-    """Arrays of one forward pass, valid until the next one; ``ordinary`` are
-    the indices of the batch's rows that are not linked."""
+    """Arrays of one forward pass, valid until the next one; ``linked`` are the linked
+    rows, ``ordinary`` the indices of the batch's other rows."""
 
     walks: list[Walk]
     parts: Parts | None
+    linked: list[StepRow]
     ordinary: list[int]
 
 
@@ -116,11 +121,18 @@ def build_step(rows: Sequence[StepRow], device: torch.device) -> SpanStep | None
     return SpanStep(
         walks=[_walk(row, device) for row in linked if row.extend > 1],
         parts=_parts([row for row in linked if row.extend == 1], device),
+        linked=linked,
         ordinary=[i for i, row in enumerate(rows) if row.plan is None],
     )
 
 
-def _walk(row: StepRow, device: torch.device) -> Walk:
+def walks_within(step: SpanStep, window: int, device: torch.device) -> list[Walk]:
+    """All linked rows of a step in a layer whose queries at position p see those from
+    ``p - window`` on."""
+    return [_walk(row, device, window) for row in step.linked]
+
+
+def _walk(row: StepRow, device: torch.device, window: int | None = None) -> Walk:
     plan = row.plan
     assert plan is not None and row.row is not None
     total = row.prefix + row.extend
@@ -129,15 +141,21 @@ def _walk(row: StepRow, device: torch.device) -> Walk:
     offset = torch.zeros(total, dtype=torch.int64)
     for span in plan.spans:
         offset[span.row_start : span.row_start + span.n_tokens] = span.offset
+    new, sorted_ = position[row.prefix :].contiguous(), position[ascending]
+    visible = torch.searchsorted(sorted_, new, right=True)
+    hidden = torch.zeros_like(visible)
+    if window is not None:
+        hidden = torch.searchsorted(sorted_, new - window)
+    first = int(hidden[0])
+    ascending = ascending[first : int(visible[-1])]
     tiles = None
-    if row.prefix:
-        new = position[row.prefix :].contiguous()
-        tiles = make_tiles(torch.searchsorted(position[ascending], new, right=True).to(device))
+    if row.prefix or int(hidden[-1]):
+        tiles = make_tiles((visible - first).to(device), (hidden - first).to(device))
     return Walk(
         first_query=row.first_query,
         extend=row.extend,
         slots=row.row[ascending.to(row.row.device)].to(torch.int64),
-        offset=offset[ascending].to(device) if bool(offset.any()) else None,
+        offset=offset[ascending].to(device) if bool(offset[ascending].any()) else None,
         tiles=tiles,
     )
 

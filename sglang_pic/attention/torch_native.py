@@ -15,7 +15,8 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_pic.attention.base import SpanBackend
-from sglang_pic.attention.step import Parts, SpanStep, build_step
+from sglang_pic.attention.rope import window_of
+from sglang_pic.attention.step import Parts, SpanStep, Walk, build_step, walks_within
 from sglang_pic.kernels.attend import attend
 from sglang_pic.kernels.merge import merge
 from sglang_pic.kernels.rotate import LayerRope, angles, rotate
@@ -25,15 +26,19 @@ from sglang_pic.kernels.walk import walk
 class PicTorchNativeBackend(SpanBackend, TorchNativeAttnBackend):
     """SGLang's ``torch_native`` backend with linked rows."""
 
+    sees_windows = True
+
     def __init__(self, model_runner: Any):
         super().__init__(model_runner)
         self._step: SpanStep | None = None
         self._angles: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._within: dict[int, list[Walk]] = {}
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         super().init_forward_metadata(forward_batch)
         self._step = None
         self._angles.clear()
+        self._within.clear()
         rows = self.planned_rows(forward_batch)
         if rows is not None:
             table, pool = self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices
@@ -78,25 +83,33 @@ class PicTorchNativeBackend(SpanBackend, TorchNativeAttnBackend):
         rope = self.ropes[layer.layer_id]
         if step.ordinary:
             self._forward_ordinary(query, out, layer, batch, step.ordinary)
-        for i, row in enumerate(step.walks):
+        window = window_of(layer)
+        walks = step.walks if window is None else self._walks_within(step, window)
+        for row in walks:
             tokens = slice(row.first_query, row.first_query + row.extend)
             # Turned as it is computed with: what is stored may be narrower.
             key = keys[row.slots].to(query.dtype)
             if row.offset is not None and rope is not None:
-                turns = self._angles_of(rope, i, row.offset)
+                turns = self._angles_of(rope, row.offset)
                 key = rotate(key, *turns, neox=rope.neox, first=rope.first)
             value = values[row.slots]
             found = walk(query[tokens], key, value, row.tiles, scale=layer.scaling)
             out[tokens] = found[..., : layer.v_head_dim]
-        if step.parts is not None:
+        if step.parts is not None and window is None:
             self._forward_parts(query, out, keys, values, layer.scaling, rope, step.parts)
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
+    def _walks_within(self, step: SpanStep, window: int) -> list[Walk]:
+        """Made for the first layer with this window."""
+        if window not in self._within:
+            self._within[window] = walks_within(step, window, self.device)
+        return self._within[window]
+
     def _angles_of(
-        self, rope: LayerRope, array: int, offset: torch.Tensor
+        self, rope: LayerRope, offset: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Angles of one of the step's arrays, computed for the first layer that asks."""
-        key = (id(rope.cos_sin_cache), array)
+        key = (id(rope.cos_sin_cache), id(offset))
         if key not in self._angles:
             self._angles[key] = angles(rope.cos_sin_cache, offset)
         return self._angles[key]
@@ -114,8 +127,8 @@ class PicTorchNativeBackend(SpanBackend, TorchNativeAttnBackend):
         """Decode: attend part by part, merge, into ``out``."""
         gathered = query[parts.tokens[parts.query]]
         if rope is not None:
-            turns = self._angles_of(rope, -1, -parts.offset)
-            gathered = rotate(gathered, *turns, neox=rope.neox, first=rope.first)
+            cos, sin = self._angles_of(rope, parts.offset)
+            gathered = rotate(gathered, cos, -sin, neox=rope.neox, first=rope.first)
         key, value = keys[parts.slots], values[parts.slots]
         partial = torch.empty(gathered.shape, dtype=torch.float32, device=query.device)
         lse = partial.new_empty(partial.shape[:2])
@@ -154,4 +167,5 @@ class PicTorchNativeBackend(SpanBackend, TorchNativeAttnBackend):
             scaling=layer.scaling,
             enable_gqa=layer.tp_q_head_num != layer.tp_k_head_num,
             causal=not decode,
+            sliding_window_size=window_of(layer),
         )

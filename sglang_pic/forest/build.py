@@ -62,7 +62,8 @@ def _refusal(ctx: Any, runner: Any, unhooked: str | None) -> str | None:
     links = hasattr(backend, "set_rows" if ctx.is_hybrid_ssm else "set_plans")
     reasons = {
         "the radix cache is disabled": args.disable_radix_cache,
-        "sliding-window models are not supported": ctx.is_hybrid_swa,
+        "sliding windows with a KV pool of their own are not supported: "
+        "--disable-hybrid-swa-memory": ctx.is_hybrid_swa,
         "speculative decoding is not supported": args.speculative_algorithm is not None,
         "pipeline parallelism is not supported": args.pp_size > 1,
         "a hierarchical cache is not supported": args.enable_hierarchical_cache,

@@ -208,7 +208,7 @@ class LinearStates:
             turn.whose,
             core_end=tokens,
             conv_tail=self._shape.histories(cache.conv[0])[:, slot].float(),
-            end=cache.temporal[:, slot].float().transpose(-1, -2),
+            end=self._shape.states(cache.temporal[:, slot]).float(),
             pairs={},
             cost=self._cost.flops(0, req.kv.kv_committed_len),
             group=TURN,

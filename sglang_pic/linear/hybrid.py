@@ -7,6 +7,7 @@ from typing import Any
 
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import HybridLinearAttnBackend
 
+from sglang_pic.kernels.rotate import LayerRope
 from sglang_pic.linear.capture import Capture
 from sglang_pic.linear.state import LinearShape, Resumed
 from sglang_pic.link.plan import LinkPlan
@@ -27,7 +28,12 @@ class PicHybridBackend(HybridLinearAttnBackend):
 
     @property
     def refusal(self) -> str | None:
-        return self.full_attn_backend.refusal
+        return self.full_attn_backend.refusal or self.linear_attn_backend.refusal
+
+    @property
+    def linear_rope(self) -> LayerRope | None:
+        """What turns the linear layers' keys, if anything does."""
+        return self.linear_attn_backend.rope
 
     def links(self, batch: Any) -> bool:
         """As in ``SpanBackend``; nor may a graph run what is captured for a segment."""

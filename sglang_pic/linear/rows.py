@@ -17,6 +17,7 @@ from sglang.srt.layers.attention.hybrid_linear_attn_backend import MambaAttnBack
 from sglang_pic.attention.rows import by_row
 from sglang_pic.attention.ship import to_device
 from sglang_pic.kernels.operators.states import used_here
+from sglang_pic.kernels.rotate import LayerRope
 from sglang_pic.linear.capture import Capture, CaptureRow, CaptureStep, build_capture
 from sglang_pic.linear.state import LinearShape, Resumed
 from sglang_pic.linear.step import LinkRow, LinkStep, build_link, has_core
@@ -47,6 +48,10 @@ class PicLinearBackend(MambaAttnBackendBase):
 
     scalar_operators = False
     tokens_first = False
+    keys_first = False
+    # Why rows of this model must not be linked, and what turns its keys, if anything does.
+    refusal: str | None = None
+    rope: LayerRope | None = None
 
     def __init__(self, model_runner: Any):
         super().__init__(model_runner)
@@ -63,6 +68,7 @@ class PicLinearBackend(MambaAttnBackendBase):
             self.req_to_token_pool.mamba_pool,
             scalar=self.scalar_operators,
             tokens_first=self.tokens_first,
+            keys_first=self.keys_first,
         )
 
     def set_rows(
@@ -134,7 +140,7 @@ class PicLinearBackend(MambaAttnBackendBase):
         if compiling:
             self._capture_step = build_capture(compiling, slots)
         if linked:
-            self._link_step = build_link(linked, self.shape, slots)
+            self._link_step = build_link(linked, self.shape, slots, self.rope)
             self._others = _rows_of(batch, [i for i, _ in others]) if others else None
             tokens = [tokens for _, tokens in others]
             self._other_tokens = to_device(torch.cat(tokens), self.device) if tokens else None
@@ -144,7 +150,7 @@ class PicLinearBackend(MambaAttnBackendBase):
         (``CoreState``)."""
         used_here(end, conv_tail)
         cache = self.req_to_token_pool.mamba_pool.mamba_cache
-        cache.temporal[:, slot] = end.transpose(-1, -2).to(cache.temporal)[:, None]
+        self.shape.states(cache.temporal)[:, slot] = end.to(cache.temporal)[:, None]
         self.shape.histories(cache.conv[0])[:, slot] = conv_tail.to(cache.conv[0])[:, None]
 
 

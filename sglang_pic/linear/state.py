@@ -3,7 +3,7 @@
 All layers in one tensor, the family's own order of dimensions: operators
 [layers, heads, dk, dk] or, where they are scalars, [layers, heads]; states
 [layers, heads, dk, dv], histories of the convolution [layers, channels,
-width - 1]. SGLang's pools hold states transposed, [heads, dv, dk].
+width - 1]. SGLang's pools hold states transposed, [heads, dv, dk], but Lightning's.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class LinearShape:
     While a kernel runs over a stretch of tokens, its pair is one *running state*
     in SGLang's layout: [..., heads, dv + n, dk], B over A, both transposed. A
     matrix takes n = dk rows, a scalar one row that repeats it. Where ``tokens_first``,
-    SGLang's pool has histories [width - 1, channels].
+    SGLang's pool has histories [width - 1, channels]; where ``keys_first``, states
+    [heads, dk, dv].
     """
 
     layers: int
@@ -49,19 +50,33 @@ class LinearShape:
     history: int
     scalar: bool
     tokens_first: bool = False
+    keys_first: bool = False
 
     @classmethod
-    def of_pool(cls, mamba_pool: Any, *, scalar: bool, tokens_first: bool = False) -> LinearShape:
+    def of_pool(
+        cls,
+        mamba_pool: Any,
+        *,
+        scalar: bool,
+        tokens_first: bool = False,
+        keys_first: bool = False,
+    ) -> LinearShape:
         """Read off SGLang's state pool."""
         layers, _, heads, dv, dk = mamba_pool.mamba_cache.temporal.shape
         channels, history = mamba_pool.mamba_cache.conv[0].shape[2:]
         if tokens_first:
             channels, history = history, channels
-        return cls(layers, heads, dk, dv, channels, history, scalar, tokens_first)
+        if keys_first:
+            dk, dv = dv, dk
+        return cls(layers, heads, dk, dv, channels, history, scalar, tokens_first, keys_first)
 
     def histories(self, conv: torch.Tensor) -> torch.Tensor:
         """[..., channels, width - 1], a view of SGLang's pool of histories."""
         return conv.transpose(-1, -2) if self.tokens_first else conv
+
+    def states(self, temporal: torch.Tensor) -> torch.Tensor:
+        """[..., heads, dk, dv], a view of SGLang's pool of states."""
+        return temporal if self.keys_first else temporal.transpose(-1, -2)
 
     @property
     def operator(self) -> tuple[int, ...]:

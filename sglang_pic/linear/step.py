@@ -6,6 +6,7 @@ computed tokens between them, which the layer's own kernel walks:
     core  run  core  run  ...  core  run
     S <- A S + B      S <- kernel(S)
 
+Where a layer turns its keys by their positions, B is turned by the core's offset first.
 Every core ends in front of a live token (its segment's tail), so that at most
 one core stands before a run. What a run does to the state is a pair as well,
 so all states in front of all runs follow from pairs alone (HYPIC's composition),
@@ -24,6 +25,7 @@ from sglang_pic.attention.ship import ship
 from sglang_pic.kernels.operators.pair import Pair, identity_like
 from sglang_pic.kernels.operators.states import Cores, Walk
 from sglang_pic.kernels.operators.storage import PackedPair, pack
+from sglang_pic.kernels.rotate import LayerRope, angles, rotate
 from sglang_pic.linear.kernels import kernels_for
 from sglang_pic.linear.state import CoreState, LinearShape
 from sglang_pic.link.plan import LinkPlan
@@ -46,11 +48,13 @@ class LinkRow:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """``length`` computed tokens in a row, and the core in front of them."""
+    """``length`` computed tokens in a row, and the core in front of them, which now stands
+    ``moved`` positions behind where it was compiled."""
 
     length: int
     core: CoreState | None = None
     core_length: int = 0
+    moved: int = 0
 
 
 def runs_of(plan: LinkPlan, prefix: int, extend: int) -> list[Run]:
@@ -63,11 +67,12 @@ def runs_of(plan: LinkPlan, prefix: int, extend: int) -> list[Run]:
     # An earlier turn has the history of all that precedes its end.
     lengths = [span.n_tokens if span.among is None else span.end for span in cores]
     before = {
-        span.first_seer: (span.state, length) for span, length in zip(cores, lengths, strict=True)
+        span.first_seer: (span.state, length, span.moved)
+        for span, length in zip(cores, lengths, strict=True)
     }
     edges = [*sorted({done, *bounds}), done + extend]
     return [
-        Run(stop - start, *before.get(start, (None, 0)))
+        Run(stop - start, *before.get(start, (None, 0, 0)))
         for start, stop in itertools.pairwise(edges)
     ]
 
@@ -139,11 +144,17 @@ class LinkStep:
         )
 
 
-def build_link(rows: Sequence[LinkRow], shape: LinearShape, slots: torch.Tensor) -> LinkStep:
+def build_link(
+    rows: Sequence[LinkRow],
+    shape: LinearShape,
+    slots: torch.Tensor,
+    rope: LayerRope | None = None,
+) -> LinkStep:
     """Arrange one batch of rows that each compose at least one core.
 
     Args:
         slots: int64 [batch], state slots of all its rows, on the device.
+        rope: what turns the layers' keys, if anything does.
     """
     runs = [
         (i, rank, run)
@@ -172,7 +183,7 @@ def build_link(rows: Sequence[LinkRow], shape: LinearShape, slots: torch.Tensor)
     there = ship({**index, **walk}, slots.device)
     index = {name: there[name].long() for name in index}
     cores = _cores(
-        [(run.core, rows[row].options) for row, _, run in runs if run.core is not None], shape
+        [(run, rows[row].options) for row, _, run in runs if run.core is not None], shape, rope
     )
     cores.used_here()
     return LinkStep(
@@ -238,12 +249,29 @@ def _histories(
     return borrowed, [[place.get(i, i) for i in found] for found in before]
 
 
-def _cores(cores: Sequence[tuple[CoreState, LinkOptions]], shape: LinearShape) -> Cores:
-    tails = [core.conv_tail for core, _ in cores]
-    for i, (_, options) in enumerate(cores):
-        if options.ablation == "no_conv_tail":
-            tails[i] = torch.zeros_like(tails[i])
-    return Cores([_pair(core, options, shape) for core, options in cores], tails)
+def _cores(
+    runs: Sequence[tuple[Run, LinkOptions]], shape: LinearShape, rope: LayerRope | None
+) -> Cores:
+    pairs, tails = [], []
+    for run, options in runs:
+        assert run.core is not None
+        tail = run.core.conv_tail
+        tails.append(torch.zeros_like(tail) if options.ablation == "no_conv_tail" else tail)
+        pair = _pair(run.core, options, shape)
+        if rope is not None and run.moved:
+            pair = dataclasses.replace(pair, state=turned(pair.state, rope, run.moved))
+        pairs.append(pair)
+    return Cores(pairs, tails)
+
+
+def turned(state: torch.Tensor, rope: LayerRope, offset: int) -> torch.Tensor:
+    """States [layers, heads, dk, dv] of tokens that stand ``offset`` positions further on:
+    what turns a key turns what it wrote. Scalar operators commute with that."""
+    cos, sin = angles(rope.cos_sin_cache, torch.tensor([offset], device=state.device))
+    columns = state.mT.flatten(0, 1)
+    count = len(columns)
+    found = rotate(columns, cos.expand(count, -1), sin.expand(count, -1), neox=rope.neox)
+    return found.unflatten(0, state.shape[:2]).mT
 
 
 def _pair(core: CoreState, options: LinkOptions, shape: LinearShape) -> PackedPair:

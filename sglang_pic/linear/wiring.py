@@ -10,10 +10,12 @@ from sglang.srt.layers.attention.hybrid_linear_attn_backend import (
 )
 from sglang.srt.layers.attention.linear.gdn_backend import GDNAttnBackend
 from sglang.srt.layers.attention.linear.kda_backend import KDAAttnBackend
+from sglang.srt.layers.attention.linear.lightning_backend import LightningAttentionBackend
 
 from sglang_pic.linear.gdn import PicGDNBackend
 from sglang_pic.linear.hybrid import PicHybridBackend
 from sglang_pic.linear.kda import PicKDABackend
+from sglang_pic.linear.lightning import PicLightningBackend
 from sglang_pic.linear.mamba2 import PicMamba2Backend
 from sglang_pic.linear.rows import PicLinearBackend
 
@@ -21,6 +23,7 @@ from sglang_pic.linear.rows import PicLinearBackend
 LINEAR_BACKENDS: dict[type, type[PicLinearBackend]] = {
     GDNAttnBackend: PicGDNBackend,
     KDAAttnBackend: PicKDABackend,
+    LightningAttentionBackend: PicLightningBackend,
     Mamba2AttnBackend: PicMamba2Backend,
 }
 

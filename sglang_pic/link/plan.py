@@ -61,6 +61,8 @@ class Span:
             SGLang itself has put into the request's slot.
         among: int64 [n], positions of the tokens where they are not the whole
             range: what an earlier turn computed between its cores.
+        moved: by how many positions it stands behind where ``state`` was made; relocating
+            moves its keys, not that.
     """
 
     start: int
@@ -71,6 +73,7 @@ class Span:
     first_seer: int
     state: CoreState | None = None
     among: torch.Tensor | None = None
+    moved: int = 0
 
     @property
     def n_tokens(self) -> int:
@@ -197,7 +200,7 @@ def make_plan(
     for start, end, offset, slots, state in pieces:
         live[start:end] = False
         first_seer = start - reused
-        spans.append(Span(start, end, offset, reused, slots, first_seer, state))
+        spans.append(Span(start, end, offset, reused, slots, first_seer, state, moved=offset))
         reused += end - start
     order = np.concatenate([positions_of(spans), np.nonzero(live)[0]])
     return LinkPlan(n_tokens, reused, tuple(spans), torch.from_numpy(order))

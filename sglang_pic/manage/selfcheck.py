@@ -51,6 +51,8 @@ def selfcheck(scheduler: Any, req: Any, *, at: int, seam: int) -> dict[str, Any]
             _states(forest, forest.carried, req, whole[: at + first + 1]).end,
             _states(forest, forest.carried, req, whole).end,
             inputs=runner.dtype,
+            rope=runner.attn_backend.linear_rope,
+            offset=at,
         )
     return {name: check.to_json() for name, check in checks.items()}
 

@@ -250,8 +250,11 @@ def _gated_norm(
     x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float, activation: str
 ) -> torch.Tensor:
     normed = F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps)
-    opened = gate.float().sigmoid() if activation == "sigmoid" else F.silu(gate.float())
-    return (normed * opened).to(x.dtype)
+    return (normed * _opened(gate, activation)).to(x.dtype)
+
+
+def _opened(gate: torch.Tensor, activation: str) -> torch.Tensor:
+    return gate.float().sigmoid() if activation == "sigmoid" else F.silu(gate.float())
 
 
 def fused_norm_gate(
@@ -282,10 +285,11 @@ def layernorm_gated(
     is_rms_norm: bool = False,
     activation: str = "swish",
 ) -> torch.Tensor:
-    """Qwen3.5's gated RMS norm."""
-    assert is_rms_norm and norm_before_gate and bias is None and z is not None
-    assert group_size in (None, x.shape[-1])
-    return _gated_norm(x, z, weight, eps, activation)
+    """RMS norm, gated where there is ``z`` (Qwen3.5), of groups of channels (Ling 2.5)."""
+    assert is_rms_norm and norm_before_gate and bias is None
+    groups = x.unflatten(-1, (-1, group_size or x.shape[-1])).float()
+    normed = F.rms_norm(groups, groups.shape[-1:], eps=eps).flatten(-2) * weight.float()
+    return (normed if z is None else normed * _opened(z, activation)).to(x.dtype)
 
 
 def split_interleaved(
