@@ -13,6 +13,10 @@ from typing import Any
 import torch
 
 
+# Memory to leave free beside a host pool. SGLang's own is 10 GiB, as hosts of GPUs have it.
+RESERVE = 1 << 30
+
+
 def transfer_kv_direct(
     src_layers: Sequence[torch.Tensor],
     dst_layers: Sequence[torch.Tensor],
@@ -39,10 +43,12 @@ def allocate(
 
 
 def bind() -> None:
-    """Name the copy in the module of the pools, which leaves it out on a CPU, and say how
+    """Name the copy in the modules of the pools, which leave it out on a CPU, and say how
     those beside a CPU's pool allocate."""
-    from sglang.srt.mem_cache.pool_host import common, mha
+    from sglang.srt.mem_cache.pool_host import base, common, mha, mla
 
-    if not hasattr(mha, "transfer_kv_direct"):
-        mha.transfer_kv_direct = transfer_kv_direct
+    for module in (mha, mla):
+        if not hasattr(module, "transfer_kv_direct"):
+            module.transfer_kv_direct = transfer_kv_direct
+    base.HICACHE_HOST_MEMORY_RESERVE_BYTES = RESERVE
     common.ALLOC_MEMORY_FUNCS["cpu"] = allocate
