@@ -185,7 +185,7 @@ def pic_parser() -> argparse.ArgumentParser:
         default=defaults.kv_mib,
         metavar="MIB",
         help="KV memory that compiled segments and conversations may take of the pool "
-        "(nine tenths of it)",
+        "(nine tenths of it; half with a host tier)",
     )
     parser.add_argument(
         "--pic-pin-share",

@@ -125,6 +125,7 @@ RELIED_ON = {
         "node_id",
         "tracker",
     ),
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.evict_host": ("self", "num_tokens"),
     _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache._component_available_size": (
         "self",
         "component_type",

@@ -437,6 +437,7 @@ def _install_cpu_kernels() -> None:
     if not isinstance(current_platform, PlainCpuPlatform):
         return
     from sglang_pic.platforms import (
+        host_tier,
         latent_attention,
         lightning_kernels,
         linear_kernels,
@@ -445,6 +446,7 @@ def _install_cpu_kernels() -> None:
     )
 
     mamba2_kernels.bind()
+    host_tier.bind()
     latent_attention.register()
     kernels = (
         linear_kernels.KERNELS

@@ -17,6 +17,7 @@ import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+from sglang.srt.mem_cache.base_prefix_cache import InitLoadBackParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import evict_from_tree_cache, release_kv_cache
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
@@ -31,6 +32,7 @@ from sglang_pic.forest.cost import PrefillCost
 from sglang_pic.forest.keys import is_reserved, namespace, order_key
 from sglang_pic.forest.nodes import SEGMENT
 from sglang_pic.link.policy import LinkOptions, ceil_to
+from sglang_pic.platforms import host_tier
 from sglang_pic.request.base import LinkRequest, TokenSpan
 from sglang_pic.request.internal import compile_hints, link_hints
 
@@ -70,10 +72,18 @@ class Driver:
         page: tokens per page.
         size: tokens in the pool.
         config: the server's settings.
+        tier: SGLang's write policy of a host tier, twice the pool; ``None`` without one.
     """
 
-    def __init__(self, page: int, size: int, config: PicConfig):
-        set_global_server_args_for_scheduler(ServerArgs(model_path="dummy", page_size=page))
+    def __init__(self, page: int, size: int, config: PicConfig, tier: str | None = None):
+        args = ServerArgs(model_path="dummy", page_size=page)
+        if tier is not None:
+            args = ServerArgs(
+                model_path="dummy", page_size=page, enable_hierarchical_cache=True,
+                hicache_write_policy=tier, hicache_ratio=2.0, hicache_io_backend="direct",
+                hicache_mem_layout="layer_first",
+            )  # fmt: skip
+        set_global_server_args_for_scheduler(args)
         self.page = page
         self.size = size
         self.pool = MHATokenToKVPool(
@@ -88,17 +98,21 @@ class Driver:
             *args, dtype=torch.float32, device="cpu", kvcache=self.pool, need_sort=False
         )
         self.rows = ReqToTokenPool(64, 4096, "cpu", False)
-        self.cache = PicCache(
-            CacheInitParams(
-                False, self.rows, self.allocator, page, tree_components=(ComponentType.FULL,)
-            )
+        params = CacheInitParams(
+            False, self.rows, self.allocator, page, tree_components=(ComponentType.FULL,)
         )
+        self.cache = PicCache(params)
+        if tier is not None:
+            host_tier.bind()
+            self.cache.init_hicache(args, params)
         copies: Any = Copies(self)
         self.forest = plant(self.cache, config, PrefillCost(1e6, 10.0, 16), copies=copies)
         # Of each slot, the tokens that have had a part in what it holds, as bits.
         self.touched = [0] * (size + page)
         # Tokens of guests that ship with the project.
         self.nobodys = 0
+        # Tokens brought back: from the host, and private copies.
+        self.loaded = 0
         self.running: list[Req] = []
 
     # -- requests -----------------------------------------------------------------------
@@ -174,6 +188,8 @@ class Driver:
         req.init_next_round_input(self.cache)
         if between is not None:
             between()
+        if req.host_hit_length:
+            self._load_back(req)
         req.lock = self.cache.lock(req.last_node)
         total = len(req.full_untruncated_fill_ids)
         wanted = ceil_to(total - req.prefix_len, self.page)
@@ -194,10 +210,35 @@ class Driver:
         # Only what is beyond a page's end is ours to give back later.
         req.kv.kv_allocated_len = req.kv.kv_committed_len = total
         req.extend_end = total
+        self.cache.ready_to_load_host_cache()
         self._check_report(req)
         self._compute(req, req.prefix_len, total)
         self.running.append(req)
         return True
+
+    def _load_back(self, req: Req) -> None:
+        """As ``PrefillAdder`` does."""
+        held, promised = req.prefix_len, req.host_hit_length
+        bracket = self.cache.lock(req.last_node)
+        loaded, node = self.cache.init_load_back(
+            InitLoadBackParams(req.best_match_node, promised, req=req)
+        )
+        self.cache.unlock(bracket)
+        assert loaded in (0, promised)
+        req.last_node = node
+        req.prefix_len += loaded
+        self.loaded += loaded
+        if self.cache.load_back_is_cache_owned():
+            req.kv.cache_protected_len = req.prefix_len
+            slots = self.cache.path_device_indices(node)[held:].tolist() if loaded else ()
+            for i, slot in enumerate(slots, held):
+                self.touched[slot] = 0
+                for token in req.full_untruncated_fill_ids[: i + 1]:
+                    self.touched[slot] |= 1 << token
+
+    def events(self) -> None:
+        """What the scheduler looks after before each batch."""
+        self.cache.check_hicache_events()
 
     def _compute(self, req: Req, start: int, end: int) -> None:
         req.refresh_fill_ids() if not req.skip_radix_cache_insert else None
@@ -297,7 +338,9 @@ class Driver:
 
     def check(self) -> None:
         """Integrity, no leak, no budget exceeded, every row as it should be."""
-        self.cache.sanity_check()
+        if not self.cache.ongoing_load_back:
+            # SGLang's holds only where its loads have ended.
+            self.cache.sanity_check()
         self.forest.check()
         for req in self.running:
             ids = [*req.origin_input_ids, *req.output_ids]

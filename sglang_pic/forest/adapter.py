@@ -131,6 +131,10 @@ class PicCache(UnifiedRadixCache):
     def _evict(self, params: EvictParams, *args: Any, **kwargs: Any) -> EvictResult:
         return self.forest.eviction.evict(super()._evict, params, *args, **kwargs)
 
+    def evict_as_sglang(self, params: EvictParams) -> EvictResult:
+        """SGLang's own eviction, of ordinary prefixes alone."""
+        return super()._evict(params)
+
     def evictable_size(self) -> int:
         return super().evictable_size() + self.forest.pages.evictable
 

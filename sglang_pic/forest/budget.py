@@ -10,6 +10,8 @@ from sglang_pic.errors import PicRefused
 ALL_PINS = 0.5
 # Of the pool, where the operator names no budget.
 KV_SHARE = 0.9
+# The same where prefixes go first, since they come back from the host.
+TIER_SHARE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from sglang_pic.forest.adapter import PicCache
 from sglang_pic.forest.arrivals import Arrivals
 from sglang_pic.forest.asked import Asked
 from sglang_pic.forest.assembly import Assembly, BothOrders, NoAssembly
-from sglang_pic.forest.budget import KV_SHARE, Budgets, Need
+from sglang_pic.forest.budget import KV_SHARE, TIER_SHARE, Budgets, Need
 from sglang_pic.forest.carried import Carried, Nothing
 from sglang_pic.forest.checkpoints import Checkpoints, NoCheckpoints
 from sglang_pic.forest.companies import Companies
@@ -27,7 +27,7 @@ from sglang_pic.forest.consensus import ALONE, AllRanks, Consensus, Group, OneRa
 from sglang_pic.forest.containment import Containment
 from sglang_pic.forest.conversations import Conversations
 from sglang_pic.forest.cost import PrefillCost
-from sglang_pic.forest.eviction import LINKABLE, AsSglang, InOrder
+from sglang_pic.forest.eviction import LINKABLE, AsSglang, BehindTier, Eviction, InOrder
 from sglang_pic.forest.forest import Forest
 from sglang_pic.forest.holder import Holder
 from sglang_pic.forest.links import Links
@@ -38,6 +38,7 @@ from sglang_pic.forest.pins import Pins
 from sglang_pic.forest.planning import Ordinary, Planning
 from sglang_pic.forest.relocation import Relocation
 from sglang_pic.forest.segments import Segments
+from sglang_pic.forest.tier import HostTier, NoTier, Tier
 from sglang_pic.linear.carried import LinearStates
 from sglang_pic.linear.checkpoints import SparseCheckpoints
 from sglang_pic.linear.state import LinearShape
@@ -66,7 +67,12 @@ def _refusal(ctx: Any, runner: Any, unhooked: str | None) -> str | None:
         "--disable-hybrid-swa-memory": ctx.is_hybrid_swa,
         "speculative decoding is not supported": args.speculative_algorithm is not None,
         "pipeline parallelism is not supported": args.pp_size > 1,
-        "a hierarchical cache is not supported": args.enable_hierarchical_cache,
+        "a hierarchical cache of a model with linear layers is not supported": (
+            args.enable_hierarchical_cache and ctx.is_hybrid_ssm
+        ),
+        "a hierarchical cache that only buffers is not supported": (
+            args.enable_hierarchical_cache and args.hicache_host_memory_mode == "buffer_only"
+        ),
         f"schedulers on several machines need one {ENV_NAME} on all of them": (
             args.nnodes > 1 and is_made_here()
         ),
@@ -162,7 +168,9 @@ def plant(
     """
     allocator, rows = cache.token_to_kv_pool_allocator, cache.req_to_token_pool
     pool = allocator.size * cost.kv_bytes
-    kv = int(pool * KV_SHARE) if config.kv_mib is None else min(pool, config.kv_mib << 20)
+    tier: Tier = NoTier() if cache.cache_controller is None else HostTier(cache)
+    share = KV_SHARE if cache.cache_controller is None else TIER_SHARE
+    kv = int(pool * share) if config.kv_mib is None else min(pool, config.kv_mib << 20)
     limit = kv // cost.kv_bytes
     context = config.compile_context[: floor_to(len(config.compile_context), cache.page_size)]
 
@@ -221,6 +229,9 @@ def plant(
         assembly.release()
 
     in_order = InOrder(cache, pages, nodes, limit, contained, release_all)
+    eviction: Eviction = AsSglang()
+    if refusal is None:
+        eviction = in_order if cache.cache_controller is None else BehindTier(in_order)
     budgets = Budgets(Need(kv, carried.budget), config.pin_share)
     table = rows.req_to_token
 
@@ -282,14 +293,15 @@ def plant(
         carried=carried,
         checkpoints=checkpoints,
         nodes=nodes,
-        eviction=in_order if refusal is None else AsSglang(),
+        eviction=eviction,
         pins=Pins(budgets),
         lookups=lookups,
         holder=holder,
         conversations=conversations,
         links=links,
         arrivals=arrivals,
-        relocation=Relocation(cache, links, contained, copies),
+        relocation=Relocation(cache, links, contained, copies, tier),
+        tier=tier,
     )
     cache.forest = forest
     return forest

@@ -1,8 +1,8 @@
 """Who goes when pages are short.
 
 A shortage is met from one order over ordinary prefixes, segments and turns
-(``nodes``). Where the order cannot help (host tiers, joint pools) and where it runs
-out, SGLang's own eviction follows.
+(``nodes``). Where the order cannot help (joint pools) and where it runs out, SGLang's own
+eviction follows. With a host tier it comes first: what a prefix loses there comes back.
 """
 
 from __future__ import annotations
@@ -125,13 +125,39 @@ class InOrder:
         ours = (
             params.num_tokens > 0
             and satisfied is None
-            and self._cache.cache_controller is None
             and (target is None or target[0] is ComponentType.FULL)
         )
         if not ours:
             return self._as_stock(stock, params, targets, satisfied)
+        freed, enough = self.free(params.num_tokens, targets, None)
+        mamba = freed.get(ComponentType.MAMBA, 0)
+        missing = params.num_tokens - freed[ComponentType.FULL]
+        rest = dataclasses.replace(
+            params,
+            num_tokens=0 if enough else max(1, missing),
+            mamba_num=max(0, params.mamba_num - mamba),
+        )
+        result = self._as_stock(stock, rest, targets, None)
+        return dataclasses.replace(
+            result,
+            num_tokens_evicted=result.num_tokens_evicted + freed[ComponentType.FULL],
+            mamba_num_evicted=result.mamba_num_evicted + mamba,
+        )
+
+    def free(
+        self, wanted: int, targets: Any, kinds: Collection[str] | None
+    ) -> tuple[dict[ComponentType, int], bool]:
+        """Evict in order until so many tokens are free, or as many more as SGLang's targets
+        say where it names some.
+
+        Args:
+            kinds: whose nodes may go; all by default.
+
+        Returns:
+            Freed, by SGLang's component; whether that is enough.
+        """
         started = time.perf_counter()
-        wanted = params.num_tokens
+        target = (targets or {}).get(ComponentType.FULL)
 
         def is_enough(freed: int) -> bool:
             if target is not None:
@@ -142,20 +168,9 @@ class InOrder:
         freed: dict[ComponentType, int] = {ComponentType.FULL: 0}
         enough = False
         with self._contained("evict"):
-            freed, enough = self._in_order(is_enough, None)
+            freed, enough = self._in_order(is_enough, kinds)
         self._cache.update_eviction_metrics(freed[ComponentType.FULL], started)
-        mamba = freed.get(ComponentType.MAMBA, 0)
-        rest = dataclasses.replace(
-            params,
-            num_tokens=0 if enough else max(1, wanted - freed[ComponentType.FULL]),
-            mamba_num=max(0, params.mamba_num - mamba),
-        )
-        result = self._as_stock(stock, rest, targets, None)
-        return dataclasses.replace(
-            result,
-            num_tokens_evicted=result.num_tokens_evicted + freed[ComponentType.FULL],
-            mamba_num_evicted=result.mamba_num_evicted + mamba,
-        )
+        return freed, enough
 
     def _in_order(
         self, is_enough: Callable[[int], bool], kinds: Collection[str] | None
@@ -173,13 +188,19 @@ class InOrder:
         result = stock(params, targets, allocation_reclaim_satisfied=satisfied)
         if result.num_tokens_evicted:
             self._nodes.note_fallback()
+        if satisfied is not None:
+            return result
+        return self.free_unordered(params, result, targets)
+
+    def free_unordered(self, params: EvictParams, result: EvictResult, targets: Any) -> EvictResult:
+        """Evict what else is missing of segments and turns: the order knows of all that may
+        go there, unless a fault has lost some."""
         short = params.num_tokens - result.num_tokens_evicted
-        if short <= 0 or satisfied is not None:
+        if short <= 0:
             return result
         own = None
         if targets is not None and ComponentType.FULL in targets:
             own = {ComponentType.FULL: targets[ComponentType.FULL]}
-        # The order knows of all that may go here, unless a fault has lost some.
         more = self._pages.evict(short, own)
         return dataclasses.replace(result, num_tokens_evicted=result.num_tokens_evicted + more)
 
@@ -195,3 +216,33 @@ class InOrder:
             return self._pages.tokens + tokens <= self.limit
 
         return tokens <= self.limit and (fits() or self._in_order(fits, LINKED)[1])
+
+
+class BehindTier:
+    """With a host tier: prefixes go there first, in SGLang's own order, which alone knows
+    which of them are leaves on the device. Then segments and turns, by theirs."""
+
+    def __init__(self, in_order: InOrder):
+        self._in_order = in_order
+        self.inserted = in_order.inserted
+        self.used = in_order.used
+        self.unlocked = in_order.unlocked
+
+    def evict(
+        self,
+        stock: AsStock,
+        params: EvictParams,
+        available_size_targets: Any = None,
+        *,
+        allocation_reclaim_satisfied: Any = None,
+    ) -> EvictResult:
+        targets, satisfied = available_size_targets, allocation_reclaim_satisfied
+        result = stock(params, targets, allocation_reclaim_satisfied=satisfied)
+        short = params.num_tokens - result.num_tokens_evicted
+        if short <= 0 or satisfied is not None:
+            return result
+        freed, enough = self._in_order.free(short, targets, LINKED)
+        result = dataclasses.replace(
+            result, num_tokens_evicted=result.num_tokens_evicted + freed[ComponentType.FULL]
+        )
+        return result if enough else self._in_order.free_unordered(params, result, targets)

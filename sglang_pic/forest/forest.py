@@ -33,6 +33,7 @@ from sglang_pic.forest.pins import Pins
 from sglang_pic.forest.relocation import Relocation
 from sglang_pic.forest.segments import SegmentRecord, Segments
 from sglang_pic.forest.stored import NotStored, Stored
+from sglang_pic.forest.tier import Tier
 
 
 @dataclasses.dataclass
@@ -66,6 +67,7 @@ class Forest:
     links: Links
     arrivals: Arrivals
     relocation: Relocation
+    tier: Tier
     store: Stored = dataclasses.field(default_factory=NotStored)
 
     @property
@@ -84,12 +86,14 @@ class Forest:
         return int(self.cache.full_evictable_size() + self.cache.full_protected_size())
 
     def free_rows(self, tenant: str | None) -> int:
-        """Evict the ordinary prefixes and conversations of a tenant.
+        """Evict the ordinary prefixes and conversations of a tenant; with a host tier, the
+        prefixes of all.
 
         Returns:
             Tokens freed.
         """
-        return self.nodes.remove_all((tenant or None, tenant or ""), (PREFIX, TURN))
+        freed = self.nodes.remove_all((tenant or None, tenant or ""), (PREFIX, TURN))
+        return freed + self.tier.drop()
 
     def reset(self) -> None:
         """Everything was flushed."""

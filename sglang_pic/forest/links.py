@@ -151,7 +151,10 @@ class Links:
         prefix = self._ordinary.match(params)
         # A probe has no limit; every request has a token left to compute.
         limit = min(len(params.key), len(ids) - 1)
-        found_at = (prefix.last_device_node, prefix.device_prefix_len)
+        found_at = (
+            *(prefix.last_device_node, prefix.device_prefix_len),
+            *(prefix.best_match_node, prefix.host_hit_length),
+        )
         refusal = self.refusal(link) or unlinkable(req)
         basis = Basis(link.request, len(ids), limit, found_at, refusal)
         kept = link.kept

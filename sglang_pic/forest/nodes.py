@@ -178,6 +178,8 @@ class NodeIndex:
         split: Node | None = None
         split_start = 0
         for info in reversed(self._path(tree, node)):
+            if info.full_value_len is None:
+                continue
             key = NodeKey(tree, info.node_id)
             keys.append(key)
             known = self._nodes.get(key)
@@ -360,9 +362,9 @@ class NodeIndex:
             raise PicIntegrityError(f"{known} tokens are known of {total} in the trees")
 
     def _info(self, key: NodeKey) -> Any:
-        """SGLang's node, or ``None`` if it is gone."""
+        """SGLang's node, or ``None`` if it is gone, be it to the host."""
         path = self._path(*key)
-        return path[-1] if path else None
+        return path[-1] if path and path[-1].full_value_len is not None else None
 
     def _path(self, tree: int, node: int) -> Sequence[Any]:
         """SGLang's nodes from the root's child to this one; none if it is gone."""

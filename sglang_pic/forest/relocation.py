@@ -12,7 +12,8 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from sglang_pic.forest.containment import Containment
 from sglang_pic.forest.links import Links
-from sglang_pic.forest.state import FAULT, NO_ROOM, LinkHandle, LinkState
+from sglang_pic.forest.state import FAULT, LOADING, NO_ROOM, LinkHandle, LinkState
+from sglang_pic.forest.tier import Tier
 from sglang_pic.link.plan import LinkPlan
 
 if TYPE_CHECKING:
@@ -33,11 +34,13 @@ class Relocation:
         links: Links,
         contained: Containment,
         copy: Callable[[LinkPlan, torch.Tensor], None] | None,
+        tier: Tier,
     ):
         self._cache = cache
         self._links = links
         self._contained = contained
         self._copy = copy
+        self._tier = tier
 
     def load_back(self, req: Req, handle: LinkHandle) -> tuple[int, Any]:
         """Copy all of a plan's pages or, as SGLang demands, none.
@@ -50,6 +53,9 @@ class Relocation:
         with self._contained("relocate", req):
             link = self._links.of(req)
             assert link is not None
+            if self._tier.is_loading and not self._cache.is_root(handle.prefix):
+                # SGLang starts the loads of a batch when it has chosen all its requests.
+                return 0, self._links.answer_exactly(req, LOADING)
             made = self._relocated(req, link, handle)
             if made is not None:
                 return made

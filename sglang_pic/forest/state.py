@@ -21,6 +21,7 @@ from sglang_pic.request.base import LinkRequest
 REQUIRE_EXACT = "require_exact"
 LINK_OFF = "link_off"
 NO_ROOM = "no_room_to_relocate"
+LOADING = "prefix_on_its_way"
 FAULT = "internal_fault"
 
 
@@ -45,14 +46,15 @@ class Basis:
         request: the link, with its options.
         tokens: of the prompt and those generated.
         limit: no token at or behind this index is reused.
-        prefix: SGLang's node that ends the ordinary prefix, and how long that is.
+        prefix: SGLang's node that ends the ordinary prefix, and how long that is; the one
+            that ends what it could bring back from the host, and how much that is.
         refusal: why nothing is linked, or ``None``.
     """
 
     request: LinkRequest
     tokens: int
     limit: int
-    prefix: tuple[Any, int]
+    prefix: tuple[Any, int, Any, int]
     refusal: str | None
 
 

@@ -63,6 +63,10 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
             # For a float32 checkpoint "auto" means float16, in which most CPUs
             # compute a prompt some ten times slower.
             server_args.dtype = "float32"
+        if server_args.hicache_io_backend == "kernel":
+            # The default, of Triton kernels too.
+            server_args.hicache_io_backend = "direct"
+            server_args.hicache_mem_layout = "layer_first"
         if server_args.lora_backend == "csgmv":
             # The default, of Triton kernels.
             server_args.lora_backend = "torch_native"
