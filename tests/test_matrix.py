@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from linking import TOLERANCE, assemble, body, distributions, fresh_salt, ids_of
 
 from sglang_pic.eval.oracle import dense
+from sglang_pic.eval.oracle.company import company_logprobs
 from sglang_pic.eval.serving import Server
 
 pytestmark = pytest.mark.server
@@ -71,7 +72,9 @@ def cell(
         flags = (*flags, *STATES[page])
     env = CHECKS | (ENV if ranks > 1 else {}) | (RETRACT if schedule == "retracted" else {})
     log = logs / f"matrix_{name}_{page}_{ranks}_{schedule}.log"
-    with serve(path, log, *flags, env=env) as server:
+    # What is asked for a second time is there, but after a flush.
+    store = (f"--pic-store={path / 'store'}", "--pic-store-when=always", "--pic-store-timeout=60")
+    with serve(path, log, *flags, *store, env=env) as server:
         yield Cell(family, page, server)
 
 
@@ -143,6 +146,41 @@ def test_rows_of_every_kind_share_batches(cell: Cell) -> None:
             check(cell, future.result(), *prompt, **where)
         for ids, future in zip(documents, ordinary, strict=True):
             check(cell, future.result(), ids, [], seam=0)
+
+
+def test_what_the_store_gives_back_links_as_it_did(cell: Cell) -> None:
+    parts = [("segment", ids_of(60 + i, 50 + 21 * i)) for i in range(3)]
+    salt, where = fresh_salt(), {"seam": 4, "state": "compose"}
+    sent = {"input_ids": [ids for _, ids in parts], "cache_salt": salt, "seam": 4}
+    made = cell.server.post("/pic/compile", {**sent, "publish": True})
+    assert made.status_code == 200, made.text
+    assert cell.server.post("/flush_cache", {}).status_code == 200
+    ids, segments = assemble([("text", ids_of(7, 21)), *parts[::-1], ("text", ids_of(8, 9))])
+    answer = cell.server.generate(**body(ids, segments, 4, salt, **where))
+    waited = answer["meta_info"]["pic"]["waited_for"]
+    assert [one["source"] for one in waited if one["segment"] is not None] == ["store"] * 3
+    check(cell, answer, ids, segments, **where)
+
+
+def test_a_company_answers_as_its_oracle(cell: Cell) -> None:
+    documents = [ids_of(80 + i, 40 + 25 * i) for i in range(3)]
+    opening = ids_of(90, 19)
+    salt = fresh_salt()
+    sent = {"input_ids": documents, "opening": opening, "company": True, "cache_salt": salt}
+    made = cell.server.post("/pic/compile", sent)
+    if cell.family.linear:
+        assert made.status_code == 409 and made.json()["error"]["param"] == "company"
+        return
+    assert made.status_code == 200, made.text
+    parts = [("segment", one) for one in documents[::-1]]
+    ids, segments = assemble([("text", opening), *parts, ("text", ids_of(91, 9))])
+    answer = cell.server.generate(**body(ids, segments, 4, salt, company_seam=3))
+    assert [one["company"] for one in answer["meta_info"]["pic"]["segments"]] == [3] * 3
+    expected = company_logprobs(
+        cell.family.model(), ids, segments, [range(3)],
+        seam=3, page=cell.page, n_new=4, forced=answer["output_ids"],
+    ).full_logprobs  # fmt: skip
+    assert (distributions(answer) - expected).abs().max() < TOLERANCE
 
 
 def test_ordinary_prefixes_are_right_whatever_ran_beside_them(cell: Cell) -> None:

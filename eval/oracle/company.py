@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from sglang_pic.eval.oracle.dense import Generation, Segment, _generation, layout
+from sglang_pic.eval.oracle.dense import Generation, Segment, _generation, layout, masks
 
 Layers = list[tuple[Tensor, Tensor]]
 
@@ -42,7 +42,13 @@ def _slice(
     ids = [*opening, *(token for member in members for token in member)]
     start = len(opening) + sum(map(len, members[:which]))
     position = torch.arange(len(ids)) - start + place
-    out = model(input_ids=torch.tensor([ids]), position_ids=position[None], use_cache=True)
+    out = model(
+        input_ids=torch.tensor([ids]),
+        position_ids=position[None],
+        # One made for the model drops what is outside a window.
+        past_key_values=DynamicCache(),
+        use_cache=True,
+    )
     until = start + len(members[which])
     layers = out.past_key_values.layers
     return [(one.keys[:, :, start:until], one.values[:, :, start:until]) for one in layers]
@@ -90,12 +96,11 @@ def steps(
     seen = reused
     while True:
         seen = torch.cat([seen, position])
-        mask = torch.zeros(len(position), len(seen))
-        mask = mask.masked_fill(seen[None, :] > position[:, None], float("-inf"))
+        ago = position[:, None] - seen[None, :]
         out = model(
             input_ids=tokens[None],
             position_ids=position[None],
-            attention_mask=mask[None, None],
+            attention_mask=masks(model, ago >= 0, ago),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,

@@ -197,7 +197,7 @@ def _generation(
     return Generation(chosen, [float(full[i, t]) for i, t in enumerate(chosen)], full)
 
 
-def _masks(model: Any, visible: Tensor, ago: Tensor) -> Any:
+def masks(model: Any, visible: Tensor, ago: Tensor) -> Any:
     """What to add to the scores: one tensor, or one for each kind of layer.
 
     Args:
@@ -224,7 +224,7 @@ def _linked_steps(model: Any, rows: Rows, chosen: Sequence[int]) -> Iterator[Ten
         out = model(
             input_ids=tokens[None],
             position_ids=position[None],
-            attention_mask=_masks(model, visible, position[:, None] - places[None, :]),
+            attention_mask=masks(model, visible, position[:, None] - places[None, :]),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
