@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -99,6 +99,16 @@ def test_of_all_new_documents_none_is_waited_for(
 def test_a_server_may_always_link() -> None:
     cold = cold_of(Compiler(), allowed=False)
     assert not is_cheaper(cold, 0, [100], 20, [0])
+
+
+def test_peers_are_waited_for_where_the_largest_share_is_sooner_done() -> None:
+    def cold(busiest: Callable[[Sequence[int]], int]) -> Cold:
+        return Cold(Compiler(), busiest, allowed=True)  # type: ignore[arg-type]
+
+    asked = (50, [100, 100, 100], 20, [0, 1, 2])
+    # 100 or 300 to compile, 3 x 16 + 20 to link, of 320.
+    assert not is_cheaper(cold(max), *asked)
+    assert is_cheaper(cold(sum), *asked)
 
 
 def test_what_others_have_compiled_is_waited_for() -> None:
