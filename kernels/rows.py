@@ -10,6 +10,9 @@ Computed tokens have *ranks* 0, 1, 2, ... in logical order. A query of rank c se
 reused span if ``seer <= c``, and the computed token of rank j if ``j <= c``. Both
 are one rule: entry j of a span is seen from rank ``seer + step * j`` on, with step
 0 for reused spans and 1 for the computed ones.
+
+Where queries see a window of positions alone, every span is a run of positions too: the
+computed tokens are as many spans as they have runs.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ class RowTable:
         span_indptr: [rows + 1], spans of each row.
         span_start, span_len: [spans], row entries.
         span_seer, span_step: [spans], from which rank on they are seen.
+        span_at: [spans], position of the first entry; read where there is a window.
         tile_row, tile_first: [tiles], row and first query, within the row, of every
             tile of ``tile`` queries.
         tile: queries of a tile.
@@ -47,6 +51,7 @@ class RowTable:
     span_len: torch.Tensor
     span_seer: torch.Tensor
     span_step: torch.Tensor
+    span_at: torch.Tensor
     tile_row: torch.Tensor
     tile_first: torch.Tensor
     tile: int
@@ -99,6 +104,7 @@ def walk_rows(
     scale: float,
     neox: bool = True,
     splits: int = 1,
+    window: int | None = None,
 ) -> None:
     """Queries of linked rows over all keys they see, into ``out``.
 
@@ -117,6 +123,7 @@ def walk_rows(
         scale: multiplies the scores.
         neox: layout of the rotation, as in ``kernels.rotate.rotate``.
         splits: parts into which a GPU cuts each row's entries; changes nothing else.
+        window: how many positions before its own a query sees; ``None``: all.
     """
     group = query.shape[1] // values.shape[1]
     columns = (table.batch_row, table.q_start, table.q_len, table.done)
@@ -125,6 +132,7 @@ def walk_rows(
     for row, (batch_row, start, length, done) in enumerate(rows):
         pool_row = int(pool_rows[batch_row])
         rank = done + torch.arange(length, device=query.device)
+        at = _positions(table, range(bounds[row], bounds[row + 1]), rank)
         scores, seen = [], []
         for span in range(bounds[row], bounds[row + 1]):
             first, count = int(table.span_start[span]), int(table.span_len[span])
@@ -135,6 +143,9 @@ def walk_rows(
                 q = rotate(q, cos, sin, neox=neox)
             born = torch.arange(count, device=query.device) * int(table.span_step[span])
             unseen = born + int(table.span_seer[span]) > rank[:, None]
+            if window is not None:
+                there = int(table.span_at[span]) + torch.arange(count, device=query.device)
+                unseen |= there < at[:, None] - window
             wide = keys[slots].to(q.dtype).repeat_interleave(group, 1).float()
             score = torch.einsum("nhd,mhd->hnm", q.float(), wide) * scale
             scores.append(score.masked_fill(unseen, -torch.inf))
@@ -142,6 +153,16 @@ def walk_rows(
         weights = torch.cat(scores, -1).softmax(-1)
         v = values[torch.cat(seen)].repeat_interleave(group, 1)
         out[start : start + length] = torch.einsum("hnm,mhd->nhd", weights, v.float()).to(out.dtype)
+
+
+def _positions(table: RowTable, spans: range, rank: torch.Tensor) -> torch.Tensor:
+    """Positions of computed tokens by their ranks."""
+    found = torch.zeros_like(rank)
+    for span in spans:
+        behind = rank - int(table.span_seer[span])
+        if int(table.span_step[span]):
+            found = torch.where(behind >= 0, int(table.span_at[span]) + behind, found)
+    return found
 
 
 def attend_parts(

@@ -50,11 +50,12 @@ class Batch:
         page: int,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        window: int | None = None,
     ):
         """``prompts``: segments of each row, by number; a question follows."""
         torch.manual_seed(seed)
         draw = random.Random(seed)
-        self.layer, self.dtype = layer, dtype
+        self.layer, self.dtype, self.window = layer, dtype, window
         self.cos_sin = table_of(1024, layer.rotary)
         lengths = {s: draw.randint(1, 3 * page + 20) for row in prompts for s in row}
         pool = 4096
@@ -123,7 +124,9 @@ class Batch:
         q = self._at(query, where).double()
         k = self._at(key, where).double().repeat_interleave(group, 1)
         scores = torch.einsum("nhd,mhd->hnm", q, k) * self.scale
-        scores.masked_fill_(torch.ones(n, n, dtype=torch.bool).triu(1), -torch.inf)
+        ago = where[:, None] - where
+        far = n if self.window is None else self.window
+        scores.masked_fill_((ago < 0) | (ago > far), -torch.inf)
         wide = value.double().repeat_interleave(group, 1)
         return torch.einsum("hnm,mhd->nhd", scores.softmax(-1), wide)
 
@@ -159,16 +162,23 @@ LAYERS = [
     Layer(heads=8, kv_heads=1, dim=32, rotary=8),
 ]
 
-batches = st.builds(
-    lambda layer, prompts, seam, page, seed: Batch(
-        LAYERS[layer], prompts, seam=seam, page=page, seed=seed
-    ),
-    st.integers(0, len(LAYERS) - 1),
-    st.lists(st.lists(st.integers(0, 3), min_size=0, max_size=4), min_size=1, max_size=3),
-    st.integers(0, 9),
-    st.sampled_from([1, 4, 16]),
-    st.integers(0, 1000),
-)
+
+def _batches(windows: st.SearchStrategy[int | None]) -> st.SearchStrategy[Batch]:
+    return st.builds(
+        lambda layer, prompts, seam, page, seed, window: Batch(
+            LAYERS[layer], prompts, seam=seam, page=page, seed=seed, window=window
+        ),
+        st.integers(0, len(LAYERS) - 1),
+        st.lists(st.lists(st.integers(0, 3), min_size=0, max_size=4), min_size=1, max_size=3),
+        st.integers(0, 9),
+        st.sampled_from([1, 4, 16]),
+        st.integers(0, 1000),
+        windows,
+    )
+
+
+batches = _batches(st.none())
+windowed = _batches(st.sampled_from([0, 1, 5, 12, 30, 70, 500]))
 
 
 def computed(batch: Batch) -> list[int]:

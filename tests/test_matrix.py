@@ -44,7 +44,9 @@ ENV = {
     "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1",
 }
 RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"}
-IN_CI = {("nemotron_h", 16, 1, "retracted"), ("deepseek_v2_yarn", 16, 1, "retracted")}
+IN_CI = {
+    (family, 16, 1, "retracted") for family in ("nemotron_h", "deepseek_v2_yarn", "gemma3", "ling")
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,3 +202,15 @@ def test_ordinary_prefixes_are_right_whatever_ran_beside_them(cell: Cell) -> Non
         for ids in prompts:
             longer = [*ids, *ids_of(5, 9)]
             check(cell, cell.server.generate(**body(longer, [], 3, salt)), longer, [], seam=0)
+
+
+def test_conversations_go_on(cell: Cell) -> None:
+    """Turns are kept where SGLang's own state is that of the last token: they change nothing."""
+    where: dict[str, Any] = {"seam": 4, "state": "compose"}
+    parts = [("segment", ids_of(71, 60)), ("segment", ids_of(72, 45))]
+    ids, segments = assemble([("text", ids_of(70, 6)), *parts, ("text", ids_of(73, 9))])
+    salt = fresh_salt()
+    for turn in range(3):
+        answer = cell.server.generate(**body(ids, segments, 5, salt, turns=True, **where))
+        check(cell, answer, ids, segments, **where)
+        ids = [*ids, *answer["output_ids"], *ids_of(74 + turn, 9)]

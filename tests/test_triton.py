@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import CPU, LAYERS, Batch, Layer, batches, close, computed, table_of
+from batches import CPU, LAYERS, Batch, Layer, batches, close, computed, table_of, windowed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,6 +48,47 @@ def test_a_decoding_row_may_be_cut(batch: Batch, splits: int) -> None:
         scale=batch.scale, neox=batch.layer.neox, splits=splits,
     )  # fmt: skip
     close(out, exact)
+
+
+@settings(max_examples=12)
+@given(batch=windowed, data=st.data())
+def test_a_window_is_over_positions(batch: Batch, data: Any) -> None:
+    """As above, of layers that see a window alone."""
+    counts = computed(batch)
+    done = [data.draw(st.integers(0, n - 1)) for n in counts]
+    rows, query, exact = batch.rows(done, [n - d for n, d in zip(counts, done, strict=True)])
+    made = walkers(rows, range(len(rows)), 8, 1, CPU, by_position=True)
+    for kernels in (TORCH, TRITON):
+        out = torch.full_like(query, 7.0)
+        kernels.walk_rows(
+            query, *batch.pool(), made.table, batch.turns(made.offset), out,
+            scale=batch.scale, neox=batch.layer.neox, window=batch.window,
+        )  # fmt: skip
+        close(out, exact)
+
+
+@settings(max_examples=10)
+@given(batch=windowed, splits=st.sampled_from([1, 3]), back=st.integers(1, 6))
+def test_decoding_within_a_window(batch: Batch, splits: int, back: int) -> None:
+    """Cut or whole, from tables that grew or were built anew."""
+    last = [n - 1 for n in computed(batch)]
+    rows, query, exact = batch.rows(last, [1] * len(last))
+    shape = Shape(tile=2, kv_heads=batch.layer.kv_heads, programs=1, windows=True)
+    before, _, _ = batch.rows([max(0, n - back) for n in last], [1] * len(last))
+    step = build_tables(before, shape, CPU)
+    assert step is not None and step.within is not None and step.within.links is None
+    grown = step.grown(rows, shape)
+    tables = [walkers(rows, range(len(rows)), 1, splits, CPU, by_position=True)]
+    if grown is not None:
+        assert grown.within is not None and grown.within.decodes is not None
+        tables.append(grown.within.decodes)
+    for made in tables:
+        out = torch.empty_like(query)
+        TRITON.walk_rows(
+            query, *batch.pool(), made.table, batch.turns(made.offset), out,
+            scale=batch.scale, neox=batch.layer.neox, splits=made.splits, window=batch.window,
+        )  # fmt: skip
+        close(out, exact)
 
 
 def by_parts(batch: Batch, query: torch.Tensor, made: Any, kernels: Kernels) -> Any:

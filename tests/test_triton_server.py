@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import CHECKS, TINY, serve
+from families import FAMILIES
 from linking import assemble, body, check_exact, check_linked, fresh_salt, ids_of
 
 from sglang_pic.eval.serving import Server
@@ -63,3 +64,22 @@ def test_ordinary_and_linked_rows_share_batches(interpreted: tuple[Server, int])
             check_exact(answer, ids, 8)
         else:
             check_linked(answer, ids, segments, seam=5, page=page, n_new=8)
+
+
+@pytest.mark.long
+def test_windows_link(tmp_path: pathlib.Path, logs: pathlib.Path) -> None:
+    """Gemma 3: tables of both kinds of layer, for links, chunks and rows that decode."""
+    family = FAMILIES["gemma3"]
+    args = ("--attention-backend=triton", "--page-size=16", "--chunked-prefill-size=64")
+    with serve(
+        family.save(tmp_path), logs / "triton_windows.log", *TINY, *args,
+        env={**CHECKS, "TRITON_INTERPRET": "1"},
+    ) as server:  # fmt: skip
+        assert server.forest()["refusal"] is None
+        parts = [ids_of(10, 40), ids_of(11, 70), ids_of(10, 40), ids_of(12, 1)]
+        ids, segments = assemble([*(("segment", part) for part in parts), ("text", ids_of(13, 5))])
+        for pic in ({}, {"mode": "relocate"}):
+            answer = server.generate(**body(ids, segments, 4, fresh_salt(), seam=5, **pic))
+            check_linked(answer, ids, segments, seam=5, page=16, n_new=4, of=family.model())
+        exact = server.generate(**body(ids, segments, 3, fresh_salt(), require_exact=True))
+        check_exact(exact, ids, 3, of=family.model())

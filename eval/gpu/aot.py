@@ -9,6 +9,7 @@ Exits with 1 if a kernel could not be launched. ``--quick`` compiles at one mode
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ import triton
 from tqdm import tqdm
 
 from sglang_pic.attention.kernels import triton_kernels
-from sglang_pic.attention.tables import tile_of
+from sglang_pic.attention.tables import tile_of, walkers
 from sglang_pic.eval.command import Outcome, deliver, parser_of
 from sglang_pic.eval.gpu.linear import launch_states
 from sglang_pic.eval.gpu.offline import SHARED_LIMIT, Compiled, compiling
@@ -29,6 +30,7 @@ from sglang_pic.eval.gpu.scenario import Layout, Scenario
 from sglang_pic.eval.gpu.shapes import SHAPES, ModelShape
 from sglang_pic.eval.tables import Table
 
+WINDOW = 1023
 LAYOUT = Layout(segments=2, length=32, seam=16, question=8, requests=2)
 
 
@@ -38,14 +40,16 @@ def launches(shape: ModelShape, dtype: torch.dtype) -> Iterator[str]:
     made = Scenario(shape, LAYOUT, "cpu", dtype)
     tile = tile_of(shape.heads, shape.kv_heads)
     link, decode = made.link_rows(), made.decode_rows()
-    for what, rows, size, splits in (("link", link, tile, 1), ("decode, cut", decode, 1, 2)):
-        walked = made.walkers(rows, size, splits)
+    forms = (("link", link, tile, 1), ("decode, cut", decode, 1, 2))
+    for (what, rows, size, splits), window in itertools.product(forms, (None, WINDOW)):
+        by_position = window is not None
+        walked = walkers(rows, range(len(rows)), size, splits, made.device, by_position=by_position)
         query = made.normal(sum(row.extend for row in rows), shape.heads, shape.dim)
         out = torch.empty_like(query)
         turns = made.turns(walked.offset)
-        options: dict[str, Any] = {"scale": made.scale, "splits": splits}
+        options: dict[str, Any] = {"scale": made.scale, "splits": splits, "window": window}
         kernels.walk_rows(query, *made.pool(), walked.table, turns, out, **options)
-        yield what
+        yield f"{what}, windowed" if by_position else what
     shared = made.parts(decode, tile, 1)
     query = made.normal(len(decode), shape.heads, shape.dim)
     cos, sin = made.turns(shared.offset)

@@ -44,12 +44,12 @@ def _turned(
 @triton.jit
 def _walk_rows(
     Query, Keys, Values, Slots, PoolRows,
-    BatchRow, QStart, QLen, Done, SpanIndptr, SpanStart, SpanLen, SpanSeer, SpanStep,
+    BatchRow, QStart, QLen, Done, SpanIndptr, SpanStart, SpanLen, SpanSeer, SpanStep, SpanAt,
     TileRow, TileFirst, Cos, Sin, Out, Partial, Lse,
-    scale, q_n, q_h, k_n, k_h, v_n, v_h, slots_n, o_n, o_h,
+    scale, window, q_n, q_h, k_n, k_h, v_n, v_h, slots_n, o_n, o_h,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     HALF: tl.constexpr, NEOX: tl.constexpr, ROTATED: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CUT: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(2)
@@ -77,6 +77,12 @@ def _walk_rows(
     per_split = tl.cdiv(tl.cdiv(entries, splits), BLOCK_N) * BLOCK_N
     lowest, highest = split * per_split, (split + 1) * per_split
     last = tl.max(tl.where(here, rank, 0))
+    since = tl.zeros([BLOCK_M], tl.int32)
+    if WINDOW:
+        for span in range(span_from, span_to):
+            behind = rank - tl.load(SpanSeer + span)
+            within = (behind >= 0) & (tl.load(SpanStep + span) == 1)
+            since = tl.where(within, tl.load(SpanAt + span) + behind - window, since)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -89,6 +95,11 @@ def _walk_rows(
         # Nothing behind the tile's last query is seen by any of it.
         end = tl.where(step == 1, tl.minimum(end, start + last - seer + 1), end)
         end = tl.where(seer <= last, end, begin)
+        # Position of an entry, less the entry.
+        place = 0
+        if WINDOW:
+            place = tl.load(SpanAt + span) - start
+            begin = tl.maximum(begin, tl.min(tl.where(here, since, 2147483647)) - place)
         if begin < end:
             q = _turned(
                 Query, Cos, Sin, offset, mask, partner, sign, angle, turned, span, d, ROTATED, HALF
@@ -103,6 +114,8 @@ def _walk_rows(
                 score = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
                 born = seer + step * (entry - start)
                 sees = held[None, :] & (born[None, :] <= rank[:, None])
+                if WINDOW:
+                    sees = sees & ((place + entry)[None, :] >= since[:, None])
                 score = tl.where(sees, score, float("-inf"))
                 new = tl.maximum(top, tl.max(score, 1))
                 safe = tl.where(new == float("-inf"), 0.0, new)
@@ -140,6 +153,7 @@ def walk_rows(
     scale: float,
     neox: bool = True,
     splits: int = 1,
+    window: int | None = None,
 ) -> None:
     """As ``kernels.rows.walk_rows``. With ``splits`` above 1 every row has one query,
     and its keys go to so many programs, whose results are merged."""
@@ -158,12 +172,13 @@ def walk_rows(
         query, keys, values, req_to_token, pool_rows,
         table.batch_row, table.q_start, table.q_len, table.done,
         table.span_indptr, table.span_start, table.span_len, table.span_seer, table.span_step,
-        table.tile_row, table.tile_first, cos, sin, out, partial, lse,
-        scale, *query.stride()[:2], *keys.stride()[:2], *values.stride()[:2],
+        table.span_at, table.tile_row, table.tile_first, cos, sin, out, partial, lse,
+        scale, 0 if window is None else window,
+        *query.stride()[:2], *keys.stride()[:2], *values.stride()[:2],
         req_to_token.stride(0), *out.stride()[:2],
         GROUP=group, HEADS=heads, DIM=dim, BLOCK_D=triton.next_power_of_2(dim),
         HALF=half, NEOX=neox, ROTATED=turns is not None, TILE=table.tile, BLOCK_M=block_m,
-        BLOCK_N=64, CUT=splits > 1,
+        BLOCK_N=64, CUT=splits > 1, WINDOW=window is not None,
         num_warps=warps_of(block_m, dim), num_stages=2,
     )  # fmt: skip
     if splits > 1:

@@ -28,8 +28,9 @@ class SpanBackend:
 
     ropes: dict[int, LayerRope | None]
     refusal: str | None
-    # Whether a layer may see a window of positions alone.
+    # Whether a layer may see a window of positions alone, and whether one does.
     sees_windows = False
+    _windows = False
     # SGLang's.
     token_to_kv_pool: Any
     req_to_token_pool: Any

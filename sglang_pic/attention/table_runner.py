@@ -44,16 +44,23 @@ class TableRunner:
         rope: LayerRope | None,
         scale: float,
         out: torch.Tensor,
+        window: int | None = None,
     ) -> None:
         """One layer of the planned pass, linked rows alone, into ``out``.
 
         Args:
             query, out: [tokens, heads, head_dim], the whole batch's.
             pool: keys, values, req_to_token, pool_rows, as in ``kernels.rows.walk_rows``.
-            rope, scale: of the layer.
+            rope, scale, window: of the layer; the last as in ``kernels.rows.walk_rows``.
         """
         step = self.step
         assert step is not None
+        if window is not None:
+            assert step.within is not None
+            for which, walkers in enumerate((step.within.links, step.within.decodes)):
+                if walkers is not None:
+                    self._walk(query, pool, walkers, 3 + which, rope, scale, out, window)
+            return
         for which, walkers in enumerate((step.links, step.decodes)):
             if walkers is not None:
                 self._walk(query, pool, walkers, which, rope, scale, out)
@@ -69,11 +76,12 @@ class TableRunner:
         rope: LayerRope | None,
         scale: float,
         out: torch.Tensor,
+        window: int | None = None,
     ) -> None:
         turns = None if rope is None else self._turns_of(rope, which, walkers.offset)
         self._kernels.walk_rows(
             query, *pool, walkers.table, turns, out,
-            scale=scale, neox=rope is None or rope.neox, splits=walkers.splits,
+            scale=scale, neox=rope is None or rope.neox, splits=walkers.splits, window=window,
         )  # fmt: skip
 
     def _decode_parts(

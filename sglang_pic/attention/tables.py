@@ -6,12 +6,14 @@ span and reads SGLang's own request-to-token table on the device.
 
 Rows with several new tokens *walk* their spans (``RowTable``). So do rows that decode,
 unless they share spans: then every distinct span is a *part*, read once for all
-requests that see it (``PartTable``).
+requests that see it (``PartTable``). In layers whose queries see a window of positions
+alone all rows walk, over runs of positions (``Within``).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -33,24 +35,24 @@ MIN_CHUNK, MAX_CHUNK = 128, 8192
 @dataclasses.dataclass(frozen=True)
 class Walkers:
     """Rows that walk: their table, int64 [spans] ``offset`` of every span, into how many
-    ``splits`` a GPU cuts each row's keys, and ``lengths`` of the spans on the host."""
+    ``splits`` a GPU cuts each row's keys; on the host ``lengths`` of the spans, and of each
+    row's ``last`` span its index and the rank of its first token."""
 
     table: RowTable
     offset: torch.Tensor
     splits: int
     lengths: list[int]
+    last: list[tuple[int, int]]
 
     def grown(self, rows: Sequence[StepRow], shape: Shape) -> Walkers | None:
         """For the same rows one step on, or ``None`` if they must be cut anew."""
         if _splits(rows, shape) != self.splits:
             return None
         lengths, done = list(self.lengths), []
-        at = -1
-        for row in rows:
+        for row, (at, rank) in zip(rows, self.last, strict=True):
             assert row.plan is not None
-            at += len(row.plan.spans) + 1
             done.append(row.prefix - row.plan.reused)
-            lengths[at] = done[-1] + 1
+            lengths[at] = done[-1] + 1 - rank
         shipped = _ship({"span_len": lengths, "done": done}, self.table.done.device)
         return dataclasses.replace(
             self, table=dataclasses.replace(self.table, **shipped), lengths=lengths
@@ -82,6 +84,21 @@ class SharedParts:
 
 
 @dataclasses.dataclass(frozen=True)
+class Within:
+    """The same rows in layers with a window: ``links`` have several new tokens, ``decodes``
+    one."""
+
+    links: Walkers | None
+    decodes: Walkers | None
+
+    def grown(self, rows: Sequence[StepRow], shape: Shape) -> Within | None:
+        """As ``Walkers.grown``."""
+        assert self.links is None and self.decodes is not None
+        decodes = self.decodes.grown(rows, shape)
+        return None if decodes is None else Within(None, decodes)
+
+
+@dataclasses.dataclass(frozen=True)
 class TableStep:
     """Tables of one forward pass, valid until the next one.
 
@@ -89,6 +106,7 @@ class TableStep:
         links: rows with several new tokens.
         decodes: rows with one that share too little.
         parts: rows with one that share spans.
+        within: of layers with a window, in a model that has such.
         linked: indices of the batch's linked rows.
         ordinary: whether there are others.
         settled: every linked row sees all its spans.
@@ -98,6 +116,7 @@ class TableStep:
     links: Walkers | None
     decodes: Walkers | None
     parts: SharedParts | None
+    within: Within | None
     linked: list[int]
     ordinary: bool
     settled: bool
@@ -118,7 +137,7 @@ class TableStep:
         linked = [rows[i] for i in self.linked]
         made = {
             name: held.grown(linked, shape)
-            for name in ("decodes", "parts")
+            for name in ("decodes", "parts", "within")
             if (held := getattr(self, name)) is not None
         }
         if None in made.values():
@@ -134,11 +153,13 @@ class Shape:
         tile: queries of a tile of several.
         kv_heads: of a layer.
         programs: pieces of work that keep the device busy.
+        windows: whether some layers see a window of positions alone.
     """
 
     tile: int
     kv_heads: int
     programs: int
+    windows: bool = False
 
 
 def tile_of(heads: int, kv_heads: int) -> int:
@@ -177,14 +198,20 @@ def build_tables(
     links = [i for i in linked if rows[i].extend > 1]
     singles = [i for i in linked if rows[i].extend == 1]
     shared = sharing_degree([rows[i] for i in singles]) > SHARING
+    splits = _splits([rows[i] for i in singles], shape) if singles else 1
+
+    def within(some: list[int], tile: int, splits: int) -> Walkers | None:
+        return walkers(rows, some, tile, splits, device, by_position=True) if some else None
+
     return TableStep(
         links=walkers(rows, links, shape.tile, 1, device) if links else None,
-        decodes=(
-            walkers(rows, singles, 1, _splits([rows[i] for i in singles], shape), device)
-            if singles and not shared
+        decodes=(walkers(rows, singles, 1, splits, device) if singles and not shared else None),
+        parts=parts(rows, singles, shape, device) if shared else None,
+        within=(
+            Within(within(links, shape.tile, 1), within(singles, 1, splits))
+            if shape.windows
             else None
         ),
-        parts=parts(rows, singles, shape, device) if shared else None,
         linked=linked,
         ordinary=len(linked) < len(rows),
         settled=not links and all(_sees_all(rows[i]) for i in singles),
@@ -216,13 +243,17 @@ def walkers(
     tile: int,
     splits: int,
     device: torch.device | str,
+    *,
+    by_position: bool = False,
 ) -> Walkers:
-    """The chosen rows of a batch, each to walk its own spans."""
+    """The chosen rows of a batch, each to walk its own spans; cut into runs of positions,
+    where they are told ``by_position``."""
     columns: dict[str, list[int]] = {
         field.name: [] for field in dataclasses.fields(RowTable) if field.name != "tile"
     }
     columns["span_indptr"].append(0)
     offset: list[int] = []
+    last: list[tuple[int, int]] = []
     for i, index in enumerate(chosen):
         row = rows[index]
         plan = row.plan
@@ -231,24 +262,39 @@ def walkers(
         columns["q_start"].append(row.first_query)
         columns["q_len"].append(row.extend)
         columns["done"].append(row.prefix - plan.reused)
-        for span in plan.spans:
-            columns["span_start"].append(span.row_start)
-            columns["span_len"].append(span.n_tokens)
-            columns["span_seer"].append(span.first_seer)
-            columns["span_step"].append(0)
-            offset.append(span.offset)
-        columns["span_start"].append(plan.reused)
-        columns["span_len"].append(row.prefix + row.extend - plan.reused)
-        columns["span_seer"].append(0)
-        columns["span_step"].append(1)
-        offset.append(0)
+        total = row.prefix + row.extend
+        found = [
+            (span.row_start, span.n_tokens, span.first_seer, 0, span.offset) for span in plan.spans
+        ]
+        found.append((plan.reused, total - plan.reused, 0, 1, 0))
+        position = plan.positions(total) if by_position else None
+        for start, length, seer, step, by in found:
+            for first, count, at in _runs(start, length, position):
+                columns["span_start"].append(start + first)
+                columns["span_len"].append(count)
+                columns["span_seer"].append(seer + step * first)
+                columns["span_step"].append(step)
+                columns["span_at"].append(at)
+                offset.append(by)
+        last.append((len(offset) - 1, columns["span_seer"][-1]))
         columns["span_indptr"].append(len(offset))
         for first in range(0, row.extend, tile):
             columns["tile_row"].append(i)
             columns["tile_first"].append(first)
     shipped = _ship({**columns, "offset": offset}, device)
     offsets = shipped.pop("offset").to(torch.int64)
-    return Walkers(RowTable(**shipped, tile=tile), offsets, splits, columns["span_len"])
+    return Walkers(RowTable(**shipped, tile=tile), offsets, splits, columns["span_len"], last)
+
+
+def _runs(start: int, length: int, position: torch.Tensor | None) -> list[tuple[int, int, int]]:
+    """Runs of positions among row entries ``[start, start + length)``: first entry, counted
+    from ``start``, entries, first position; one of all where positions are not told."""
+    if position is None:
+        return [(0, length, 0)]
+    own = position[start : start + length]
+    breaks = (own.diff() != 1).nonzero().squeeze(1) + 1
+    bounds = [0, *breaks.tolist(), length]
+    return [(first, end - first, int(own[first])) for first, end in itertools.pairwise(bounds)]
 
 
 class _Part:

@@ -16,6 +16,7 @@ from sglang.srt.utils.common import get_device_core_count
 
 from sglang_pic.attention.base import SpanBackend
 from sglang_pic.attention.kernels import triton_kernels
+from sglang_pic.attention.rope import has_windows, window_of
 from sglang_pic.attention.table_runner import TableRunner
 from sglang_pic.attention.tables import Shape, tile_of
 
@@ -43,7 +44,8 @@ def shared_memory_refusal(head_dim: int, hybrid: bool) -> str | None:
 def runner_of(model_runner: Any, heads: int, kv_heads: int, device: Any) -> TableRunner:
     """A runner of Triton kernels for SGLang's model runner."""
     cores = max(1, get_device_core_count(model_runner.gpu_id))
-    shape = Shape(tile_of(heads, kv_heads), kv_heads, PROGRAMS_A_CORE * cores)
+    windows = has_windows(model_runner.model)
+    shape = Shape(tile_of(heads, kv_heads), kv_heads, PROGRAMS_A_CORE * cores, windows)
     return TableRunner(triton_kernels(), shape, device)
 
 
@@ -52,6 +54,7 @@ class PicTritonBackend(SpanBackend, TritonAttnBackend):
 
     # Tables are made on the host.
     needs_cpu_seq_lens = True
+    sees_windows = True
 
     def __init__(self, model_runner: Any):
         super().__init__(model_runner)
@@ -122,6 +125,7 @@ class PicTritonBackend(SpanBackend, TritonAttnBackend):
                 self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc.for_batch(batch), k, v)
             out = torch.empty_like(query)
         self._tables.run(
-            query, self.pool_of(layer, batch), self.ropes[layer.layer_id], layer.scaling, out
-        )
+            query, self.pool_of(layer, batch), self.ropes[layer.layer_id], layer.scaling, out,
+            window_of(layer),
+        )  # fmt: skip
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
