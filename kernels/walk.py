@@ -44,6 +44,14 @@ def make_tiles(visible: torch.Tensor) -> list[Tile]:
     return tiles
 
 
+def draft_tile(prefix: int, tree: torch.Tensor) -> Tile:
+    """Drafts behind ``prefix`` keys that all of them see; ``tree``, bool [n, n], says which
+    draft sees which."""
+    mask = torch.zeros(len(tree), prefix + len(tree), device=tree.device)
+    mask[:, prefix:].masked_fill_(~tree, -torch.inf)
+    return Tile(0, len(tree), prefix + len(tree), mask)
+
+
 def walk(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -70,8 +70,8 @@ class PicConfig:
         compile_queue: segments of one tenant that may wait there; a link goes on
             without what is more.
         kv_mib: budget in MiB for KV pages of compiled segments and conversations;
-            ``None`` for nine tenths of the pool, half with a host tier. Ordinary prefixes and running
-            requests have what is left of the pool, or whatever is unused.
+            ``None`` for nine tenths of the pool, half with a host tier. Ordinary prefixes
+            and running requests have what is left of the pool, or whatever is unused.
         pin_share: how much of each budget the pins of one tenant may take, from
             0 to 1. All pins together take at most the larger of it and a half.
         store: address of the store of segments (``store.address``); ``None`` for none.

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sglang_pic.kernels.walk import Tile, make_tiles
+from sglang_pic.kernels.walk import Tile, draft_tile, make_tiles
 from sglang_pic.link.plan import LinkPlan
 
 
@@ -38,6 +38,8 @@ class StepRow:
         extend: tokens computed now, at least 1.
         row: int64, slots of the whole row, ``prefix + extend`` entries; read
             for rows with a plan only, by ``build_step``.
+        tree: of drafts to verify, which sees which, bool [extend, extend]; ``None`` of
+            tokens that follow each other.
     """
 
     plan: LinkPlan | None
@@ -45,6 +47,7 @@ class StepRow:
     prefix: int
     extend: int
     row: torch.Tensor | None = None
+    tree: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +128,15 @@ def _walk(row: StepRow, device: torch.device) -> Walk:
     assert plan is not None and row.row is not None
     total = row.prefix + row.extend
     position = plan.positions(total)
+    # Drafts stand behind all else, in the order of their tree.
     ascending = torch.argsort(position)
     offset = torch.zeros(total, dtype=torch.int64)
     for span in plan.spans:
         offset[span.row_start : span.row_start + span.n_tokens] = span.offset
     tiles = None
-    if row.prefix:
+    if row.tree is not None:
+        tiles = [draft_tile(row.prefix, row.tree)]
+    elif row.prefix:
         new = position[row.prefix :].contiguous()
         tiles = make_tiles(torch.searchsorted(position[ascending], new, right=True).to(device))
     return Walk(

@@ -61,10 +61,13 @@ def _refusal(ctx: Any, runner: Any, unhooked: str | None) -> str | None:
     """Why this server must not link, or ``None``."""
     args, backend = ctx.server_args, runner.attn_backend
     links = hasattr(backend, "set_rows" if ctx.is_hybrid_ssm else "set_plans")
+    verifies = getattr(backend, "verifies", False) and not runner.use_mla_backend
     reasons = {
         "the radix cache is disabled": args.disable_radix_cache,
         "sliding-window models are not supported": ctx.is_hybrid_swa,
-        "speculative decoding is not supported": args.speculative_algorithm is not None,
+        f"speculative decoding ({args.speculative_algorithm}) is not supported here": (
+            args.speculative_algorithm is not None and (ctx.is_hybrid_ssm or not verifies)
+        ),
         "pipeline parallelism is not supported": args.pp_size > 1,
         "a hierarchical cache of a model with linear layers is not supported": (
             args.enable_hierarchical_cache and ctx.is_hybrid_ssm

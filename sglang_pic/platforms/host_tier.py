@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-
 # Memory to leave free beside a host pool. SGLang's own is 10 GiB, as hosts of GPUs have it.
 RESERVE = 1 << 30
 
