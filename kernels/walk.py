@@ -49,6 +49,22 @@ def make_tiles(visible: torch.Tensor, hidden: torch.Tensor | None = None) -> lis
     return tiles
 
 
+def draft_tile(prefix: int, tree: torch.Tensor, window: int | None = None) -> Tile:
+    """Drafts behind ``prefix`` keys; ``tree``, bool [n, n], says which draft sees which.
+
+    Args:
+        window: how many positions before its own a draft sees; ``None``: all.
+    """
+    mask = torch.zeros(len(tree), prefix + len(tree), device=tree.device)
+    mask[:, prefix:].masked_fill_(~tree, -torch.inf)
+    if window is not None:
+        # A draft stands behind the row by as many tokens as stand above it.
+        own = prefix + tree.sum(-1) - 1
+        key = torch.cat([torch.arange(prefix, device=tree.device), own])
+        mask.masked_fill_(key < own[:, None] - window, -torch.inf)
+    return Tile(0, len(tree), 0, prefix + len(tree), mask)
+
+
 def walk(
     query: torch.Tensor,
     key: torch.Tensor,

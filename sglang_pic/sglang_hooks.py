@@ -56,7 +56,8 @@ def write_positions(links: Any, batch: Any, schedule_batch: Any, model_runner: A
     from sglang_pic.attention.ship import to_device
 
     plans = links.plans_of(schedule_batch.reqs)
-    extends = batch.forward_mode.is_extend()
+    # Drafts to verify are positioned by their tree, behind the row.
+    extends = batch.forward_mode.is_extend_without_speculative()
     links.hand_over(model_runner.attn_backend, batch.rids, schedule_batch.reqs, extends=extends)
     if links.by_row(schedule_batch.reqs) and not can_tell(batch):
         raise PicIntegrityError("which rows of the batch are linked cannot be told")
@@ -95,7 +96,10 @@ def _end_linked(links: Any, batch: Any, reqs: Any, model_runner: Any) -> None:
         )
     try:
         links.hand_over(
-            model_runner.attn_backend, batch.rids, reqs, extends=batch.forward_mode.is_extend()
+            model_runner.attn_backend,
+            batch.rids,
+            reqs,
+            extends=batch.forward_mode.is_extend_without_speculative(),
         )
     except Exception:
         # The backend takes no row for linked that was not handed over for this batch.
@@ -437,6 +441,7 @@ def _install_cpu_kernels() -> None:
     if not isinstance(current_platform, PlainCpuPlatform):
         return
     from sglang_pic.platforms import (
+        drafts,
         host_tier,
         latent_attention,
         lightning_kernels,
@@ -447,6 +452,7 @@ def _install_cpu_kernels() -> None:
 
     mamba2_kernels.bind()
     host_tier.bind()
+    drafts.bind()
     latent_attention.register()
     kernels = (
         linear_kernels.KERNELS
@@ -454,12 +460,16 @@ def _install_cpu_kernels() -> None:
         | mamba2_kernels.KERNELS
         | sampling_kernels.KERNELS
         | latent_attention.KERNELS
+        | drafts.KERNELS
     )
     for target, function in kernels.items():
         names = list(inspect.signature(function).parameters.values())
         named = tuple(p.name for p in names if p.kind is not inspect.Parameter.VAR_KEYWORD)
         check_shape(target, named)
         HookRegistry.register(target, function, HookType.REPLACE)
+    target = _SRT + "layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_extend"
+    check_shape(target, ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache"))
+    HookRegistry.register(target, drafts.forward_extend, HookType.AROUND)
 
 
 # By the name of what each stands in front of; those of them that link latent attention.
@@ -469,6 +479,13 @@ _BACKENDS = {
     "flashinfer": "sglang_pic.attention.flashinfer:PicFlashInferBackend",
 }
 _LATENT = {"torch_native"}
+# Those that verify drafts, and whose drafts they are.
+_VERIFIES = {"torch_native"}
+
+
+def _verifies(name: str, algorithm: Any) -> bool:
+    """Whether the drafts of this algorithm, if it is one, can be verified."""
+    return bool(algorithm.is_none() or (algorithm.is_ngram() and name in _VERIFIES))
 
 
 def _in_front(name: str, stock: Callable[[Any], Any], ours: str) -> Callable[[Any], Any]:
@@ -482,7 +499,7 @@ def _in_front(name: str, stock: Callable[[Any], Any], ours: str) -> Callable[[An
             get_memory().radix_cache_backend != CACHE_BACKEND
             or (runner.use_mla_backend and name not in _LATENT)
             or runner.model_config.is_encoder_decoder
-            or not runner.spec_algorithm.is_none()
+            or not _verifies(name, runner.spec_algorithm)
         ):
             return stock(runner)
         return pkgutil.resolve_name(ours)(runner)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 
+from sglang_pic.attention.drafts import drafts_of
 from sglang_pic.attention.rope import has_windows, layer_ropes
 from sglang_pic.attention.rows import by_row
 from sglang_pic.attention.ship import to_device
@@ -24,8 +25,10 @@ class SpanBackend:
     Attributes:
         ropes: rotary table by layer id, ``None`` for a layer without positions.
         refusal: why this model must not be linked, or ``None``.
+        verifies: whether it takes drafts of speculative decoding.
     """
 
+    verifies = False
     ropes: dict[int, LayerRope | None]
     refusal: str | None
     # Whether a layer may see a window of positions alone, and whether one does.
@@ -65,7 +68,7 @@ class SpanBackend:
     def _live_plans(self, batch: Any) -> list[LinkPlan | None]:
         """One a row."""
         plans = by_row(self._rids, self._plans, batch)
-        if not batch.forward_mode.is_decode() or self._windows:
+        if batch.forward_mode.is_extend_without_speculative() or self._windows:
             return plans
         # Decode of relocated rows: their keys are in place, stock attention is right,
         # but for a window, which it would count in row order.
@@ -81,11 +84,18 @@ class SpanBackend:
             return None
         lengths = batch.seq_lens if batch.seq_lens_cpu is None else batch.seq_lens_cpu
         totals = lengths.tolist()
+        plans = self._live_plans(batch)
+        if batch.forward_mode.is_target_verify():
+            n = batch.spec_info.draft_token_num
+            verified = zip(plans, totals, drafts_of(batch), strict=True)
+            return [
+                StepRow(plan, i * n, total, n, tree=tree)
+                for i, (plan, total, tree) in enumerate(verified)
+            ]
         decode = batch.forward_mode.is_decode()
         extends = [1] * len(totals) if decode else [int(n) for n in batch.extend_seq_lens_cpu]
         rows = []
         at = 0
-        plans = self._live_plans(batch)
         for plan, total, extend in zip(plans, totals, extends, strict=True):
             rows.append(StepRow(plan, at, total - extend, extend))
             at += extend

@@ -34,6 +34,6 @@ def can_tell(batch: Any) -> bool:
     """Whether every request of a batch has a row, and one alone has its id."""
     rids = batch.rids
     lengths = [len(batch.seq_lens)]
-    if batch.forward_mode.is_extend():
+    if batch.forward_mode.is_extend_without_speculative():
         lengths += [len(batch.extend_prefix_lens_cpu), len(batch.extend_seq_lens_cpu)]
     return len(set(rids)) == len(rids) <= min(lengths)

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sglang_pic.kernels.walk import Tile, make_tiles
+from sglang_pic.kernels.walk import Tile, draft_tile, make_tiles
 from sglang_pic.link.plan import LinkPlan
 
 
@@ -42,6 +42,8 @@ class StepRow:
         extend: tokens computed now, at least 1.
         row: int64, slots of the whole row, ``prefix + extend`` entries; read
             for rows with a plan only, by ``build_step``.
+        tree: of drafts to verify, which sees which, bool [extend, extend]; ``None`` of
+            tokens that follow each other.
     """
 
     plan: LinkPlan | None
@@ -49,6 +51,7 @@ class StepRow:
     prefix: int
     extend: int
     row: torch.Tensor | None = None
+    tree: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +140,7 @@ def _walk(row: StepRow, device: torch.device, window: int | None = None) -> Walk
     assert plan is not None and row.row is not None
     total = row.prefix + row.extend
     position = plan.positions(total)
+    # Drafts stand behind all else, in the order of their tree.
     ascending = torch.argsort(position)
     offset = torch.zeros(total, dtype=torch.int64)
     for span in plan.spans:
@@ -149,7 +153,9 @@ def _walk(row: StepRow, device: torch.device, window: int | None = None) -> Walk
     first = int(hidden[0])
     ascending = ascending[first : int(visible[-1])]
     tiles = None
-    if row.prefix or int(hidden[-1]):
+    if row.tree is not None:
+        tiles = [draft_tile(row.prefix, row.tree)]
+    elif row.prefix or int(hidden[-1]):
         tiles = make_tiles((visible - first).to(device), (hidden - first).to(device))
     return Walk(
         first_query=row.first_query,

@@ -15,6 +15,7 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_pic.attention.base import SpanBackend
+from sglang_pic.attention.drafts import attend_drafts
 from sglang_pic.attention.rope import window_of
 from sglang_pic.attention.step import Parts, SpanStep, Walk, build_step, walks_within
 from sglang_pic.kernels.attend import attend
@@ -27,6 +28,7 @@ class PicTorchNativeBackend(SpanBackend, TorchNativeAttnBackend):
     """SGLang's ``torch_native`` backend with linked rows."""
 
     sees_windows = True
+    verifies = True
 
     def __init__(self, model_runner: Any):
         super().__init__(model_runner)
@@ -143,6 +145,13 @@ class PicTorchNativeBackend(SpanBackend, TorchNativeAttnBackend):
         self, query: torch.Tensor, out: torch.Tensor, layer: Any, batch: Any, rows: list[int]
     ) -> None:
         """Stock attention for the batch's ordinary rows, into ``out``."""
+        keys = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
+        values = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
+        table = self.req_to_token_pool.req_to_token
+        if batch.forward_mode.is_target_verify():
+            scale, window = layer.scaling, window_of(layer)
+            attend_drafts(query, out, keys, values, table, batch, rows, scale, window)
+            return
         index = torch.tensor(rows, device=query.device)
         decode = batch.forward_mode.is_decode()
         if decode:
@@ -158,9 +167,9 @@ class PicTorchNativeBackend(SpanBackend, TorchNativeAttnBackend):
         out[tokens] = run(
             part,
             part.new_empty((*part.shape[:2], layer.v_head_dim)),
-            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
-            self.token_to_kv_pool.get_value_buffer(layer.layer_id),
-            self.req_to_token_pool.req_to_token,
+            keys,
+            values,
+            table,
             batch.req_pool_indices[index],
             batch.seq_lens[index],
             *lengths,

@@ -13,6 +13,7 @@ from sglang.srt.mem_cache.registry import create_unified_radix_cache
 from sglang.srt.runtime_context import get_parallel, mamba_checkpoint_grid
 
 from sglang_pic.attention.relocate import Relocator
+from sglang_pic.attention.rope import has_windows
 from sglang_pic.config import PicConfig
 from sglang_pic.errors import PicConfigError
 from sglang_pic.forest.adapter import PicCache
@@ -61,11 +62,18 @@ def _refusal(ctx: Any, runner: Any, unhooked: str | None) -> str | None:
     """Why this server must not link, or ``None``."""
     args, backend = ctx.server_args, runner.attn_backend
     links = hasattr(backend, "set_rows" if ctx.is_hybrid_ssm else "set_plans")
+    verifies = (
+        getattr(backend, "verifies", False)
+        and not runner.use_mla_backend
+        and not has_windows(runner.model)
+    )
     reasons = {
         "the radix cache is disabled": args.disable_radix_cache,
         "sliding windows with a KV pool of their own are not supported: "
         "--disable-hybrid-swa-memory": ctx.is_hybrid_swa,
-        "speculative decoding is not supported": args.speculative_algorithm is not None,
+        f"speculative decoding ({args.speculative_algorithm}) is not supported here": (
+            args.speculative_algorithm is not None and (ctx.is_hybrid_ssm or not verifies)
+        ),
         "pipeline parallelism is not supported": args.pp_size > 1,
         "a hierarchical cache of a model with linear layers is not supported": (
             args.enable_hierarchical_cache and ctx.is_hybrid_ssm

@@ -9,6 +9,7 @@ SGLang finds it, serves on it and takes its defaults.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -88,6 +89,11 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def support_mamba_cache_extra_buffer(self) -> bool:
         """States of hybrids may be kept on a grid of tokens, as page sizes above 1 need."""
         return True
+
+    def get_speculative_cache_locs_fn(self) -> Callable[..., torch.Tensor]:
+        from sglang_pic.platforms import drafts
+
+        return drafts.cache_locs
 
     def init_backend(self) -> None:
         """Let code that was made for GPUs run: see ``unpinned``."""
