@@ -22,6 +22,7 @@ from sglang_pic.link.plan import SegmentHit, make_plan
 from sglang_pic.platforms import drafts
 
 N_NEW, SEAM = 24, 4
+RETRACTING = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"}
 KINDS: tuple[dict[str, Any], ...] = ({}, {"mode": "relocate"}, {"policy": "none"}, {"link": False})
 
 
@@ -142,9 +143,13 @@ def drafting(
     request: pytest.FixtureRequest, tiny_path: pathlib.Path, logs: pathlib.Path
 ) -> Iterator[tuple[Server, int]]:
     page = request.param
-    flags = ("--speculative-algorithm=NGRAM", "--speculative-num-draft-tokens=6")
-    args = (*TINY, *flags, f"--page-size={page}")
-    with serve(tiny_path, logs / f"drafts{page}.log", *args, env=CHECKS) as server:
+    env = CHECKS
+    args = [*TINY, "--speculative-algorithm=NGRAM", "--speculative-num-draft-tokens=6"]
+    if page > 1:
+        # SGLang allows such pages with drafts in a chain; this one retracts by force, too.
+        args += [f"--page-size={page}", "--speculative-ngram-max-bfs-breadth=1"]
+        env = {**CHECKS, **RETRACTING}
+    with serve(tiny_path, logs / f"drafts{page}.log", *args, env=env) as server:
         yield server, page
 
 
@@ -175,6 +180,27 @@ def test_drafts_are_verified_over_spans(drafting: tuple[Server, int]) -> None:
     for _ in range(2):
         with ThreadPoolExecutor(6) as pool:
             list(pool.map(ask, range(8)))
+    # A retracted request counts what it verified before, too.
     assert sum(counts[8:]) < 8 * (N_NEW - 1) / 2, counts
+    assert page > 1 or max(counts[8:]) < N_NEW - 1, counts
     log = server.log.read_text()
     assert "Traceback" not in log and "leak" not in log
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("policy", ["seam", "none"])
+def test_a_turn_goes_on_from_what_was_accepted(drafting: tuple[Server, int], policy: str) -> None:
+    """And from nothing that was drafted beyond it."""
+    server, page = drafting
+    parts = [("segment", ids_of(960 + i, 45)) for i in range(2)]
+    opening, spans = assemble([*parts, ("text", ids_of(970, 8))])
+    for _ in range(2):
+        # The second time drafts are accepted, to beyond the end of the answer.
+        ids, salt = opening, fresh_salt()
+        for turn in range(3):
+            pic = {"seam": SEAM, "policy": policy, "turns": True}
+            answer = server.generate(**body(ids, spans, 7, salt, **pic))
+            check_linked(answer, ids, spans, seam=SEAM, page=page, n_new=7, policy=policy)
+            assert (answer["meta_info"]["pic"]["turn_tokens"] > 0) == (turn > 0)
+            ids = [*ids, *answer["output_ids"], *ids_of(980 + turn, 5)]
+    assert server.forest()["live_plans"] == 0
