@@ -31,6 +31,7 @@ from sglang_pic.forest.build import plant
 from sglang_pic.forest.cost import PrefillCost
 from sglang_pic.forest.keys import is_reserved, namespace, order_key
 from sglang_pic.forest.nodes import SEGMENT
+from sglang_pic.link.plan import LinkPlan
 from sglang_pic.link.policy import LinkOptions, ceil_to
 from sglang_pic.platforms import host_tier
 from sglang_pic.request.base import LinkRequest, TokenSpan
@@ -44,6 +45,10 @@ class Copies:
 
     def __init__(self, driver: Driver):
         self._driver = driver
+
+    def __call__(self, plan: LinkPlan, private: torch.Tensor) -> None:
+        offsets = [torch.full((span.n_tokens,), span.offset) for span in plan.spans]
+        self.copy(plan.slots, private, torch.cat(offsets))
 
     def copy(self, source: torch.Tensor, target: torch.Tensor, offsets: torch.Tensor) -> None:
         keys, values = self._driver.pool.k_buffer[0], self._driver.pool.v_buffer[0]

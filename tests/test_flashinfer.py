@@ -19,6 +19,7 @@ import torch
 from batches import Batch, Layer, close, computed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_pic.attention import tables
 from sglang_pic.attention.flashinfer_graphs import GraphParts, Room
@@ -469,7 +470,7 @@ def forward_batch(batch: Batch, rows: list[StepRow], decode: bool, size: int = 0
     ]
     return SimpleNamespace(
         batch_size=len(lens),
-        forward_mode=SimpleNamespace(is_decode=lambda: decode),
+        forward_mode=ForwardMode.DECODE if decode else ForwardMode.EXTEND,
         rids=[str(i) for i in range(len(rows))],
         seq_lens=lens,
         seq_lens_cpu=lens,

@@ -165,9 +165,9 @@ def test_a_waiting_request_is_not_promised_what_has_left_the_host() -> None:
 def test_what_is_on_its_way_is_not_copied() -> None:
     """The load of a prefix starts with the batch, after its requests were chosen."""
     driver = Driver(1, 512, _config(), tier="write_through")
-    opening, document = _tokens(1, 50), _tokens(2, 60)
+    opening, document, other = _tokens(1, 50), _tokens(2, 60), _tokens(5, 60)
     _asked(driver, opening)
-    assert driver.compile(document)
+    assert driver.compile(document) and driver.compile(other)
     driver.cache.evict_as_sglang(EvictParams(num_tokens=512))
     loading = driver.request([*opening, *_tokens(3, 5)])
     loading.init_next_round_input(driver.cache)
@@ -182,10 +182,15 @@ def test_what_is_on_its_way_is_not_copied() -> None:
     driver.check()
     driver.finish(req)
     driver.events()
-    req = driver.link(ids, [(50, 110)], mode="relocate")
-    assert driver.start(req) and req.prefix_len > 50
-    driver.check()
     driver.cache.unlock(loading.lock)
+    req = driver.link([*opening, *other, *_tokens(4, 5)], [(50, 110)], mode="relocate")
+    assert driver.start(req)
+    report = req.customized_info["pic"][0]
+    # The document's last token is computed, and the sixteen behind the boundary.
+    assert (report["reason"], req.prefix_len) == (None, 50 + 60 - 16 - 1)
+    driver.check()
+    driver.finish(req)
+    driver.check()
 
 
 def test_a_tenants_prefixes_leave_the_host_too() -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from linking import ids_of
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.kv_hints import KvHintAction, KvHintsEnvelope
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_pic import sglang_hooks
@@ -461,7 +462,7 @@ def test_rows_that_cannot_be_told_apart_end_alone(
     assert driver.start(linked) and driver.start(plain)
     given_plans: list[Any] = []
     backend = types.SimpleNamespace(set_plans=lambda rids, plans: given_plans.append(plans))
-    mode = types.SimpleNamespace(is_extend=lambda: True)
+    mode = ForwardMode.EXTEND
     batch = types.SimpleNamespace(
         rids=[linked.rid, plain.rid], forward_mode=mode, positions=torch.zeros(84),
         extend_prefix_lens_cpu=[0], extend_seq_lens_cpu=[64], mrope_positions=None,

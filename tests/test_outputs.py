@@ -14,6 +14,7 @@ from driver import Driver
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.mem_cache.base_prefix_cache import MatchResult
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_pic import sglang_hooks
 from sglang_pic.attention.rows import by_row, can_tell
@@ -119,7 +120,7 @@ def test_what_sglang_forbids_to_cache_stays_forbidden() -> None:
 
 
 def a_pass(rids: list[str], rows: int, *, extend: bool = False) -> Any:
-    mode = SimpleNamespace(is_extend=lambda: extend, is_decode=lambda: not extend)
+    mode = ForwardMode.EXTEND if extend else ForwardMode.DECODE
     return SimpleNamespace(
         rids=rids,
         seq_lens=torch.full((rows,), 9),
