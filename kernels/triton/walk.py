@@ -77,12 +77,14 @@ def _walk_rows(
     per_split = tl.cdiv(tl.cdiv(entries, splits), BLOCK_N) * BLOCK_N
     lowest, highest = split * per_split, (split + 1) * per_split
     last = tl.max(tl.where(here, rank, 0))
+    # The first position that each query sees, and any of the tile's does.
     since = tl.zeros([BLOCK_M], tl.int32)
     if WINDOW:
         for span in range(span_from, span_to):
             behind = rank - tl.load(SpanSeer + span)
             within = (behind >= 0) & (tl.load(SpanStep + span) == 1)
             since = tl.where(within, tl.load(SpanAt + span) + behind - window, since)
+    lowest_seen = tl.min(tl.where(here, since, 2147483647))
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -99,7 +101,7 @@ def _walk_rows(
         place = 0
         if WINDOW:
             place = tl.load(SpanAt + span) - start
-            begin = tl.maximum(begin, tl.min(tl.where(here, since, 2147483647)) - place)
+            begin = tl.maximum(begin, lowest_seen - place)
         if begin < end:
             q = _turned(
                 Query, Cos, Sin, offset, mask, partner, sign, angle, turned, span, d, ROTATED, HALF
@@ -114,7 +116,7 @@ def _walk_rows(
                 score = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
                 born = seer + step * (entry - start)
                 sees = held[None, :] & (born[None, :] <= rank[:, None])
-                if WINDOW:
+                if WINDOW and TILE > 1:
                     sees = sees & ((place + entry)[None, :] >= since[:, None])
                 score = tl.where(sees, score, float("-inf"))
                 new = tl.maximum(top, tl.max(score, 1))
