@@ -1,6 +1,6 @@
 """Which links of a hybrid answer rightly: every method against full recompute.
 
-    python -m eval.hybrid_quality [--quick] [--json FILE] [--plot FILE]
+    python -m eval.hybrid_quality [--quick] [--ranks N] [--json FILE] [--plot FILE]
 
 Asks questions of the shipped hybrid's held-out task (``eval.models.hybrid``),
 each alone behind a prefix and segments, and compares what the servers answer:
@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -381,8 +382,16 @@ def main() -> None:
     parser.add_argument("--questions", type=int, help=f"how many ({QUESTIONS})")
     parser.add_argument("--segments", type=int, default=SEGMENTS, help="a prompt (%(default)s)")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens each (%(default)s)")
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="of tensor parallelism, of both servers (%(default)s)"
+    )
     args = parser.parse_args()
-    with bench("hybrid", ours=OURS) as pair:
+    flags = []
+    if args.ranks > 1:
+        flags.append(f"--tp-size={args.ranks}")
+        # On a CPU each rank is bound to a core of its own.
+        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(map(str, range(args.ranks))))
+    with bench("hybrid", *flags, ours=OURS) as pair:
         outcome = run(
             pair,
             quick=args.quick,
