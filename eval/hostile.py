@@ -54,7 +54,7 @@ COMMANDS: tuple[dict[str, Any], ...] = (
     {"do": "fetch", "lengths": [1 << 40], "seam": -1, "named": True},
     {"do": "fetched", "segments": ["0" * 32], "drop": False},
     {"do": "fetched", "segments": ["0" * 32], "drop": True},
-    {"do": "publish", "segments": ["0" * 32]},
+    {"do": "publish", "segments": ["0" * 32], "begin": True},
     {"do": "timer", "on": True},
     {"do": "reserve", "tokens": [4]},
     {"do": "selfcheck", "at": 0, "seam": 8},

@@ -68,9 +68,12 @@ def choose(router: str, body: Mapping[str, Any], api_key: str | None = None) -> 
         workers = _asked(session, "GET", router.rstrip("/") + "/workers").get("workers")
         if not isinstance(workers, list) or not workers:
             raise NoWorkerError(f"{router} lists no workers")
-        urls = [
-            (i, str(one["url"])) for i, one in enumerate(workers) if one.get("is_healthy", True)
-        ]
+        try:
+            urls = [
+                (i, str(one["url"])) for i, one in enumerate(workers) if one.get("is_healthy", True)
+            ]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise NoWorkerError(f"{router} lists no workers: {error!r}") from error
         with ThreadPoolExecutor(len(urls) or 1) as threads:
             found = list(threads.map(lambda at: _weighed(session, at[0], at[1], body), urls))
     choices = [one for one in found if isinstance(one, Choice)]

@@ -78,6 +78,7 @@ def test_what_the_front_sends_is_read() -> None:
             "named": True,
             "drop": True,
             "lasting": False,
+            "begin": True,
         }
         command = kind(**{name: values[name] for name in kind.__struct_fields__})
         assert read_internal(command_hints(command)).command == command

@@ -228,6 +228,7 @@ class FakeSchedulers:
         self.ready: list[str] = []
         # Of ``publish``: by rank and segment, what is told one question after another.
         self.fates: list[list[list[tuple[str, str | None]]]] = []
+        self.begun: list[str] = []
 
     async def command(self, manager: Any, do: str, **fields: Any) -> list[Any]:
         self.told.append((do, fields))
@@ -257,7 +258,11 @@ class FakeSchedulers:
         if do == "name":
             return {"held": [one in self.ready for one in fields["segments"]]}
         if do == "publish":
-            fates = [fate.pop(0) if len(fate) > 1 else fate[0] for fate in self.fates[rank]]
+            if fields["begin"]:
+                self.begun = fields["segments"]
+            # Only what is not settled is asked for again.
+            asked = [self.fates[rank][self.begun.index(one)] for one in fields["segments"]]
+            fates = [fate.pop(0) if len(fate) > 1 else fate[0] for fate in asked]
             return {"segments": [{"state": state, "reason": why} for state, why in fates]}
         if do == "held":
             return {"held": [self.keeps] * len(fields["segments"])}
@@ -294,7 +299,7 @@ class FakeSchedulers:
 class FakeFunnel:
     """Eight characters a token, a context of two tokens; compiles everything."""
 
-    config = PicConfig(min_segment=4)
+    config = PicConfig(min_segment=4, store="somewhere")
     context = (1, 2)
 
     def __init__(self) -> None:
@@ -505,6 +510,13 @@ def test_no_more_is_lent_than_half(front: Front) -> None:
         # What is for nobody else is compiled all the same.
         assert front.send("POST", "/pic/compile", json={"input_ids": [3] * 40}).ok
     assert front.send("POST", "/pic/compile", json=sent).ok
+
+
+def test_without_a_store_nothing_is_compiled_to_be_published(front: Front) -> None:
+    front.funnel.config = PicConfig(min_segment=4)  # type: ignore[misc]
+    refused = front.send("POST", "/pic/compile", json={"input_ids": [3] * 40, "publish": True})
+    assert refused.status_code == 409 and refused.json()["error"]["param"] == "publish"
+    assert not front.funnel.compiled
 
 
 @pytest.mark.parametrize("seam", [-1, 1 << 21, "4", 1.5])

@@ -19,8 +19,9 @@ from sglang_pic.errors import PicConfigError
 from sglang_pic.metrics.front import Counts
 from sglang_pic.server import peer as peer_module
 from sglang_pic.server import peers as peers_module
+from sglang_pic.server.asked import MOST_BYTES
 from sglang_pic.server.compiler import COMPILED, FETCHED
-from sglang_pic.server.peer import BUSY, FAILED, LATE, MOST_BYTES, Peer
+from sglang_pic.server.peer import BUSY, FAILED, LATE, Peer
 from sglang_pic.server.peers import OTHER_VALUE, FromPeers
 from sglang_pic.server.roster import Named, OfRouter, check_peers, roster_of
 from sglang_pic.server.sources import COMPILED_THERE, COMPUTED, MOST_FAILURES, PEER, deal
@@ -183,6 +184,46 @@ def test_a_peer_that_is_gone_is_left_alone(counts: Counts) -> None:
     asyncio.run(run())
 
 
+async def in_pieces(request: web.Request) -> web.StreamResponse:
+    """As a slow network brings it."""
+    response = web.StreamResponse()
+    await response.prepare(request)
+    for part in (b'{"segm', b'ents": [', b'{"id": "0"}]}'):
+        await response.write(part)
+        await asyncio.sleep(0.02)
+    return response
+
+
+def test_an_answer_may_come_in_pieces() -> None:
+    async def run() -> None:
+        async with server(in_pieces) as url:
+            peer = Peer(url, None, 5.0)
+            assert await peer.compile([1], salt=None, seam=16, no_logs=False) is None
+
+    asyncio.run(run())
+
+
+def test_nothing_is_sent_on_to_another_address() -> None:
+    async def run() -> None:
+        seen: list[str] = []
+
+        async def note(request: web.Request) -> web.Response:
+            seen.append(request.path)
+            return await compiled(request)
+
+        async with server(note) as other:
+
+            async def moved(request: web.Request) -> web.Response:
+                raise web.HTTPTemporaryRedirect(f"{other}/pic/compile")
+
+            async with server(moved) as url:
+                peer = Peer(url, "secret", 5.0)
+                assert await peer.compile([1], salt=None, seam=16, no_logs=False) == FAILED
+        assert seen == []
+
+    asyncio.run(run())
+
+
 # -- a prompt's segments ------------------------------------------------------------
 
 
@@ -222,6 +263,25 @@ def test_segments_are_dealt_out_and_come_from_the_store(counts: Counts) -> None:
             assert counts.peer_segments == {url: 2}
             # What it was given it has now.
             assert peers.busiest([40, 30, 20, 10]) == 100
+
+    asyncio.run(run())
+
+
+def test_only_failures_in_a_row_leave_a_peer_alone(counts: Counts) -> None:
+    async def run() -> None:
+        does = [slow, compiled] * (2 * MOST_FAILURES)
+
+        async def now(request: web.Request) -> web.Response:
+            return await does.pop(0)(request)
+
+        async with server(now) as url:
+            fates = {n: [GONE, HERE] for n in range(len(does))}
+            peers = from_peers(Scheduler(fates), url, waiting=1 << 40, timeout_s=0.2)
+            # Nothing is sooner computed than read, however fast that was here.
+            peers._store._always = True
+            kinds = [sources(await compile_all(peers, [item(n, 50)]))[0][1] for n in fates]
+            assert kinds == [COMPUTED, PEER] * (2 * MOST_FAILURES)
+        assert counts.peer_back_offs == {}
 
     asyncio.run(run())
 

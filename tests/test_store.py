@@ -32,6 +32,7 @@ from sglang_pic.manage import incoming, segments
 from sglang_pic.manage.arrival import answer
 from sglang_pic.manage.incoming import COMING, GONE, HERE, LOOKING
 from sglang_pic.manage.store import Store
+from sglang_pic.request.commands import UNWRITTEN, WRITING, WRITTEN
 from sglang_pic.store import mooncake
 from sglang_pic.store.address import open_store
 from sglang_pic.store.base import Guarded
@@ -639,6 +640,61 @@ def test_a_copy_that_fails_is_not_tried_again(
     _settled(store, 1)
     assert store._outgoing.pending == 0 and len(_listed(tmp_path)) == 1
     driver.check()
+
+
+def _published(store: Store, names: list[str]) -> list[tuple[str, str | None]]:
+    """What has become of these once it is settled."""
+    found = store.publish(names, "us", begin=True)
+    for _ in range(400):
+        if all(one["state"] != WRITING for one in found):
+            break
+        store.step()
+        time.sleep(0.01)
+        found = store.publish(names, "us", begin=False)
+    return [(one["state"], one["reason"]) for one in found]
+
+
+def test_what_is_published_is_there_whatever_was_before(tmp_path: pathlib.Path) -> None:
+    driver = Driver(4, 512, _config())
+    store = _store(driver, tmp_path)
+    assert driver.compile(_tokens(0, 40), "us") and driver.compile(_tokens(1, 40), "us")
+    names = [record.id for record in driver.forest.segments.records("us")]
+    assert len(names) == 2 and not _listed(tmp_path)
+    assert _published(store, [*names, "unknown"]) == [(WRITTEN, None)] * 2 + [
+        (UNWRITTEN, "not_held")
+    ]
+    assert store.publish(names, "them", begin=True)[0]["state"] == UNWRITTEN
+    # What the store has evicted meanwhile is written again.
+    for file in _listed(tmp_path):
+        file.unlink()
+    assert _published(store, names) == [(WRITTEN, None)] * 2 and len(_listed(tmp_path)) == 2
+    # What it did not take once it may take now.
+    for file in _listed(tmp_path):
+        file.unlink()
+    inner = store._writer._store
+    store._writer._store = Guarded(Faulty(tmp_path, "blind"))  # type: ignore[arg-type]
+    assert {state for state, _ in _published(store, names)} == {UNWRITTEN}
+    store._writer._store = inner
+    assert _published(store, names) == [(WRITTEN, None)] * 2 and len(_listed(tmp_path)) == 2
+    driver.check()
+
+
+def test_a_copy_that_fails_is_not_published(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = Driver(4, 512, _config())
+    store = _store(driver, tmp_path)
+    assert driver.compile(_tokens(0, 40), "us")
+    (record,) = driver.forest.segments.records("us")
+
+    def fail(copy: Any, most: int) -> int:
+        raise RuntimeError("no room on the host")
+
+    monkeypatch.setattr(store._outgoing, "_advance", fail)
+    assert store.publish([record.id], "us", begin=True)[0]["state"] == WRITING
+    with pytest.raises(RuntimeError):
+        store.step()
+    assert store.publish([record.id], "us", begin=False)[0]["state"] == UNWRITTEN
 
 
 def test_a_fault_of_the_store_ends_no_request(monkeypatch: pytest.MonkeyPatch) -> None:

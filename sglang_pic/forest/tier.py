@@ -36,8 +36,10 @@ class NoTier:
 
 
 class HostTier:
-    """Args:
-    cache: SGLang's tree cache, of ordinary prefixes.
+    """SGLang's.
+
+    Args:
+        cache: SGLang's tree cache, of ordinary prefixes.
     """
 
     def __init__(self, cache: Any):

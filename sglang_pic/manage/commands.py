@@ -136,7 +136,7 @@ COMMANDS: dict[type, Handler] = {
     asked.Fetch: lambda scheduler, req, command: _fetch(scheduler, req, command),
     asked.Fetched: lambda scheduler, req, command: _fetched(scheduler, command),
     asked.Publish: lambda scheduler, req, command: {
-        "segments": _store(scheduler).publish(command.segments, tenant_of(req))
+        "segments": _store(scheduler).publish(command.segments, tenant_of(req), begin=command.begin)
     },
     asked.Held: lambda scheduler, req, command: {
         "held": segments.held(_forest(scheduler), command.segments, tenant_of(req))

@@ -114,6 +114,8 @@ class Outgoing:
         # In the order in which they are copied.
         self._pending: OrderedDict[str, _Copy | None] = OrderedDict()
         self._known: LRUCache[str, bool] = LRUCache(MOST_KNOWN)
+        # Names of the values of what was to be written whatever it is worth.
+        self._published: LRUCache[str, list[str]] = LRUCache(MOST_PENDING)
 
     @property
     def pending(self) -> int:
@@ -145,23 +147,29 @@ class Outgoing:
         self._known[key] = True
         self._pending[record.id] = None
 
-    def publish(self, record: SegmentRecord) -> tuple[str, str | None]:
-        """Have a held segment written whatever it is worth: ``WRITING``, ``WRITTEN``, or
-        ``UNWRITTEN`` and why."""
+    def publish(self, record: SegmentRecord) -> None:
+        """Have a held segment written whatever it is worth. What the store had, it may have
+        evicted; what it did not take, it may take now."""
         names = self.names(record)
-        if any(self._writer.is_under_way(name) for name in names):
+        for name in names:
+            self.forget(name)
+            self._writer.forgive(name)
+        if record.id in self._pending or len(self._pending) < MOST_PENDING:
+            self._pending.setdefault(record.id, None)
+        self._published[record.id] = names
+
+    def published(self, segment: str) -> tuple[str, str | None]:
+        """What has become of one that was to be written: ``WRITING``, ``WRITTEN``, or
+        ``UNWRITTEN`` and why."""
+        names = self._published.get(segment, ())
+        if segment in self._pending or any(map(self._writer.is_under_way, names)):
             return WRITING, None
         problem = next(filter(None, map(self._writer.refusal, names)), None)
-        if problem is not None and record.id not in self._pending:
-            for name in names:
-                self.forget(name)
+        if problem is not None:
             return UNWRITTEN, problem.reason
-        if all(name in self._known for name in names):
+        if names and all(name in self._known for name in names):
             return WRITTEN, None
-        if record.id not in self._pending and len(self._pending) >= MOST_PENDING:
-            return UNWRITTEN, DROPPED
-        self._pending.setdefault(record.id, None)
-        return WRITING, None
+        return UNWRITTEN, DROPPED
 
     def step(self, most: int = STEP_BYTES) -> None:
         """Copy a piece of what waits."""
@@ -233,3 +241,4 @@ class Outgoing:
     def clear(self) -> None:
         """Everything was flushed: what is half copied is given up."""
         self._pending.clear()
+        self._published.clear()

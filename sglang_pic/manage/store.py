@@ -141,28 +141,35 @@ class Store:
     def step(self) -> None:
         self._outgoing.step()
 
-    def publish(self, segments: Sequence[str], tenant: str | None) -> list[dict[str, Any]]:
-        """Have segments of a tenant written now, those of no adapter; what has become of
-        each, alike on all ranks.
+    def publish(
+        self, segments: Sequence[str], tenant: str | None, *, begin: bool
+    ) -> list[dict[str, Any]]:
+        """What has become of segments of a tenant that are to be written now, alike on all
+        ranks; not those of an adapter.
+
+        Args:
+            begin: they are to be written from now on.
 
         Returns:
             ``{"state": WRITING | WRITTEN | UNWRITTEN, "reason"}`` each.
         """
         own = self._forest.segments.namespace(tenant)
-        told = self._ranks.gather([self._publish(segment, own) for segment in segments])
+        told = self._ranks.gather([self._publish(one, own, begin=begin) for one in segments])
         found = []
         for states in zip(*told, strict=True):
             state, reason = min(states, key=lambda one: _BEHIND.index(one[0]))
             found.append({"state": state, "reason": reason})
         return found
 
-    def _publish(self, segment: str, space: str) -> tuple[str, str | None]:
+    def _publish(self, segment: str, space: str, *, begin: bool) -> tuple[str, str | None]:
         record = self._forest.segments.find_held(segment)
         if record is None or record.node is None or record.salt != space:
             return UNWRITTEN, "not_held"
         if record.extra_key:
             return UNWRITTEN, "adapter"
-        return self._outgoing.publish(record)
+        if begin:
+            self._outgoing.publish(record)
+        return self._outgoing.published(segment)
 
     def deleted(self, segment: str) -> None:
         record = self._forest.segments.find_held(segment)

@@ -115,9 +115,11 @@ class Fetched(_Command, tag="fetched"):
 
 
 class Publish(_Command, tag="publish"):
-    """Write segments of the tenant to the store, and what has become of each."""
+    """What has become of segments of the tenant that are to be written to the store; from
+    now on, if they ``begin``."""
 
     segments: list[str]
+    begin: bool
 
 
 class Held(_Command, tag="held"):

@@ -6,25 +6,19 @@ back over HTTP. Nothing here raises.
 
 from __future__ import annotations
 
-import asyncio
-import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Any
-
-import aiohttp
 
 from sglang_pic.metrics.front import counts
+from sglang_pic.server.asked import ask
 from sglang_pic.server.sources import BackOff
 
 logger = logging.getLogger(__name__)
 
 # How long what a peer says of its load holds, and how long it may take to say it.
 LOAD_S, LOAD_TIMEOUT_S = 1.0, 0.5
-# Of an answer.
-MOST_BYTES = 1 << 16
 # Why a peer has not compiled a segment.
 BUSY, FAILED, LATE = "peer_busy", "peer_failed", "peer_late"
 
@@ -47,7 +41,7 @@ class Peer:
         self.load = 0
         self.server: str | None = None
         self.back_off = BackOff()
-        self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self._key = key
         self._timeout_s = timeout_s
         self._told = float("-inf")
 
@@ -60,7 +54,7 @@ class Peer:
         """Ask for its load, unless what it said still holds."""
         if self.is_known or self.back_off.is_on:
             return
-        told, _ = await self._ask("GET", "/pic/load", LOAD_TIMEOUT_S)
+        told, _ = await ask("GET", f"{self.url}/pic/load", self._key, LOAD_TIMEOUT_S)
         server, tokens = told.get("server"), told.get("tokens")
         if isinstance(server, str) and type(tokens) is int and tokens >= 0:
             self.server, self.load, self._told = server, tokens, time.monotonic()
@@ -83,7 +77,9 @@ class Peer:
             "publish": True,
         }
         start = time.monotonic()
-        told, status = await self._ask("POST", "/pic/compile", self._timeout_s, json=body)
+        told, status = await ask(
+            "POST", f"{self.url}/pic/compile", self._key, self._timeout_s, json=body
+        )
         if status == HTTPStatus.SERVICE_UNAVAILABLE:
             return BUSY
         segments = told.get("segments")
@@ -92,6 +88,10 @@ class Peer:
         self.failed(f"does not compile: {status} {told!r:.300}")
         return LATE if time.monotonic() - start >= self._timeout_s else FAILED
 
+    def worked(self) -> None:
+        """What it compiled is held here."""
+        self.back_off.worked()
+
     def failed(self, what: str) -> None:
         """It has not done what it should."""
         if self.back_off.failed():
@@ -99,19 +99,3 @@ class Peer:
             logger.warning(
                 "sglang_pic: the peer %s is left alone for a while: it %s", self.url, what
             )
-
-    async def _ask(
-        self, method: str, path: str, timeout_s: float, **content: Any
-    ) -> tuple[Mapping[str, Any], int | None]:
-        """An answer's JSON object, empty if it is none, and its status."""
-        timeout = aiohttp.ClientTimeout(total=timeout_s)
-        try:
-            async with (
-                aiohttp.ClientSession(timeout=timeout, headers=self._headers) as session,
-                session.request(method, self.url + path, **content) as response,
-            ):
-                text = await response.content.read(MOST_BYTES)
-                found = json.loads(text)
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError, RecursionError):
-            return {}, None
-        return found if isinstance(found, dict) else {}, response.status

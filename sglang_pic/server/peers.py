@@ -111,6 +111,7 @@ class FromPeers:
             logger.warning("sglang_pic: the peer %s was not asked: %r", peer.url, error)
             return FAILED
         if got.kind == STORE:
+            peer.worked()
             return dataclasses.replace(got, kind=PEER, reason=COMPILED_THERE)
         if got.kind != COMPUTED:
             return got

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Sequence
 from typing import Protocol
 from urllib.parse import urlsplit
 
-import aiohttp
-
 from sglang_pic.errors import PicConfigError
+from sglang_pic.server.asked import ask
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +45,7 @@ class OfRouter:
 
     def __init__(self, url: str, key: str | None):
         self._url = url.rstrip("/")
-        self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self._key = key
         self._known: tuple[str, ...] = ()
         self._told = float("-inf")
 
@@ -56,17 +54,11 @@ class OfRouter:
             return self._known
         # Who cannot be asked is not asked again at once.
         self._told = time.monotonic()
-        timeout = aiohttp.ClientTimeout(total=LIST_TIMEOUT_S)
+        told, status = await ask("GET", f"{self._url}/workers", self._key, LIST_TIMEOUT_S)
         try:
-            async with (
-                aiohttp.ClientSession(timeout=timeout, headers=self._headers) as session,
-                session.get(f"{self._url}/workers") as response,
-            ):
-                workers = (await response.json())["workers"]
-            found = [str(one["url"]) for one in workers if one.get("is_healthy", True)]
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError, KeyError,
-                TypeError, AttributeError) as error:  # fmt: skip
-            logger.warning("sglang_pic: the router does not list its workers: %r", error)
+            found = [str(one["url"]) for one in told["workers"] if one.get("is_healthy", True)]
+        except (KeyError, TypeError, AttributeError):
+            logger.warning("sglang_pic: the router does not list its workers: %s", status)
             return self._known
         self._known = tuple(found[:MOST_PEERS])
         return self._known

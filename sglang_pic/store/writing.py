@@ -106,6 +106,11 @@ class Writer:
         with self._lock:
             return self._refused.get(name)
 
+    def forgive(self, name: str) -> None:
+        """It is to be written anew: why it was not taken counts no more."""
+        with self._lock:
+            self._refused.pop(name, None)
+
     def remove(self, name: str) -> None:
         """Have a value removed, as far as that can be."""
         self._workers.submit(lambda: self._note(self._store.remove(name)))

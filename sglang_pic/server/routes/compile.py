@@ -64,7 +64,6 @@ class CompileBody(Tenant):
     opening: str | TokenIds | None = Field(
         None, description="of `company`: what stands in front of the first, as the server sees it"
     )
-
     seam: int | None = Field(
         None,
         description="of the links that will use them, the server's own by default; "
@@ -104,6 +103,8 @@ async def compile_segments(body: CompileBody) -> Any:
         funnel.maker.check()
     elif body.opening is not None:
         raise PicRequestError("opening", "is of segments compiled in 'company'")
+    if body.publish and funnel.config.store is None:
+        raise PicRefused(409, "the server was started without --pic-store", "publish")
     segments = _read(body, funnel)
     with funnel.lending.lent(len(segments)) if body.publish else contextlib.nullcontext():
         return await _compiled(body, funnel, segments)
@@ -171,16 +172,19 @@ async def _publish(names: Sequence[str], salt: str | None) -> None:
         PicRefused: 507, it does not take one; 504, it takes too long.
     """
     end, pause = time.monotonic() + PUBLISH_S, FIRST_S
+    left, begin = dict(enumerate(names)), True
     while time.monotonic() < end:
-        ranks = await tell("publish", segments=names, cache_salt=salt)
-        # Of data-parallel ranks one is enough.
-        states = [[rank["segments"][i] for rank in ranks] for i in range(len(names))]
-        for i, of_ranks in enumerate(states):
-            if all(one["state"] == UNWRITTEN for one in of_ranks):
-                raise PicRefused(
-                    507, f"not in the store: {of_ranks[0]['reason']}", f"segments[{i}]"
-                )
-        if all(any(one["state"] == WRITTEN for one in of_ranks) for of_ranks in states):
+        asked = list(left.values())
+        ranks = await tell("publish", segments=asked, begin=begin, cache_salt=salt)
+        begin = False
+        for at, i in enumerate(list(left)):
+            # Of data-parallel ranks one is enough.
+            found = [rank["segments"][at] for rank in ranks]
+            if all(one["state"] == UNWRITTEN for one in found):
+                raise PicRefused(507, f"not in the store: {found[0]['reason']}", f"segments[{i}]")
+            if any(one["state"] == WRITTEN for one in found):
+                del left[i]
+        if not left:
             return
         await asyncio.sleep(pause)
         pause = min(MOST_S, 1.5 * pause)
@@ -216,7 +220,7 @@ async def _companies(
     kind = funnel.wanted.kind_of(opening, body.cache_salt, body.extra_key, body.lora_path)
     distinct = dict(zip(names, segments, strict=True))
     ids = {tuple(tokens): name for name, tokens in distinct.items()}
-    caller = Caller(body.cache_salt)
+    caller = Caller(body.cache_salt, no_logs=body.no_logs)
     companies = funnel.maker.companies_of(kind, list(ids))
     covered = {member for company in companies for member in company.members}
     rest = [member for member in ids if member not in covered]
