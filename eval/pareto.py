@@ -4,10 +4,10 @@
                                [--json FILE] [--plot FILE]
 
 Questions over ten passages, each prompt linked by every method. Stock SGLang computes the
-whole prompt and answers greedily (32 tokens); along that answer, forced while it decodes
-(``eval.forced``), a method's next-token distributions are compared with its own: KL(full ||
-method) in nats a token, over the 64 tokens that full recompute finds likeliest and all others
-as one class, and top-1, the share of steps at which both would pick the same.
+whole prompt and answers greedily (32 tokens); along that answer (``eval.scored``) a method's
+next-token distributions are compared with its own: KL(full || method) in nats a token, over
+the 64 tokens that full recompute finds likeliest and all others as one class, and top-1, the
+share of steps at which both would pick the same.
 
     alone        every segment compiled by itself (EPIC, MEPIC)
     guests       each behind three passages that ship with the project
@@ -25,7 +25,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import itertools
 import pathlib
 import random
 import statistics
@@ -38,12 +37,12 @@ from transformers import AutoTokenizer
 
 from sglang_pic.eval.bench import Bench, bench
 from sglang_pic.eval.command import Outcome, deliver, new_figure, parser_of
-from sglang_pic.eval.forced import force
 from sglang_pic.eval.intervals import interval, ratio_interval
 from sglang_pic.eval.kept import Kept
 from sglang_pic.eval.multihop import MUSIQUE, load_examples
 from sglang_pic.eval.passages import PATH
 from sglang_pic.eval.results import versions
+from sglang_pic.eval.scored import score as score_answer
 from sglang_pic.eval.serving import Server
 from sglang_pic.eval.tables import Table
 from sglang_pic.eval.text_quality import TOP, Asked, prepare
@@ -56,8 +55,6 @@ ALONE, AMONG, ALL, CONTROL = "alone", "guests", "all", "exact prefix"
 # Segments a company; of ``ALL`` as many as the prompt has, if a company may have them.
 GROUPS = {"groups of 2": 2, "groups of 3": 3, "groups of 5": 5, ALL: 10}
 TODAY = "alone, seam 16"
-# In nats; the forced decode's own rounding.
-TIE = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,21 +153,19 @@ def follow(
     server: Server,
     asked: Asked,
     reference: Reference,
-    spare: int,
     salt: str,
     pic: dict[str, Any] | None,
 ) -> Score:
-    """The reference's answer forced on a server."""
+    """A server along the reference's answer."""
     body: dict[str, Any] = {"input_ids": asked.ids, "cache_salt": salt}
     if pic is not None:
         body["pic"] = {"segments": asked.segments, **pic}
-    found, meta = force(server, body, reference.answer, sorted(reference.told), spare)
+    found, meta = score_answer(server, body, reference.answer, sorted(reference.told))
     kl, same, share = [], [], 1.0
     for step, own in zip(reference.steps, found, strict=True):
         listed = [own.listed[token] for token in step]
         kl.append(kl_with_remainder(list(step.values()), listed))
-        best = max(step, key=lambda token: step[token])
-        same.append(own.listed[best] >= own.likeliest - TIE)
+        same.append(own.likeliest == max(step, key=lambda token: step[token]))
     if pic is not None:
         segments = meta["pic"]["segments"]
         computed = sum(one["tokens_computed"] for one in segments)
@@ -212,15 +207,14 @@ def score(
 ) -> dict[str, Score]:
     """Every method, and the control, at one question."""
     reference = refer(pair.stock, asked, tokens, name)
-    spare = next(one for one in itertools.count(pair.vocabulary.stop) if one not in reference.told)
-    scores = {CONTROL: follow(pair.stock, asked, reference, spare, name, None)}
+    scores = {CONTROL: follow(pair.stock, asked, reference, name, None)}
     for compiled in dict.fromkeys(method.compiled for method in methods):
         salt = f"{name}-{compiled}"
         compile_groups(pair.ours, asked, compiled, salt, rng)
         ways = [method for method in methods if method.compiled == compiled]
         # In one batch, which costs little more than one of them.
         with ThreadPoolExecutor(len(ways)) as threads:
-            asking = functools.partial(follow, pair.ours, asked, reference, spare, salt)
+            asking = functools.partial(follow, pair.ours, asked, reference, salt)
             found = list(threads.map(asking, [method.pic for method in ways]))
         scores.update(zip((method.label for method in ways), found, strict=True))
         pair.ours.post("/pic/flush", {"cache_salt": salt}).raise_for_status()
