@@ -29,7 +29,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import hashlib
 import pathlib
 import re
 import statistics
@@ -43,8 +42,8 @@ from transformers import AutoTokenizer
 from sglang_pic.eval.bench import Bench, bench, further
 from sglang_pic.eval.command import Outcome, deliver, new_figure, parser_of
 from sglang_pic.eval.intervals import interval
-from sglang_pic.eval.multihop import MUSIQUE, Example, load_examples
-from sglang_pic.eval.passages import OPENING, PATH, prompt_pieces, tokenize
+from sglang_pic.eval.multihop import MUSIQUE, Example, load_examples, source_of
+from sglang_pic.eval.passages import OPENING, prompt_pieces, tokenize
 from sglang_pic.eval.scored import score as score_answer
 from sglang_pic.eval.serving import Server
 from sglang_pic.eval.tables import Table
@@ -156,7 +155,7 @@ def best(answer: str, golds: Sequence[str]) -> tuple[float, float]:
 def prepare(tokenizer: Any, example: Example) -> Asked:
     """Token ids of an example, each piece tokenised alone."""
     prompt = tokenize(tokenizer, prompt_pieces(example.documents, example.question))
-    gold = tokenizer(example.answers[0], add_special_tokens=False)["input_ids"]
+    gold = tokenizer(next(iter(example.answers), ""), add_special_tokens=False)["input_ids"]
     return Asked(example, prompt.ids, prompt.segments, gold[:GOLD_TOKENS])
 
 
@@ -290,6 +289,7 @@ def run(
     pair.flush()
     tokenizer = AutoTokenizer.from_pretrained(pair.model)
     count = count or (QUICK_QUESTIONS if quick else None)
+    source = source_of(data, WORDS)
     examples = load_examples(data, WORDS, count, seed)
     asked = [prepare(tokenizer, example) for example in examples]
     scores: dict[Method, list[Scores]] = {FULL: []}
@@ -318,8 +318,8 @@ def run(
     rows = [row_of(method, found, scores[FULL]) for method, found in scores.items()]
     config = {
         **pair.config,
-        "data": data.name if data.exists() else "the project's own passages",
-        "data_sha256": hashlib.sha256((data if data.exists() else PATH).read_bytes()).hexdigest(),
+        "data": source.name,
+        "data_sha256": source.sha256,
         "words_a_passage": WORDS,
         "questions": len(asked),
         "prompt_tokens": statistics.fmean(len(one.ids) for one in asked),
