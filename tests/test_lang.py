@@ -37,10 +37,11 @@ class FakeServer(http.server.ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def marked(self) -> list[list[str]]:
-        """For every body, the texts of its segments."""
+        """For every body of one prompt, the texts of its segments."""
         return [
             [body["text"][s["start"] : s["end"]] for s in body.get("pic", {}).get("segments", [])]
             for body in self.bodies
+            if not isinstance(body.get("pic"), list)
         ]
 
     def meta_info(self, body: dict[str, Any], text: str) -> dict[str, Any]:
@@ -51,7 +52,8 @@ class FakeServer(http.server.ThreadingHTTPServer):
             meta["input_token_logprobs"] = [[score, 1, "is"], [score, 2, text.split()[-1]]]
             meta["output_token_logprobs"] = []
         if self.links and "pic" in body:
-            spans = body["pic"].get("segments", [])
+            pic = body["pic"][0] if isinstance(body["pic"], list) else body["pic"]
+            spans = pic.get("segments", [])
             reused = sum(span["end"] - span["start"] for span in spans)
             meta["pic"] = {"tokens_reused": reused, "tokens_computed": len(text) - reused}
             meta["pic"]["exactness"] = "composed"
@@ -82,6 +84,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._send(400, {"error": {"message": "pic.segments: refused"}})
         elif body.get("stream"):
             self._stream(body)
+        elif "input_ids" in body:
+            # As SGLang does: nothing is known of a prompt's first token.
+            rows = [
+                [[None, one, ""], *([-2.0, i, ""] for i in ids)] for one, *ids in body["input_ids"]
+            ]
+            metas = [{"input_token_logprobs": row} for row in rows]
+            self._send(200, [{"text": "", "meta_info": meta} for meta in metas])
         elif isinstance(body["text"], list):
             self._send(200, [self._answer(body, text, "") for text in body["text"]])
         else:
@@ -390,30 +399,51 @@ def test_options_and_salt(server):
     assert endpoint(server, seam=0)._options == {"seam": 0}
 
 
-def test_select_is_exact(server):
+def test_select_scores_choices_behind_segments(server):
     @sgl.function
     def program(s):
         s += "Sky: " + pic_segment("The sky is blue at noon.") + " It is "
-        s += sgl.select("colour", ["red", "blue", "green"])
+        s += sgl.select(
+            "colour",
+            ["red", "blue", "green"],
+            choices_method=sgl.unconditional_likelihood_normalized,
+        )
         s += sgl.gen("more")
 
-    state = run(program, endpoint(server, cache_salt="tenant"))
+    backend = endpoint(server, cache_salt="tenant", seam=3)
+    state = run(program, backend)
     assert state["colour"] == "blue"
-    *scoring, last = server.bodies
-    assert all("pic" not in body for body in scoring)
+    opening, scoring, bare, last = server.bodies
     assert all(body["cache_salt"] == "tenant" for body in server.bodies)
-    assert scoring[1]["text"] == [scoring[0]["text"] + c for c in ("red", "blue", "green")]
-    assert scoring[1]["return_logprob"] is True
-    assert last["text"].endswith(" It is blue")
-    assert server.marked()[-1] == ["The sky is blue at noon."]
+    assert opening["pic"]["seam"] == 3 and last["pic"]["seam"] == 3
+    assert scoring["text"] == [opening["text"] + c for c in ("red", "blue", "green")]
+    assert scoring["pic"] == [opening["pic"]] * 3
+    assert scoring["return_logprob"] is True
+    assert "pic" not in bare and len(bare["input_ids"]) == 3
+    assert server.marked()[0] == server.marked()[-1] == ["The sky is blue at noon."]
     assert report_of(state, "colour") is None
+    assert backend.last_report["exactness"] == "composed"
 
     before = len(server.bodies)
     stock = RuntimeEndpoint(server.url, chat_template_name="chatml")
     assert run(program, stock)["colour"] == "blue"
-    for ours, theirs in zip(scoring, server.bodies[before:], strict=False):
+    for ours, theirs in zip([opening, scoring, bare, last], server.bodies[before:], strict=True):
         ours.pop("cache_salt")
+        ours.pop("pic", None)
         assert ours == theirs
+
+
+def test_select_finds_segments_in_every_choice(server):
+    @sgl.function
+    def program(s):
+        s += "The sky is blue at noon. It is "
+        s += sgl.select("colour", ["red", "blue"])
+
+    run(program, endpoint(server, find="structure"))
+    assert [body["pic"] for body in server.bodies] == [
+        {"find": "structure"},
+        [{"find": "structure"}] * 2,
+    ]
 
 
 def test_reports(server):

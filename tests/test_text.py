@@ -549,17 +549,39 @@ def test_frontend_language_on_a_plain_backend(smollm: Server) -> None:
     assert report_of(state, "answer") is None
 
 
-def test_select_is_exact(smollm: Server) -> None:
-    @sgl.function
-    def choose(s: Any, document: str) -> None:
-        s += pic_segment(document) + "The text is about"
-        s += sgl.select("topic", [" rivers", " music theory", " a planet"])
+@sgl.function
+def choose(s: Any, document: str) -> None:
+    s += pic_segment(document) + "The text is about"
+    s += sgl.select("topic", [" rivers", " music theory", " a planet"])
 
+
+def test_select_scores_linked_choices(smollm: Server) -> None:
+    """By the log-probabilities that the same linked rows give while they decode."""
+    salt = fresh_salt()
+    backend = PicRuntimeEndpoint(smollm.url, cache_salt=salt)
+    meta = choose.run(document=DOCUMENTS[0], backend=backend).get_meta_info("topic")
+    report = backend.last_report
+    assert report is not None and report["exactness"] == "composed"
+    assert report["tokens_reused"] > report["tokens_computed"]
+    behind = {"parts": [{"segment": DOCUMENTS[0]}, "The text is about"], "turns": False}
+    for scored in meta["input_token_logprobs"]:
+        first = scored[-1] if len(scored) == 1 else scored[0]
+        out = smollm.generate(
+            pic=behind, cache_salt=salt, sampling_params=greedy(1), return_logprob=True,
+            token_ids_logprob=[first[1]],
+        )  # fmt: skip
+        ((value, *_),) = out["meta_info"]["output_token_ids_logprobs"][0]
+        assert abs(value - first[0]) < 1e-3
+
+
+def test_select_is_exact_on_request(smollm: Server) -> None:
+    exact = PicRuntimeEndpoint(smollm.url, require_exact=True)
     decisions = [
         choose.run(document=DOCUMENTS[0], backend=backend)["topic"]
-        for backend in (PicRuntimeEndpoint(smollm.url), sgl.RuntimeEndpoint(smollm.url))
+        for backend in (exact, sgl.RuntimeEndpoint(smollm.url))
     ]
     assert decisions[0] == decisions[1]
+    assert exact.last_report is not None and exact.last_report["exactness"] == "exact"
 
 
 @pytest.mark.parametrize("program", ["rag", "multi_agent"])

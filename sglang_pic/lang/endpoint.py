@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
-from sglang.lang.choices import ChoicesDecision, ChoicesSamplingMethod
 from sglang.lang.interpreter import ProgramState, StreamExecutor
 from sglang.lang.ir import SglSamplingParams
 from sglang.utils import http_request
@@ -127,7 +126,7 @@ class PicRuntimeEndpoint(RuntimeEndpoint):
     def generate(self, s: StreamExecutor, sampling_params: SglSamplingParams) -> tuple[str, Any]:
         """Generate behind ``s``, linking its segments.
 
-        A program that asks for log-probabilities of prompt tokens is computed
+        A program that asks for log-probabilities of a segment's tokens is computed
         in full by the server, and its report says so.
         """
         text, meta_info = super().generate(s, sampling_params)
@@ -146,21 +145,12 @@ class PicRuntimeEndpoint(RuntimeEndpoint):
                 meta_info["pic"] = self.last_report = report
             yield text, meta_info
 
-    def select(
-        self,
-        s: StreamExecutor,
-        choices: list[str],
-        temperature: float,
-        choices_method: ChoicesSamplingMethod,
-    ) -> ChoicesDecision:
-        """Choose by the model's exact probabilities.
-
-        The choices are scored by log-probabilities of prompt tokens, which are
-        right in a linked prompt only behind its last segment. So the text goes
-        out unmarked: tokenised, computed and prefix-cached as by a plain
-        server, at a full prefill's price, and the decision is a plain server's.
-        """
-        return super().select(_Unmarked(s.text_, s.images_), choices, temperature, choices_method)
+    def _generate_http_request(self, s: StreamExecutor, data: dict[str, Any]) -> Any:
+        """What ``select`` asks by: of several choices the last one's report is kept."""
+        answers = super()._generate_http_request(s, data)
+        for answer in answers if isinstance(answers, list) else [answers]:
+            self.last_report = answer["meta_info"].get("pic", self.last_report)
+        return answers
 
     def cache_prefix(self, prefix_str: str) -> None:
         """Have a plain text computed and cached for this endpoint's tenant."""
@@ -171,21 +161,28 @@ class PicRuntimeEndpoint(RuntimeEndpoint):
         super()._add_images(s, data)
         if self._cache_salt is not None:
             data["cache_salt"] = self._cache_salt
+        # ``select`` scores choices without their context, too: ids without a text.
+        pic = self._pic(s) if "text" in data else None
+        if pic is not None:
+            texts = data["text"]
+            data["pic"] = [pic] * len(texts) if isinstance(texts, list) else pic
+
+    def _pic(self, s: StreamExecutor) -> dict[str, Any] | None:
         ranges = segment_ranges(s)
-        if not ranges:
-            if self._finding and not s.images_ and not isinstance(s, _Unmarked):
-                data["pic"] = {**self._options, **self._finding}
-            return
-        if s.images_:
+        if ranges and s.images_:
             raise ValueError("a prompt with images cannot be linked: use no segments in it")
-        segments = [{"start": start, "end": end} for start, end in ranges]
-        data["pic"] = {"segments": segments, **self._options}
+        if ranges:
+            segments = [{"start": start, "end": end} for start, end in ranges]
+            return {"segments": segments, **self._options}
+        if self._finding and not s.images_ and not isinstance(s, _Unmarked):
+            return {**self._options, **self._finding}
+        return None
 
 
 def report_of(state: ProgramState, name: str) -> Report | None:
     """The exactness report of the answer kept under ``name``; waits for it.
 
-    ``None`` if the answer's text had no segments, if it came from ``select``,
-    or if the server links none.
+    ``None`` if the answer's text had no segments, if it came from ``select`` (whose
+    scoring ``last_report`` tells of), or if the server links none.
     """
     return (state.get_meta_info(name) or {}).get("pic")
