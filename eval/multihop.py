@@ -85,12 +85,14 @@ def read_musique(path: pathlib.Path, words: int, documents: int = DOCUMENTS) -> 
 
 
 def own_examples(documents: int = DOCUMENTS) -> list[Example]:
-    """A first question of every passage that ships, then the second ones."""
+    """A first question of every passage that ships, then the second ones, and so on."""
     passages = load_passages()
     rng = random.Random(0)
     made = []
     for i in range(max(len(passage.questions) for passage in passages)):
         for passage in passages:
+            if i >= len(passage.questions):
+                continue
             others = [other for other in passages if other is not passage]
             question = passage.questions[i]
             beside = rng.sample(others, documents - 1)

@@ -26,10 +26,10 @@ def tokenizer() -> Any:
 
 def test_answers_stand_in_their_passage() -> None:
     passages = load_passages()
-    assert len(passages) >= 12
+    assert sum(len(passage.questions) for passage in passages) == 200
     assert len({passage.title for passage in passages}) == len(passages)
     for passage in passages:
-        assert len(passage.questions) == 2
+        assert len({question.text for question in passage.questions}) >= 2
         for question in passage.questions:
             assert question.answers
             for answer in question.answers:

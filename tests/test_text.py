@@ -551,7 +551,7 @@ def test_frontend_language_on_a_plain_backend(smollm: Server) -> None:
 
 @sgl.function
 def choose(s: Any, document: str) -> None:
-    s += pic_segment(document) + "The text is about"
+    s += "Read this.\n" + pic_segment(document) + "The text is about"
     s += sgl.select("topic", [" rivers", " music theory", " a planet"])
 
 
@@ -563,7 +563,10 @@ def test_select_scores_linked_choices(smollm: Server) -> None:
     report = backend.last_report
     assert report is not None and report["exactness"] == "composed"
     assert report["tokens_reused"] > report["tokens_computed"]
-    behind = {"parts": [{"segment": DOCUMENTS[0]}, "The text is about"], "turns": False}
+    behind = {
+        "parts": ["Read this.\n", {"segment": DOCUMENTS[0]}, "The text is about"],
+        "turns": False,
+    }
     for scored in meta["input_token_logprobs"]:
         first = scored[-1] if len(scored) == 1 else scored[0]
         out = smollm.generate(
