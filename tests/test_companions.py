@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from sglang_pic.errors import PicRefused
+from sglang_pic.eval.docstrings import load_docstrings
 from sglang_pic.eval.models.smollm2 import ensure_model
 from sglang_pic.eval.passages import load_passages
 from sglang_pic.forest.keys import order_key
@@ -328,6 +329,8 @@ def test_the_projects_guests_are_of_the_nearest_kind() -> None:
             assert list(guests.texts) == sorted(guests.texts, key=order_key)
     for passage in load_passages():
         assert shipped.nearest(tuple(tokenizer.encode(passage.document))) == "encyclopaedia"
+    for one in load_docstrings(150)[::8]:
+        assert shipped.nearest(tuple(tokenizer.encode(one.document))) != "dialogue"
     examples = {
         "documentation": pathlib.Path("docs/using/server.md").read_text()[:2000],
         "code": inspect.getsource(Maker),

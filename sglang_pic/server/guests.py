@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 from typing import Any, Protocol
 
 from cachetools import LRUCache
@@ -37,6 +38,9 @@ class Guests:
     shipped: bool
 
 
+DIALOGUE = "dialogue"
+# Who speaks, at the beginning of a line.
+SPEAKER = re.compile(r"^\w[\w .'-]{0,30}:\s", re.MULTILINE)
 NO_GUESTS = Guests((), shipped=True)
 
 
@@ -71,6 +75,7 @@ class Shipped:
     """
 
     def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
         self._kinds = {
             kind: [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
             for kind, texts in json.loads(PATH.read_text(encoding="utf-8")).items()
@@ -83,11 +88,13 @@ class Shipped:
         pass
 
     def nearest(self, text: Text) -> str:
-        """The kind of text that it is most like: by the cosines with its passages."""
+        """The kind of text that it is most like: by the cosines with its passages. By words alone
+        plain prose is often nearest to speech, so only where speakers are named it may be."""
         weights = _weights(text)
+        speakers = SPEAKER.findall(self._tokenizer.decode(text))
+        kinds = [kind for kind in self._weights if kind != DIALOGUE or len(speakers) > 1]
         return max(
-            self._weights,
-            key=lambda kind: sum(_product(weights, other) for other in self._weights[kind]),
+            kinds, key=lambda kind: sum(_product(weights, other) for other in self._weights[kind])
         )
 
     def of(self, kind: bytes, text: Text) -> Guests:
