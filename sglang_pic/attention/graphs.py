@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from sglang_pic.encoder.step import step_of
 from sglang_pic.faults import faults
 
 ORDINARY, LINKED = "ordinary", "linked"
@@ -32,7 +33,8 @@ class LinkedVariants:
 
 
 def can_run_graph(original: Callable[..., Any], runner: Any, forward_batch: Any) -> Any:
-    """Around SGLang's: no graph runs a linked row but one that knows of spans. A batch
+    """Around SGLang's: no graph runs a linked row but one that knows of spans, and none a
+    row with documents. A batch
     that cannot be judged runs without a graph.
 
     Args:
@@ -50,6 +52,8 @@ def can_run_graph(original: Callable[..., Any], runner: Any, forward_batch: Any)
 
 def _choose(runner: Any, batch: Any) -> bool:
     """Whether a graph may run the batch; of those with variants, which one."""
+    if step_of(batch) is not None:
+        return False
     backend = runner.model_runner.attn_backend
     linked = hasattr(backend, "links") and backend.links(batch)
     variants = getattr(runner, "attention_graph_variants", None)

@@ -7,6 +7,7 @@ request stream. ``server.commands`` sends them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -91,6 +92,19 @@ def _fetch(scheduler: Any, req: Any, command: asked.Fetch) -> Any:
     return {}
 
 
+def _encode(scheduler: Any, req: Any, command: asked.Encode) -> Any:
+    lengths, ids = command.lengths, req.origin_input_ids
+    if len(lengths) != len(command.tenants) or min(lengths, default=0) < 1:
+        raise PicRefused(400, f"no documents: {lengths!r:.80}", "lengths")
+    if sum(lengths) != len(ids):
+        raise PicRefused(400, f"no documents of {len(ids)} tokens: {lengths!r:.80}", "lengths")
+    ends = list(itertools.accumulate(lengths))
+    documents = [ids[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+    tenants = [tenant or None for tenant in command.tenants]
+    forest = _forest(scheduler)
+    return {"held": forest.encoded.encode(list(zip(tenants, documents, strict=True)))}
+
+
 def _fetched(scheduler: Any, command: asked.Fetched) -> Any:
     incoming = _store(scheduler).incoming
     if command.drop:
@@ -135,6 +149,7 @@ COMMANDS: dict[type, Handler] = {
     asked.Restore: lambda scheduler, req, command: _store(scheduler).restore(tenant_of(req)),
     asked.Fetch: lambda scheduler, req, command: _fetch(scheduler, req, command),
     asked.Fetched: lambda scheduler, req, command: _fetched(scheduler, command),
+    asked.Encode: lambda scheduler, req, command: _encode(scheduler, req, command),
     asked.Publish: lambda scheduler, req, command: {
         "segments": _store(scheduler).publish(command.segments, tenant_of(req), begin=command.begin)
     },

@@ -114,6 +114,15 @@ class Fetched(_Command, tag="fetched"):
     drop: bool = False
 
 
+class Encode(_Command, tag="encode"):
+    """Have an encoder read documents, those that are held left out; which of them are held
+    then. The prompt that comes with the command is all of them, of these lengths, and these
+    are their tenants."""
+
+    lengths: list[int]
+    tenants: list[str | None]
+
+
 class Publish(_Command, tag="publish"):
     """What has become of segments of the tenant that are to be written to the store; from
     now on, if they ``begin``."""
@@ -168,6 +177,7 @@ Command = Union[  # noqa: UP007  (msgspec reads it at run time, on Python 3.10 t
     Restore,
     Fetch,
     Fetched,
+    Encode,
     Publish,
     Held,
     Companies,
