@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from sglang_pic.encoder.step import step_of
 from sglang_pic.faults import faults
 
 ORDINARY, LINKED = "ordinary", "linked"
@@ -52,7 +51,8 @@ def can_run_graph(original: Callable[..., Any], runner: Any, forward_batch: Any)
 
 def _choose(runner: Any, batch: Any) -> bool:
     """Whether a graph may run the batch; of those with variants, which one."""
-    if step_of(batch) is not None:
+    beside = getattr(runner.model_runner.model, "pic", None)
+    if beside is not None and beside.steps.has(batch):
         return False
     backend = runner.model_runner.attn_backend
     linked = hasattr(backend, "links") and backend.links(batch)

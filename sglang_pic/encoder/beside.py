@@ -21,7 +21,7 @@ from sglang_pic.encoder.config import decoder_shape, fingerprint
 from sglang_pic.encoder.cross import CrossBlock
 from sglang_pic.encoder.digest import digest_of
 from sglang_pic.encoder.encoder import EncoderKV
-from sglang_pic.encoder.step import step_of
+from sglang_pic.encoder.step import Steps
 from sglang_pic.encoder.weights import EncoderModules, load
 
 
@@ -31,11 +31,13 @@ class Crossing:
     Args:
         index: of the block, and of the encoder layer that it reads.
         layer: of the decoder.
+        steps: which tokens see what.
     """
 
-    def __init__(self, index: int, block: CrossBlock, layer: nn.Module):
+    def __init__(self, index: int, block: CrossBlock, layer: nn.Module, steps: Steps):
         self._index = index
         self._block = block
+        self._steps = steps
         self._names = tuple(inspect.signature(layer.forward).parameters)
 
     def __call__(
@@ -43,7 +45,7 @@ class Crossing:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         batch = given["forward_batch"]
-        step = step_of(batch)
+        step = self._steps.read(batch)
         if step is None:
             return None
         output = residual.complete_output(given["hidden_states"], batch)
@@ -65,6 +67,7 @@ class BesideModel:
     Attributes:
         config: the encoder's.
         digest: names its weights.
+        steps: of the batch that runs next.
 
     Raises:
         PicConfigError: the encoder cannot be read, or was trained for another model.
@@ -80,9 +83,10 @@ class BesideModel:
         self.modules.requires_grad_(False)
         self.config = self.modules.config
         self.digest = digest_of(Path(directory))
+        self.steps = Steps()
         for index, at in enumerate(self.config.cross_layers):
             layer = model.model.layers[at]
-            crossing = Crossing(index, self.modules.cross[index], layer)
+            crossing = Crossing(index, self.modules.cross[index], layer, self.steps)
             layer.register_forward_pre_hook(crossing, with_kwargs=True)
 
     @property

@@ -15,11 +15,9 @@ from typing import Any
 import torch
 
 from sglang_pic.encoder.encoder import EncoderKV
+from sglang_pic.errors import PicIntegrityError
 from sglang_pic.kernels.attend import attend
 from sglang_pic.kernels.merge import merge
-
-# Where a batch carries its step: what a decoder layer is given.
-_STEP = "pic_documents"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +112,33 @@ def make_step(
     )
 
 
-def set_step(batch: Any, step: DocumentStep | None) -> None:
-    """Give a batch its step."""
-    if step is not None:
-        setattr(batch, _STEP, step)
+class Steps:
+    """The step of the batch that runs next. SGLang copies a batch, so that nothing can be
+    hung on one; what stays is the list of its requests."""
 
+    def __init__(self) -> None:
+        self._rids: Sequence[str] | None = None
+        self._step: DocumentStep | None = None
+        self._is_read = True
 
-def step_of(batch: Any) -> DocumentStep | None:
-    """The step of a batch, if any of its rows has documents."""
-    found: DocumentStep | None = getattr(batch, _STEP, None)
-    return found
+    def set(self, rids: Sequence[str], step: DocumentStep | None) -> None:
+        """Of the batch of these requests; ``None`` if no row has documents.
+
+        Raises:
+            PicIntegrityError: the last one was not read: its rows have seen no document.
+        """
+        unread, self._is_read = not self._is_read, step is None
+        self._rids, self._step = rids, step
+        if unread:
+            raise PicIntegrityError("a batch ran without its documents")
+
+    def has(self, batch: Any) -> bool:
+        """Whether any row of a batch has documents."""
+        return self._step is not None and batch.rids == self._rids
+
+    def read(self, batch: Any) -> DocumentStep | None:
+        """The step of a batch that runs, if any of its rows has documents."""
+        if not self.has(batch):
+            return None
+        self._is_read = True
+        return self._step

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from sglang_pic.attention.rows import by_row, can_tell
 from sglang_pic.encoder.encoder import EncoderKV
 from sglang_pic.encoder.limits import fits
-from sglang_pic.encoder.step import make_step, set_step
+from sglang_pic.encoder.step import make_step
 from sglang_pic.errors import PicIntegrityError, PicRefused
 from sglang_pic.forest.cost import PrefillCost
 from sglang_pic.forest.keys import document_id
@@ -245,6 +245,7 @@ class Encoded:
     def hand_over(self, batch: Any, reqs: Sequence[Req]) -> None:
         rows = [self._rows.get(req) for req in reqs]
         if not any(rows):
+            self._beside.steps.set((), None)
             return
         if not can_tell(batch):
             raise PicIntegrityError("which rows of the batch have documents cannot be told")
@@ -253,7 +254,8 @@ class Encoded:
         lengths = [1] * len(of_rows)
         if batch.forward_mode.is_extend():
             lengths = [int(n) for n in batch.extend_seq_lens_cpu]
-        set_step(batch, make_step(of_rows, lengths, batch.seq_lens.device))
+        step = make_step(of_rows, lengths, batch.seq_lens.device)
+        self._beside.steps.set(batch.rids, step)
 
     def of(self, reqs: Sequence[Req]) -> list[Req]:
         return [req for req in reqs if req in self._rows]
