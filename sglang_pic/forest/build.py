@@ -172,7 +172,7 @@ def _encoded(ctx: Any, runner: Any, forest: Forest) -> Encoded:
         "data parallelism is not supported": args.dp_size > 1,
         "speculative decoding is not supported": args.speculative_algorithm is not None,
         "latent attention (MLA) is not supported": runner.use_mla_backend,
-        "--torch-compile is not supported": args.enable_torch_compile,
+        "--enable-torch-compile is not supported": args.enable_torch_compile,
     }
     for reason, holds in reasons.items():
         if holds:

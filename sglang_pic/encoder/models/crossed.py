@@ -10,6 +10,7 @@ from typing import Any
 from sglang.srt.models.llama import LlamaForCausalLM
 from sglang.srt.models.qwen2 import Qwen2ForCausalLM
 from sglang.srt.models.qwen3 import Qwen3ForCausalLM
+from sglang.srt.models.qwen3_5_text import Qwen3_5ForCausalLM
 from sglang.srt.runtime_context import get_server_args
 
 from sglang_pic.config import PicConfig
@@ -30,5 +31,7 @@ def crossed(stock: type[Any]) -> type[Any]:
     return Crossed
 
 
-EntryClass = [crossed(one) for one in (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)]
-ARCHITECTURES = tuple(one.__name__ for one in EntryClass)
+EntryClass = [
+    crossed(one)
+    for one in (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3_5ForCausalLM)
+]
