@@ -233,7 +233,8 @@ def test_whatever_happens_the_sums_hold(sizes: list[int], room: int, data: Any) 
     for req in running:
         encoded.end(req)
     assert encoded.to_json()["in_use"] == 0
-    assert encoded.flush(None) == len(store.names(DOCUMENT)) + encoded.flush(None) or not running
+    held = len(store.names(DOCUMENT))
+    assert encoded.flush(None) == held and store.nbytes == 0
     encoded.check()
 
 
@@ -324,7 +325,7 @@ def test_documents_go_together_and_each_once() -> None:
             front.encode([doc(1, 10), doc(2, 20)], None, 0),
             front.encode([doc(2, 20), doc(3, 30)], None, 0),
         )
-        assert [n for one in scheduler.sent for n in one] == [10, 20, 30]
+        assert sorted(n for one in scheduler.sent for n in one) == [10, 20, 30]
         assert [made.outcome for made in one] == [COMPILED, COMPILED]
         assert [made.outcome for made in two] == [SHARED, COMPILED]
         assert [made.tokens for made in (*one, *two)] == [10, 20, 0, 30]

@@ -153,8 +153,8 @@ def test_rows_of_every_kind_share_batches(server: Server, encoder: pathlib.Path)
     ]
     with ThreadPoolExecutor(12) as pool:
         plain = [
-            pool.submit(lambda ids=ids: server.generate(**body(ids, [], 12, salt)))
-            for ids in documents
+            pool.submit(lambda i=i: server.generate(**body(documents[i], [], 12, f"{salt}-{i}")))
+            for i in range(4)
         ]
         links = [
             pool.submit(lambda one=one: server.generate(**body(*one, 12, salt, seam=4)))
