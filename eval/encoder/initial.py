@@ -35,7 +35,7 @@ def from_decoder(modules: EncoderModules, model: Any, gate: float) -> list[str]:
     layers = model.get_decoder().layers
     attentive = [i for i, layer in enumerate(layers) if hasattr(layer, "self_attn")]
     for i, at in enumerate(modules.config.cross_layers):
-        nearest = layers[min(attentive, key=lambda j, at=at: abs(j - at))].self_attn
+        nearest = layers[min((abs(j - at), j) for j in attentive)[1]].self_attn
         encoder, cross = modules.encoder.layers[i], modules.cross[i]
         for name in ("q", "k", "v", "o"):
             source = getattr(nearest, f"{name}_proj").weight
