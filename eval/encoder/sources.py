@@ -125,7 +125,7 @@ class Texts:
         rng = np.random.default_rng(0)
         examples = load_examples(path, WORDS, None, 0)
         chosen = (examples[int(i)] for i in rng.integers(len(examples), size=pool))
-        self.open = [_text_row(rng, example, tokenizer) for example in chosen]
+        self.unasked = [_text_row(rng, example, tokenizer) for example in chosen]
         self.known: dict[int, list[int]] = {}
         if answers.exists():
             for line in answers.read_text().splitlines():
@@ -134,14 +134,14 @@ class Texts:
 
     def draw(self, rng: np.random.Generator) -> Drawn:
         return Drawn(
-            [self._row(int(i)) for i in rng.integers(len(self.open), size=self.rows)], True
+            [self._row(int(i)) for i in rng.integers(len(self.unasked), size=self.rows)], True
         )
 
     def advance(self, shares: Mapping[str, float], steps: int) -> bool:
         return False
 
     def _row(self, index: int) -> Row:
-        row, prompt = self.open[index]
+        row, prompt = self.unasked[index]
         if index not in self.known:
             self.known[index] = self._greedy([*row.before, *row.text, *prompt])
             with self.answers.open("a") as file:
