@@ -57,12 +57,16 @@ def random_modules(config: EncoderConfig, gate: float = 0.7) -> EncoderModules:
     modules = EncoderModules(config)
     initial.fresh(modules, gate)
     for name, weight in modules.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight, std=0.5)
         if name.endswith("norm.weight"):
             torch.nn.init.uniform_(weight, 0.5, 1.5)
     return modules.eval().requires_grad_(False)
 
 
-@pytest.fixture(scope="module", params=[{}, {"conv": 0, "head_norm": False, "rotary_dim": 16}])
+@pytest.fixture(
+    scope="module", params=[{}, {"conv": 0, "head_norm": False, "bias": True, "rotary_dim": 16}]
+)
 def trained(
     request: pytest.FixtureRequest, model: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[EncoderModules, pathlib.Path]:
@@ -204,11 +208,13 @@ def test_lengths_that_do_not_fit_are_refused(model: Any, lengths: list[int]) -> 
 def test_first_weights_of_the_decoder_are_its_own() -> None:
     model = tiny_llama_model(layers=4)
     modules = EncoderModules(config_for(model, intermediate_size=128))
-    copied = initial.from_decoder(modules, model, 0.1)
-    assert {*copied} == {"q", "k", "v", "o", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
-    own = model.model.layers[3].self_attn
-    assert torch.equal(modules.cross[1].q_proj.weight, own.q_proj.weight)
-    assert torch.equal(modules.encoder.layers[1].k_proj.weight, own.k_proj.weight)
+    assert len(initial.from_decoder(modules, model, 0.1)) == 2 * (4 + 4 + 3 + 4)
+    before, behind = (model.model.layers[i] for i in (2, 3))
+    layer = modules.encoder.layers[1]
+    assert torch.equal(layer.attention.k_proj.weight, before.self_attn.k_proj.weight)
+    assert torch.equal(layer.mlp.up_proj.weight, before.mlp.up_proj.weight)
+    assert torch.equal(layer.k_proj.weight, behind.self_attn.k_proj.weight)
+    assert torch.equal(modules.cross[1].q_proj.weight, behind.self_attn.q_proj.weight)
 
 
 # Files

@@ -77,13 +77,17 @@ class Training:
         options, config = self.options, self.model.config
         torch.manual_seed(options.seed)
         shape = shape_of(self.model)
+        names = [name for name, _ in self.model.named_parameters()]
         places = options.cross or evenly(shape.layers, options.layers)
         modules = EncoderModules(
             EncoderConfig(
                 decoder=shape,
                 cross_layers=tuple(places),
                 intermediate_size=config.intermediate_size,
-                rotary_dim=shape.head_dim,
+                rope_theta=config.rope_parameters["rope_theta"],
+                rotary_dim=int(shape.head_dim * getattr(config, "partial_rotary_factor", 1.0)),
+                head_norm=any("q_norm" in name for name in names),
+                bias=any(name.endswith("q_proj.bias") for name in names),
                 conv=options.conv,
             )
         )

@@ -30,7 +30,7 @@ class Files(NamedTuple):
         return Files(config, {name: weight.double() for name, weight in weights.items()})
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        return x @ self.weights[f"{name}.weight"].T
+        return x @ self.weights[f"{name}.weight"].T + self.weights.get(f"{name}.bias", 0.0)
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         scale = (x.square().mean(-1, keepdim=True) + self.config["eps"]).rsqrt()
