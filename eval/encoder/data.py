@@ -67,14 +67,18 @@ class Batch(NamedTuple):
 
 
 def batch_of(rows: Sequence[Row], pad: int) -> Batch:
-    full, encoded, full_where, encoded_where = [], [], [], []
+    full: list[list[int]] = []
+    encoded: list[list[int]] = []
+    full_where: list[list[bool]] = []
+    encoded_where: list[list[bool]] = []
     targets: list[int] = []
     question: list[int] = []
     categories: list[str] = []
     documents: list[list[int]] = []
     owned: list[list[int]] = []
     for row in rows:
-        ids, where = [], []
+        ids: list[int] = []
+        where: list[bool] = []
         for asked in row.asked:
             ids += [*asked.prompt, *asked.answer]
             where += [False] * (len(asked.prompt) - 1) + [True] * len(asked.answer) + [False]
@@ -83,11 +87,10 @@ def batch_of(rows: Sequence[Row], pad: int) -> Batch:
             categories.append(asked.category)
         owned.append([len(documents) + i for i in range(len(row.documents))])
         documents += row.documents
-        for text, out, out_where in (
-            (row.text, full, full_where),
-            ([], encoded, encoded_where),
+        for opening, out, out_where in (
+            (row.before + row.text, full, full_where),
+            (row.before, encoded, encoded_where),
         ):
-            opening = [*row.before, *text]
             out.append(opening + ids)
             out_where.append([False] * len(opening) + where)
     return Batch(

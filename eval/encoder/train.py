@@ -15,54 +15,28 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sglang_pic.encoder.config import EncoderConfig, evenly
 from sglang_pic.encoder.weights import EncoderModules, save
 from sglang_pic.eval.encoder import data, initial
 from sglang_pic.eval.encoder.decoder import looking, seen_by, shape_of
+from sglang_pic.eval.encoder.sources import RUNGS, Curriculum, Source, Texts
 from sglang_pic.eval.models.hybrid import task
 from sglang_pic.eval.models.hybrid.train import Optimizers, kl
 
 LOG_EVERY = 20
 SAVE_SECONDS = 120
 WARM_UP = 50
-RISE_AT = 0.92
-REPLAYS = 0.25
 MASKED = 0.15
 DECAY = 0.3  # last share of the time
-
-
-class Rung(NamedTuple):
-    """A step of the curriculum."""
-
-    segments: int
-    length: int
-    questions: int
-    rows: int
-    categories: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.segments}x{self.length} {'+'.join(self.categories)}"
-
-
-RUNGS = (
-    Rung(1, 32, 4, 32, ("single",)),
-    Rung(1, 32, 4, 32, ("single", "copy")),
-    Rung(2, 32, 6, 24, ("single", "copy")),
-    Rung(2, 32, 7, 24, ("single", "seam", "twohop", "copy")),
-    Rung(4, 32, 10, 16, ("single", "seam", "twohop", "copy")),
-    Rung(4, 48, 10, 16, ("single", "seam", "twohop", "copy")),
-    Rung(8, 48, 16, 10, ("single", "seam", "twohop", "copy")),
-)
 
 
 class Training:
@@ -76,26 +50,44 @@ class Training:
         self.model = model.eval().requires_grad_(False)
         self.modules = self._first_modules()
         self.optimizers = Optimizers(self.modules, options.lr, options.other_lr)
-        self.step = self.rung = self.on_rung = 0
+        self.source = self._source()
+        self.step = self.on_stage = 0
         self.seconds = 0.0
-        self.running: dict[str, float] = {}
+        self.running: dict[str, float] = {}  # means of the present stage
         self.checkpoint = self.out / "checkpoint.pt"
         if self.checkpoint.exists():
             self._restore()
+        elif options.start:
+            state = torch.load(Path(options.start) / "checkpoint.pt", weights_only=True)
+            self.modules.load_state_dict(state["modules"])
         if options.rung is not None:
-            self.rung, self.on_rung, self.running = options.rung, 0, {}
+            self.source.stage, self.on_stage, self.running = options.rung, 0, {}
+
+    def _source(self) -> Source:
+        options = self.options
+        if options.data is None:
+            return Curriculum(0, options.highest)
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        answers = self.out / "answers.jsonl"
+        return Texts(
+            options.data, self.model, tokenizer, answers, pool=options.pool, rows=options.rows
+        )
 
     def _first_modules(self) -> EncoderModules:
         options, config = self.options, self.model.config
         torch.manual_seed(options.seed)
         shape = shape_of(self.model)
+        names = [name for name, _ in self.model.named_parameters()]
         places = options.cross or evenly(shape.layers, options.layers)
         modules = EncoderModules(
             EncoderConfig(
                 decoder=shape,
                 cross_layers=tuple(places),
                 intermediate_size=config.intermediate_size,
-                rotary_dim=shape.head_dim,
+                rope_theta=config.rope_parameters["rope_theta"],
+                rotary_dim=int(shape.head_dim * getattr(config, "partial_rotary_factor", 1.0)),
+                head_norm=any("q_norm" in name for name in names),
+                bias=any(name.endswith("q_proj.bias") for name in names),
                 conv=options.conv,
             )
         )
@@ -121,19 +113,16 @@ class Training:
         self._save()
 
     def _train_on_one(self, rng: np.random.Generator, scale: float) -> None:
-        replay = self.rung > 0 and rng.random() < REPLAYS
-        rung = RUNGS[int(rng.integers(max(0, self.rung - 2), self.rung)) if replay else self.rung]
-        rows = [
-            data.synthetic(rng, rung.segments, rung.length, rung.questions, rung.categories)
-            for _ in range(rung.rows)
-        ]
-        batch = data.batch_of(rows, task.PAD)
-        noted = self._learn_from(batch, rng)
+        for _ in range(self.options.accumulate):
+            rows, counts = self.source.draw(rng)
+            noted = self._learn_from(data.batch_of(rows, self.source.pad), rng)
+            if counts:
+                self._note(noted)
         nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
         self.optimizers.step(scale)
         self.step += 1
-        if not replay:
-            self._note(noted)
+        if self.source.advance(self.running, self.on_stage):
+            self.on_stage, self.running = 0, {}
         if self.step % LOG_EVERY == 0:
             self._log()
 
@@ -160,7 +149,7 @@ class Training:
             restored = F.cross_entropy(guess, ids[hidden])
             noted["masked"] = restored.item()
             loss = loss + options.masked * restored
-        loss.backward()
+        (loss / options.accumulate).backward()
         found = data.exact(batch, logits.argmax(-1))
         return noted | {name: right / asked for name, (right, asked) in found.items()}
 
@@ -169,22 +158,18 @@ class Training:
         return self.model.lm_head(hidden[where])
 
     def _note(self, noted: dict[str, float]) -> None:
-        self.on_rung += 1
-        weight = max(0.05, 1 / self.on_rung)
+        self.on_stage += 1
+        weight = max(0.05, 1 / self.on_stage)
         for name, value in noted.items():
             before = self.running.get(name, value)
             self.running[name] = before + weight * (value - before)
-        found = [self.running[name] for name in RUNGS[self.rung].categories if name in self.running]
-        learnt = sum(found) / len(found) > RISE_AT and self.on_rung >= 40
-        if learnt and self.rung < self.options.highest:
-            self.rung, self.on_rung, self.running = self.rung + 1, 0, {}
 
     def _log(self) -> None:
         gates = [round(b.attention_gate.tanh().item(), 3) for b in self.modules.cross]
         line = {
             "step": self.step,
             "minutes": round(self.seconds / 60, 2),
-            "rung": str(RUNGS[self.rung]),
+            "rung": self.source.label,
             **{name: round(value, 4) for name, value in self.running.items()},
             "gates": gates,
         }
@@ -196,6 +181,7 @@ class Training:
         state = {
             "modules": self.modules.state_dict(),
             "optimizers": self.optimizers.state_dict(),
+            "stage": self.source.stage,
             **{name: getattr(self, name) for name in self._counted},
         }
         partial = self.checkpoint.with_suffix(".partial")
@@ -203,12 +189,13 @@ class Training:
         partial.rename(self.checkpoint)
         save(self.modules, self.out)
 
-    _counted = ("step", "seconds", "rung", "on_rung", "running")
+    _counted = ("step", "seconds", "on_stage", "running")
 
     def _restore(self) -> None:
         state: dict[str, Any] = torch.load(self.checkpoint, weights_only=True)
         self.modules.load_state_dict(state["modules"])
         self.optimizers.load_state_dict(state["optimizers"])
+        self.source.stage = state["stage"]
         for name in self._counted:
             setattr(self, name, state[name])
 
@@ -219,6 +206,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model", required=True, help="directory of the frozen decoder")
     parser.add_argument("--out", required=True, help="directory of checkpoint and curve")
+    parser.add_argument("--data", type=Path, help="questions over texts, as MuSiQue's")
+    parser.add_argument("--pool", type=int, default=2000, help="rows made of --data (%(default)s)")
+    parser.add_argument("--rows", type=int, default=4, help="of a batch of --data (%(default)s)")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches a step (%(default)s)")
+    parser.add_argument("--start", help="directory whose checkpoint gives the first weights")
     parser.add_argument("--minutes", type=float, default=60, help="to train in this call")
     parser.add_argument("--layers", type=int, default=2, help="of the encoder")
     parser.add_argument("--cross", type=int, nargs="+", help="decoder layers, not the even ones")

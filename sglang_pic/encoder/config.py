@@ -48,6 +48,7 @@ class EncoderConfig:
         intermediate_size: of all MLPs.
         rotary_dim: channels of a head that are rotated, the first ones.
         head_norm: the encoder's own attention normalises queries and keys.
+        bias: its four projections have biases.
         conv: width of a centred depthwise convolution in front of each encoder
             layer's attention, odd; 0 is none.
         max_tokens: of a segment.
@@ -59,6 +60,7 @@ class EncoderConfig:
     rope_theta: float = 10000.0
     rotary_dim: int = 0
     head_norm: bool = True
+    bias: bool = False
     conv: int = 0
     eps: float = 1e-6
     max_tokens: int = 4096

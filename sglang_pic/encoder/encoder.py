@@ -50,10 +50,11 @@ class EncoderAttention(nn.Module):
         super().__init__()
         shape, self.config = config.decoder, config
         width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        self.q_proj = nn.Linear(shape.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(shape.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(shape.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, shape.hidden_size, bias=False)
+        hidden, bias = shape.hidden_size, config.bias
+        self.q_proj = nn.Linear(hidden, width, bias)
+        self.k_proj = nn.Linear(hidden, kv_width, bias)
+        self.v_proj = nn.Linear(hidden, kv_width, bias)
+        self.o_proj = nn.Linear(width, hidden, bias)
         if config.head_norm:
             self.q_norm = nn.RMSNorm(shape.head_dim, config.eps)
             self.k_norm = nn.RMSNorm(shape.head_dim, config.eps)
