@@ -405,15 +405,15 @@ def check_encoder(directory: str, model_path: str) -> None:
     """
     from transformers import AutoConfig
 
-    from sglang_pic.encoder.config import EncoderConfig, decoder_shape, fingerprint
+    from sglang_pic.encoder.config import decoder_shape, fingerprint
+    from sglang_pic.encoder.weights import load
 
-    encoder = EncoderConfig.load(pathlib.Path(directory))
     served = fingerprint(pathlib.Path(model_path))
     try:
         text = AutoConfig.from_pretrained(model_path).get_text_config()
     except (OSError, ValueError) as error:
         raise PicConfigError(f"cannot read the model's configuration: {error}") from error
-    encoder.check_decoder(decoder_shape(text, served))
+    load(pathlib.Path(directory), decoder_shape(text, served))
 
 
 def did_you_mean(word: str, known: Iterable[str], *, alike: float = 0.6) -> str:

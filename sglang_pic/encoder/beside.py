@@ -106,5 +106,8 @@ class BesideModel:
         ids = torch.tensor([token for one in documents for token in one], device=device)
         found = self.modules.encoder(self._model.get_input_embeddings()(ids), lengths)
         keys, values = found.k.split(lengths, 1), found.v.split(lengths, 1)
-        return [EncoderKV(k.contiguous().clone(), v.contiguous().clone())
-                for k, v in zip(keys, values, strict=True)]  # fmt: skip
+        own = torch.contiguous_format
+        return [
+            EncoderKV(k.clone(memory_format=own), v.clone(memory_format=own))
+            for k, v in zip(keys, values, strict=True)
+        ]

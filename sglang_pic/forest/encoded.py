@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from sglang_pic.attention.rows import by_row, can_tell
 from sglang_pic.encoder.encoder import EncoderKV
 from sglang_pic.encoder.limits import fits
-from sglang_pic.encoder.step import make_step
+from sglang_pic.encoder.step import DocumentStep, make_step
 from sglang_pic.errors import PicIntegrityError, PicRefused
 from sglang_pic.forest.cost import PrefillCost
 from sglang_pic.forest.keys import document_id
@@ -143,7 +143,7 @@ class NoDocuments:
         pass
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Row:
     """The documents of a request by name, and what gives them back, once."""
 
@@ -167,9 +167,9 @@ class Encoded:
         self._cost = cost
         self._share = beside.config.layers / layers
         self._rows: weakref.WeakKeyDictionary[Req, _Row] = weakref.WeakKeyDictionary()
+        self._arranged: tuple[list[_Row | None], list[int], DocumentStep | None] = [], [], None
         # Requests that see each document.
         self._users: Counter[str] = Counter()
-        self._tenants: dict[str, str] = {}
         self._encoded = self._tokens = self._no_room = 0
 
     def _name(self, tenant: str | None, tokens: array) -> str:
@@ -245,17 +245,21 @@ class Encoded:
     def hand_over(self, batch: Any, reqs: Sequence[Req]) -> None:
         rows = [self._rows.get(req) for req in reqs]
         if not any(rows):
+            self._arranged = [], [], None
             self._beside.steps.set((), None)
             return
         if not can_tell(batch):
             raise PicIntegrityError("which rows of the batch have documents cannot be told")
-        seen = [row.documents if row is not None else None for row in rows]
-        of_rows = by_row(batch.rids, seen, batch)
+        of_rows = by_row(batch.rids, rows, batch)
         lengths = [1] * len(of_rows)
         if batch.forward_mode.is_extend():
             lengths = [int(n) for n in batch.extend_seq_lens_cpu]
-        step = make_step(of_rows, lengths, batch.seq_lens.device)
-        self._beside.steps.set(batch.rids, step)
+        # While the same rows decode it stays as it is.
+        if (of_rows, lengths) != self._arranged[:2]:
+            seen = [row.documents if row is not None else None for row in of_rows]
+            step = make_step(seen, lengths, batch.seq_lens.device)
+            self._arranged = of_rows, lengths, step
+        self._beside.steps.set(batch.rids, self._arranged[2])
 
     def of(self, reqs: Sequence[Req]) -> list[Req]:
         return [req for req in reqs if req in self._rows]
