@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 from array import array
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from sglang_pic.encoder.limits import ENCODE_TOKENS
 from sglang_pic.encoder.step import Steps
 from sglang_pic.errors import PicActionError, PicIntegrityError, PicRefused, PicRequestError
 from sglang_pic.forest.cost import PrefillCost
-from sglang_pic.forest.encoded import DOCUMENT, Encoded
+from sglang_pic.forest.encoded import DOCUMENT, LEASE_S, Encoded, Wanted
 from sglang_pic.forest.keys import document_id
 from sglang_pic.linear.state import StateStore
 from sglang_pic.link.policy import LinkOptions
@@ -33,7 +34,6 @@ from sglang_pic.request.internal import (
     link_hints,
     read_internal,
 )
-from sglang_pic.server.compiler import COMPILED, FAILED, SHARED
 from sglang_pic.server.documents import Encoder, Job, cut, report
 from sglang_pic.server.queue import FairQueue
 
@@ -59,17 +59,40 @@ class Beside:
         return [EncoderKV(one.repeat(1, 1, 1, 2), one.repeat(1, 1, 1, 2)) for one in made]
 
 
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+clock = Clock()
+_leases = itertools.count()
+
+
 def held_by(tokens: int) -> tuple[Encoded, Beside, StateStore]:
     """What holds so many tokens at most."""
     store = StateStore(PicConfig())
     store.budget = tokens * EACH
     beside = Beside()
     cost = PrefillCost(1e6, 10.0, 16)
-    return Encoded(beside, store, cost, layers=4), beside, store  # type: ignore[arg-type]
+    made = Encoded(beside, store, cost, layers=4, clock=clock)  # type: ignore[arg-type]
+    return made, beside, store
 
 
 def ids(seed: int, count: int) -> array:
     return array("q", [seed * 1000 + i for i in range(count)])
+
+
+def wanted(*documents: array, tenant: str | None = None, held: Sequence[str] = ()) -> Wanted:
+    """A prompt, under a lease of its own."""
+    return Wanted(f"lease-{next(_leases)}", tenant, held, documents)
+
+
+def asked(prompt: Wanted, *, strict: bool = True) -> EncodedRequest:
+    """What it is as a request."""
+    names = [*prompt.held, *(document_id(prompt.tenant, one) for one in prompt.documents)]
+    return EncodedRequest(tuple(names), prompt.lease, strict)
 
 
 @pytest.fixture(scope="module")
@@ -78,72 +101,124 @@ def driver() -> Driver:
 
 
 def request(driver: Driver, salt: str | None = None) -> Any:
-    req = driver.request([1, 2, 3], salt)
-    req.multimodal_inputs = None
-    return req
+    return driver.request([1, 2, 3], salt)
 
 
 # -- the scheduler ------------------------------------------------------------------
 
 
-def test_a_document_is_encoded_once(driver: Driver) -> None:
+def test_a_document_is_encoded_once() -> None:
     encoded, beside, _ = held_by(100)
-    assert encoded.encode([(None, ids(1, 10)), (None, ids(2, 20))]) == [True, True]
-    assert encoded.encode([(None, ids(2, 20)), (None, ids(3, 5))]) == [True, True]
+    assert encoded.encode([wanted(ids(1, 10), ids(2, 20))]) == [True]
+    assert encoded.encode([wanted(ids(2, 20)), wanted(ids(3, 5), ids(2, 20))]) == [True, True]
     assert beside.read == [[10, 20], [5]]
-    assert encoded.encode([("a", ids(3, 5)), ("b", ids(3, 5))]) == [True, True]
+    both = [wanted(ids(3, 5), tenant="a"), wanted(ids(3, 5), tenant="b")]
+    assert encoded.encode(both) == [True, True]
     assert beside.read[2:] == [[5, 5]]
     told = encoded.to_json()
     assert told["documents"] == 5 and told["bytes"] == 45 * EACH
+    assert told["encoded"] == 5 and told["encoded_tokens"] == 45
 
 
 def test_a_tenant_sees_its_own_alone(driver: Driver) -> None:
     encoded, _, _ = held_by(100)
-    encoded.encode([("a", ids(1, 10))])
-    name = document_id("a", ids(1, 10))
-    assert encoded.take(request(driver, "b"), [name]) == [0]
-    assert encoded.take(request(driver, None), [name]) == [0]
-    assert encoded.take(request(driver, "a"), [name]) == []
+    prompt = wanted(ids(1, 10), tenant="a")
+    encoded.encode([prompt])
+    assert encoded.take(request(driver, "b"), asked(prompt)) == [0]
+    assert encoded.take(request(driver, None), asked(prompt)) == [0]
     assert encoded.flush("b") == 0
+    req = request(driver, "a")
+    assert encoded.take(req, asked(prompt)) == []
+    assert encoded.flush("a") == 0
+    encoded.end(req)
+    assert encoded.flush("a") == 1
 
 
 def test_what_a_request_sees_stays_until_it_ends(driver: Driver) -> None:
     encoded, _, _ = held_by(30)
-    encoded.encode([(None, ids(1, 20))])
-    name = document_id(None, ids(1, 20))
+    prompt, other = wanted(ids(1, 20)), wanted(ids(2, 20))
+    assert encoded.encode([prompt]) == [True]
     first, second = request(driver), request(driver)
-    assert encoded.take(first, [name]) == encoded.take(second, [name]) == []
+    assert encoded.take(first, asked(prompt)) == encoded.take(second, asked(prompt)) == []
     assert encoded.to_json()["in_use"] == 1
-    assert encoded.encode([(None, ids(2, 20))]) == [False]
-    assert encoded.flush(None) == 0
+    assert encoded.encode([other]) == [False]
     encoded.end(first)
     encoded.end(first)
-    assert encoded.encode([(None, ids(2, 20))]) == [False]
+    assert encoded.encode([other]) == [False]
     # One that ended in SGLang's queue is not told of.
     del second
     gc.collect()
     assert encoded.to_json()["in_use"] == 0
-    assert encoded.encode([(None, ids(2, 20))]) == [True]
-    assert encoded.take(request(driver), [name]) == [0]
+    assert encoded.encode([other]) == [True]
+    assert encoded.take(request(driver), asked(prompt)) == [0]
     encoded.check()
+
+
+def test_what_is_encoded_stays_until_its_prompt_comes(driver: Driver) -> None:
+    encoded, _, _ = held_by(30)
+    prompt = wanted(ids(1, 20))
+    assert encoded.encode([prompt, wanted(ids(2, 20))]) == [True, False]
+    assert encoded.encode([wanted(ids(2, 20))]) == [False]
+    encoded.check()
+    clock.now += LEASE_S + 1
+    assert encoded.encode([wanted(ids(2, 20))]) == [True]
+    assert encoded.take(request(driver), asked(prompt)) == [0]
+    # Of several samples none ends it.
+    several = wanted(ids(3, 5))
+    encoded.encode([several])
+    req = request(driver)
+    encoded.take(req, asked(several, strict=False))
+    encoded.end(req)
+    assert encoded.to_json()["in_use"] == 2
+    encoded.check()
+
+
+def test_a_prompt_gets_all_of_its_documents_or_none(driver: Driver) -> None:
+    """Else those of several would wait for each other's."""
+    encoded, _, _ = held_by(50)
+    one, two = wanted(ids(1, 20), ids(2, 20)), wanted(ids(3, 20), ids(4, 20))
+    assert encoded.encode([one, two]) == [True, False]
+    assert encoded.to_json()["in_use"] == 2
+    req = request(driver)
+    assert encoded.take(req, asked(one)) == []
+    assert encoded.encode([two]) == [False]
+    encoded.end(req)
+    assert encoded.encode([two]) == [True]
+    # In parts, under one lease.
+    encoded, _, _ = held_by(50)
+    begun = wanted(ids(1, 20))
+    assert encoded.encode([begun]) == [True]
+    more = Wanted(begun.lease, None, asked(begun).documents, [ids(2, 20)])
+    assert encoded.encode([more]) == [True]
+    assert encoded.to_json()["in_use"] == 2
+    too_much = Wanted(begun.lease, None, (), [ids(3, 20)])
+    assert encoded.encode([too_much]) == [False]
+    assert encoded.to_json()["in_use"] == 0
+    encoded.check()
+
+
+def test_what_was_held_and_is_gone_is_told() -> None:
+    encoded, _, _ = held_by(50)
+    assert encoded.encode([wanted(ids(1, 20), held=["gone"])]) == [False]
+    assert encoded.to_json()["in_use"] == 0
 
 
 def test_rows_are_kept_apart_by_what_they_see(driver: Driver) -> None:
     encoded, _, _ = held_by(100)
-    documents = [(None, ids(i, 5)) for i in range(3)]
-    encoded.encode(documents)
-    names = [document_id(None, one) for _, one in documents]
+    prompt = wanted(*(ids(i, 5) for i in range(3)))
+    encoded.encode([prompt])
+    names = asked(prompt).documents
     keys = set()
     for seen in (names, names[::-1], names[:2], names[:1]):
         req = request(driver)
         req.extra_key = "mine"
-        encoded.take(req, seen)
+        encoded.take(req, EncodedRequest(seen))
         assert req.extra_key.startswith("mine\x1f")
         keys.add(req.extra_key)
     assert len(keys) == 4
     again = request(driver)
     again.extra_key = "mine"
-    encoded.take(again, names)
+    encoded.take(again, EncodedRequest(names))
     assert again.extra_key in keys
 
 
@@ -159,12 +234,13 @@ def test_rows_are_kept_apart_by_what_they_see(driver: Driver) -> None:
 )
 def test_other_requests_have_no_documents(driver: Driver, change: dict[str, Any]) -> None:
     encoded, _, _ = held_by(100)
-    encoded.encode([(None, ids(1, 5))])
+    prompt = wanted(ids(1, 5))
+    encoded.encode([prompt])
     req = request(driver)
     for name, value in change.items():
         setattr(req, name, value)
     with pytest.raises(PicRefused, match="not with encoded documents") as refused:
-        encoded.take(req, [document_id(None, ids(1, 5))])
+        encoded.take(req, asked(prompt))
     assert refused.value.status == 400
 
 
@@ -172,7 +248,7 @@ def test_what_is_encoded_in_one_go_is_bounded() -> None:
     encoded, beside, _ = held_by(100)
     for lengths in ([MAX + 1], [MAX, *[1] * (ENCODE_TOKENS // MAX)]):
         with pytest.raises(PicRefused, match="too much"):
-            encoded.encode([(None, ids(i, n)) for i, n in enumerate(lengths)])
+            encoded.encode([wanted(*(ids(i, n) for i, n in enumerate(lengths)))])
     assert not beside.read
 
 
@@ -192,17 +268,24 @@ def batch_of(reqs: Sequence[Any], lengths: Sequence[int] | None = None) -> Any:
 
 def test_a_batch_is_told_which_rows_see_what(driver: Driver) -> None:
     encoded, beside, _ = held_by(100)
-    encoded.encode([(None, ids(1, 5))])
+    prompt = wanted(ids(1, 5))
+    encoded.encode([prompt])
     seeing, plain = request(driver), request(driver)
-    encoded.take(seeing, [document_id(None, ids(1, 5))])
+    encoded.take(seeing, asked(prompt))
     batch = batch_of([plain, seeing], [3, 2])
     encoded.hand_over(batch, [plain, seeing])
     step = beside.steps.read(batch)
     assert step is not None and step.tokens.tolist() == [3, 4]
-    batch = batch_of([plain, seeing])
-    encoded.hand_over(batch, [plain, seeing])
-    step = beside.steps.read(batch)
-    assert step is not None and step.tokens.tolist() == [1]
+    for _ in range(2):
+        batch = batch_of([plain, seeing])
+        encoded.hand_over(batch, [plain, seeing])
+        step, former = beside.steps.read(batch), step
+        assert step is not None and step.tokens.tolist() == [1]
+    # Nothing is arranged anew while the same rows decode.
+    assert step is former
+    encoded.hand_over(batch_of([seeing]), [seeing])
+    step = beside.steps.read(batch_of([seeing]))
+    assert step is not None and step.tokens.tolist() == [0]
     encoded.hand_over(batch_of([plain]), [plain])
     assert beside.steps.read(batch_of([plain])) is None
     with pytest.raises(PicIntegrityError, match="cannot be told"):
@@ -215,23 +298,27 @@ sizes = st.lists(st.integers(1, 30), min_size=1, max_size=12)
 
 @settings(max_examples=40, deadline=None)
 @given(sizes=sizes, room=st.integers(1, 60), data=st.data())
-def test_whatever_happens_the_sums_hold(sizes: list[int], room: int, data: Any) -> None:
-    driver = Driver(1, 64, PicConfig(min_segment=1))
+def test_whatever_happens_the_sums_hold(
+    driver: Driver, sizes: list[int], room: int, data: Any
+) -> None:
     encoded, _, store = held_by(room)
     running: list[Any] = []
     for i, size in enumerate(sizes):
-        document = (None, ids(i, size))
-        (held,) = encoded.encode([document])
-        assert held is (store.held(document_id(*document), (DOCUMENT, "digest", "")) is not None)
-        if held and data.draw(st.booleans()):
+        prompt = wanted(ids(i, size), ids(max(0, i - 2), sizes[max(0, i - 2)]))
+        (kept,) = encoded.encode([prompt])
+        if kept and data.draw(st.booleans()):
             running.append(request(driver))
-            assert encoded.take(running[-1], [document_id(*document)]) == []
+            assert encoded.take(running[-1], asked(prompt)) == []
         if running and data.draw(st.booleans()):
             encoded.end(running.pop(data.draw(st.integers(0, len(running) - 1))))
+        if data.draw(st.booleans()):
+            clock.now += LEASE_S + 1
         encoded.check()
         assert store.nbytes <= store.budget
     for req in running:
         encoded.end(req)
+    clock.now += LEASE_S + 1
+    encoded.encode([])
     assert encoded.to_json()["in_use"] == 0
     held = len(store.names(DOCUMENT))
     assert encoded.flush(None) == held and store.nbytes == 0
@@ -293,19 +380,21 @@ class Scheduler:
 
     async def __call__(self, do: str, **fields: Any) -> list[Any]:
         assert do == "encode" and not self._busy
-        assert sum(fields["lengths"]) == len(fields["ids"])
+        leases = fields["leases"]
+        lengths = [length for lease in leases for length in lease["lengths"]]
+        assert sum(lengths) == len(fields["ids"])
         self._busy = True
         await asyncio.sleep(0)
         self._busy = False
         if self.error is not None:
             raise self.error
-        self.sent.append(fields["lengths"])
-        self.tenants += fields["tenants"]
-        held = []
-        for length in fields["lengths"]:
-            held.append(length <= self.room)
-            self.room -= length if held[-1] else 0
-        return [{"held": held}]
+        self.sent.append(lengths)
+        self.tenants += [lease["tenant"] for lease in leases]
+        kept = []
+        for lease in leases:
+            kept.append(sum(lease["lengths"]) <= self.room)
+            self.room -= sum(lease["lengths"]) if kept[-1] else 0
+        return [{"kept": kept}]
 
 
 def encoder(scheduler: Scheduler, *, waiting: int = 64, longest: int = 1 << 20) -> Encoder:
@@ -317,34 +406,45 @@ def doc(seed: int, count: int) -> tuple[int, ...]:
     return tuple(ids(seed, count))
 
 
-def test_documents_go_together_and_each_once() -> None:
+def encode(front: Encoder, *documents: tuple[int, ...], tenant: str | None = None) -> Any:
+    return front.encode(f"lease-{next(_leases)}", tenant, 0, [], documents)
+
+
+def test_prompts_go_together() -> None:
     async def run() -> None:
         scheduler = Scheduler()
         front = encoder(scheduler)
-        one, two = await asyncio.gather(
-            front.encode([doc(1, 10), doc(2, 20)], None, 0),
-            front.encode([doc(2, 20), doc(3, 30)], None, 0),
+        kept = await asyncio.gather(
+            encode(front, doc(1, 10), doc(2, 20), doc(1, 10)), encode(front, doc(3, 30))
         )
-        assert sorted(n for one in scheduler.sent for n in one) == [10, 20, 30]
-        assert [made.outcome for made in one] == [COMPILED, COMPILED]
-        assert [made.outcome for made in two] == [SHARED, COMPILED]
-        assert [made.tokens for made in (*one, *two)] == [10, 20, 0, 30]
-        again = await front.encode([doc(1, 10)], None, 0)
-        assert [made.outcome for made in again] == [COMPILED]
+        assert kept == [True, True]
+        assert scheduler.sent == [[10, 20, 30]]
+        assert await encode(front, doc(4, 10)) is True
+        assert await encode(front) is True
+        assert scheduler.sent[1:] == [[10]]
 
     asyncio.run(run())
 
 
-def test_a_batch_is_within_the_bound() -> None:
+documents_of = st.lists(st.integers(1, MAX), min_size=1, max_size=30)
+
+
+@settings(max_examples=30)
+@given(prompts=st.lists(documents_of, min_size=1, max_size=5), longest=st.integers(MAX, 900))
+def test_a_batch_is_within_the_bound_and_all_are_sent(
+    prompts: list[list[int]], longest: int
+) -> None:
     async def run() -> None:
         scheduler = Scheduler()
-        front = encoder(scheduler, longest=250)
-        await front.encode([doc(i, MAX) for i in range(7)], "a", 0)
-        assert all(sum(lengths) <= 250 for lengths in scheduler.sent)
-        assert [n for one in scheduler.sent for n in one] == [MAX] * 7
-        many = Scheduler()
-        await encoder(many).encode([doc(0, MAX), *(doc(i, 1) for i in range(1, 64))], None, 0)
-        assert all(len(one) * max(one) <= ENCODE_TOKENS for one in many.sent)
+        front = encoder(scheduler, longest=longest)
+        numbers = itertools.count()
+        made = [[doc(next(numbers), size) for size in one] for one in prompts]
+        assert all(await asyncio.gather(*(encode(front, *one) for one in made)))
+        for lengths in scheduler.sent:
+            assert sum(lengths) <= longest
+            assert len(lengths) * max(lengths) <= ENCODE_TOKENS
+        sent = [length for lengths in scheduler.sent for length in lengths]
+        assert sorted(sent) == sorted(length for one in prompts for length in one)
 
     asyncio.run(run())
 
@@ -353,10 +453,9 @@ def test_tenants_take_turns() -> None:
     async def run() -> None:
         scheduler = Scheduler()
         front = encoder(scheduler)
-        await asyncio.gather(
-            front.encode([doc(i, 10) for i in range(5)], "a", 0),
-            front.encode([doc(i, 10) for i in range(2)], "b", 0),
-        )
+        asking = [encode(front, doc(i, 10), tenant="a") for i in range(5)]
+        asking += [encode(front, doc(i, 10), tenant="b") for i in range(2)]
+        await asyncio.gather(*asking)
         assert scheduler.tenants[:4] == ["a", "b", "a", "b"]
 
     asyncio.run(run())
@@ -366,14 +465,36 @@ def test_what_does_not_fit_and_what_fails_is_told() -> None:
     async def run() -> None:
         scheduler = Scheduler(room=15)
         front = encoder(scheduler)
-        made = await front.encode([doc(1, 10), doc(2, 20)], None, 0)
-        assert [one.outcome for one in made] == [COMPILED, FAILED]
+        asking = asyncio.gather(encode(front, doc(1, 10)), encode(front, doc(2, 20)))
+        assert await asking == [True, False]
         scheduler.error = PicRefused(409, "no", "pic.mode")
-        made = await front.encode([doc(3, 10)], None, 0)
-        assert made[0].outcome == FAILED and made[0].error is scheduler.error
+        with pytest.raises(PicRefused, match="no"):
+            await encode(front, doc(3, 10))
         scheduler.error = None
+        assert await encode(front, doc(4, 5)) is True
+        # Of a prompt that needs several goes, the first of which fails, no more is sent.
+        many = [doc(i, MAX) for i in range(200)]
+        assert await encode(front, *many) is False
+        assert len(scheduler.sent[-1]) < 200
         short = encoder(Scheduler(), waiting=1)
-        made = await short.encode([doc(1, 10), doc(2, 10)], None, 0)
-        assert [one.outcome for one in made] == [COMPILED, FAILED]
+        outcomes = await asyncio.gather(
+            encode(short, doc(1, 10)), encode(short, doc(2, 10)), return_exceptions=True
+        )
+        assert outcomes[0] is True and isinstance(outcomes[1], PicRefused)
+        assert outcomes[1].status == 429
+
+    asyncio.run(run())
+
+
+def test_a_client_that_leaves_takes_nothing_with_it() -> None:
+    async def run() -> None:
+        scheduler = Scheduler()
+        front = encoder(scheduler)
+        leaving = asyncio.ensure_future(encode(front, doc(1, 10)))
+        staying = asyncio.ensure_future(encode(front, doc(2, 10)))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        assert await staying is True
+        assert scheduler.sent == [[10, 10]]
 
     asyncio.run(run())

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import time
 import weakref
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from sglang_pic.attention.rows import by_row, can_tell
 from sglang_pic.encoder.encoder import EncoderKV
@@ -24,6 +25,7 @@ from sglang_pic.forest.cost import PrefillCost
 from sglang_pic.forest.keys import document_id
 from sglang_pic.forest.state import asked_for_more
 from sglang_pic.linear.state import StateStore
+from sglang_pic.request.internal import EncodedRequest
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 # Kind of thing in the eviction order.
 DOCUMENT = "document"
+# A prompt whose documents are kept has come by then, or has them encoded again.
+LEASE_S = 30.0
 NO_ENCODER = "this server has no encoder: --pic-encoder"
 
 
@@ -48,19 +52,38 @@ class Document:
         return sum(t.numel() * t.element_size() for t in self.kv)
 
 
+class Wanted(NamedTuple):
+    """Documents that a prompt will need.
+
+    Attributes:
+        lease: names the prompt.
+        held: names of documents that were held lately.
+        documents: tokens of others.
+    """
+
+    lease: str
+    tenant: str | None
+    held: Sequence[str]
+    documents: Sequence[array]
+
+
 class Documents(Protocol):
     """What the scheduler does for requests with documents."""
 
-    def encode(self, documents: Sequence[tuple[str | None, array]]) -> list[bool]:
-        """Have these encoded, of each the tenant and the tokens; which of them are held.
+    def encode(self, prompts: Sequence[Wanted]) -> list[bool]:
+        """Have encoded what of these prompts' documents is not held, and keep all of a
+        prompt until it comes.
+
+        Returns:
+            Of which prompts all are kept; of the others none is.
 
         Raises:
             PicRefused: 409, there is no encoder; 400, they are too much for one go.
         """
         ...
 
-    def take(self, req: Req, names: Sequence[str]) -> list[int]:
-        """Give a request that has arrived the documents of these names.
+    def take(self, req: Req, asked: EncodedRequest) -> list[int]:
+        """Give a request that has arrived its documents.
 
         Returns:
             Indices of those that are not held; the request has none then.
@@ -106,10 +129,10 @@ class Documents(Protocol):
 class NoDocuments:
     """Of a server without an encoder."""
 
-    def encode(self, documents: Sequence[tuple[str | None, array]]) -> list[bool]:
+    def encode(self, prompts: Sequence[Wanted]) -> list[bool]:
         raise PicRefused(409, NO_ENCODER, "pic.mode")
 
-    def take(self, req: Req, names: Sequence[str]) -> list[int]:
+    def take(self, req: Req, asked: EncodedRequest) -> list[int]:
         raise PicRefused(400, NO_ENCODER, "pic.mode")
 
     def hand_over(self, batch: Any, reqs: Sequence[Req]) -> None:
@@ -159,56 +182,94 @@ class Encoded:
         store: of what segments carry beside pages.
         cost: of the model, whose layers the encoder's are like.
         layers: of the model.
+        clock: seconds, monotonic.
     """
 
-    def __init__(self, beside: BesideModel, store: StateStore, cost: PrefillCost, layers: int):
+    def __init__(
+        self,
+        beside: BesideModel,
+        store: StateStore,
+        cost: PrefillCost,
+        layers: int,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self._beside = beside
         self._store = store
         self._cost = cost
+        self._clock = clock
         self._share = beside.config.layers / layers
         self._rows: weakref.WeakKeyDictionary[Req, _Row] = weakref.WeakKeyDictionary()
         self._arranged: tuple[list[_Row | None], list[int], DocumentStep | None] = [], [], None
         # Requests that see each document.
         self._users: Counter[str] = Counter()
+        # Those kept for prompts on their way, and until when.
+        self._leases: dict[str, tuple[float, list[str]]] = {}
         self._encoded = self._tokens = self._no_room = 0
-
-    def _name(self, tenant: str | None, tokens: array) -> str:
-        return document_id(tenant, tokens)
 
     def _owner(self, tenant: str | None) -> tuple[str, ...]:
         return (DOCUMENT, self._beside.digest, tenant or "")
 
-    def encode(self, documents: Sequence[tuple[str | None, array]]) -> list[bool]:
-        wanted = {}
-        for tenant, tokens in documents:
-            name, owner = self._name(tenant, tokens), self._owner(tenant)
-            if self._store.held(name, owner) is None:
-                wanted[name] = (owner, tokens)
-        if wanted:
-            self._encode(wanted)
-        return [
-            self._store.held(self._name(tenant, tokens), self._owner(tenant)) is not None
-            for tenant, tokens in documents
-        ]
+    def encode(self, prompts: Sequence[Wanted]) -> list[bool]:
+        now = self._clock()
+        for lease in [lease for lease, (until, _) in self._leases.items() if until <= now]:
+            self._end_lease(lease)
+        fresh = self._read(prompts)
+        return [self._keep_all(prompt, fresh, now + LEASE_S) for prompt in prompts]
 
-    def _encode(self, wanted: Mapping[str, tuple[tuple[str, ...], array]]) -> None:
+    def _read(self, prompts: Sequence[Wanted]) -> dict[str, Document]:
+        """By name what of all these documents was not held."""
+        wanted = {}
+        for prompt in prompts:
+            owner = self._owner(prompt.tenant)
+            for tokens in prompt.documents:
+                name = document_id(prompt.tenant, tokens)
+                if self._store.held(name, owner) is None:
+                    wanted[name] = (owner, tokens)
+        if not wanted:
+            return {}
         lengths = [len(tokens) for _, tokens in wanted.values()]
         if not fits(lengths, self._beside.config.max_tokens):
             raise PicRefused(400, f"too much to encode in one go: {lengths!r:.80}", "lengths")
         found = self._beside.encode([tokens for _, tokens in wanted.values()])
-        for (name, (owner, tokens)), kv in zip(wanted.items(), found, strict=True):
-            count = len(tokens)
-            kept = self._store.put(
-                name,
-                Document(owner, count, kv),
-                cost=self._cost.flops(0, count) * self._share,
-                group=DOCUMENT,
-            )
-            self._encoded += 1
-            self._tokens += count
-            self._no_room += not kept
+        self._encoded += len(wanted)
+        self._tokens += sum(lengths)
+        return {
+            name: Document(owner, len(tokens), kv)
+            for (name, (owner, tokens)), kv in zip(wanted.items(), found, strict=True)
+        }
 
-    def take(self, req: Req, names: Sequence[str]) -> list[int]:
+    def _keep_all(self, prompt: Wanted, fresh: Mapping[str, Document], until: float) -> bool:
+        """Keep all documents of a prompt, or none. What of it is kept already is kept first,
+        so that nothing of it goes for another one."""
+        owner = self._owner(prompt.tenant)
+        names = [*prompt.held, *(document_id(prompt.tenant, one) for one in prompt.documents)]
+        _, kept = self._leases.get(prompt.lease, (0.0, []))
+        self._leases[prompt.lease] = until, kept
+        names = [name for name in dict.fromkeys(names) if name not in kept]
+        names.sort(key=lambda name: self._store.held(name, owner) is None)
+        for name in names:
+            if self._store.held(name, owner) is None and not self._put(name, fresh):
+                self._end_lease(prompt.lease)
+                return False
+            self._keep([name])
+            kept.append(name)
+        return True
+
+    def _put(self, name: str, fresh: Mapping[str, Document]) -> bool:
+        document = fresh.get(name)
+        if document is None:
+            return False  # it has gone meanwhile
+        cost = self._cost.flops(0, document.tokens) * self._share
+        kept = self._store.put(name, document, cost=cost, group=DOCUMENT)
+        self._no_room += not kept
+        return kept
+
+    def _end_lease(self, lease: str) -> None:
+        _, names = self._leases.pop(lease, (0.0, []))
+        self._release(names)
+
+    def take(self, req: Req, asked: EncodedRequest) -> list[int]:
+        names = asked.documents
         more = "adapter" if req.lora_id is not None else asked_for_more(req)
         if more is not None:
             raise PicRefused(400, f"not with encoded documents: {more}", "pic.mode")
@@ -220,8 +281,9 @@ class Encoded:
         documents = {name: one.kv for name, one in zip(names, found, strict=True)}
         for name in documents:
             self._store.use(name)
-            self._users[name] += 1
-            self._store.pin(name)
+        self._keep(list(documents))
+        if asked.strict:
+            self._end_lease(asked.lease)
         # A request that ends in the queue is not told to the cache.
         release = weakref.finalize(req, self._release, tuple(documents))
         release.atexit = False
@@ -234,6 +296,11 @@ class Encoded:
         control characters."""
         seen = hashlib.blake2b("\x1f".join([self._beside.digest, *names]).encode(), digest_size=16)
         return f"{extra_key or ''}\x1fencoded\x1f{seen.hexdigest()}"
+
+    def _keep(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._users[name] += 1
+            self._store.pin(name)
 
     def _release(self, names: Sequence[str]) -> None:
         for name in names:
@@ -297,11 +364,14 @@ class Encoded:
 
     def check(self) -> None:
         users = Counter(name for row in self._rows.values() for name in row.documents)
+        users.update(name for _, names in self._leases.values() for name in names)
         # A request that is gone may not have been collected yet, never the reverse.
         if any(self._users[name] < count for name, count in users.items()):
             raise PicIntegrityError("a document that a request sees is taken for unused")
         self._store.check()
 
     def clear(self) -> None:
+        for lease in list(self._leases):
+            self._end_lease(lease)
         for name in self._store.names(DOCUMENT):
             self._store.drop(name)

@@ -10,10 +10,8 @@ from sglang_pic.errors import PicActionError, PicRefused
 from sglang_pic.faults import faults
 from sglang_pic.forest.adapter import PicCache
 from sglang_pic.manage.commands import obey
-from sglang_pic.request.hints import DONE, MISSING
+from sglang_pic.request.hints import DONE, MISSING, NO_LONGER
 from sglang_pic.request.internal import NOTHING
-
-NO_LONGER = "pic.segments: no room for all encoded documents at once, try again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +45,7 @@ def answer(scheduler: Any, req: Any, is_retracted: bool) -> Answer | None:
         if asked.command is not None:
             return Answer(DONE + obey(scheduler, req, asked.command))
         if asked.encoded is not None:
-            missing = cache.forest.encoded.take(req, asked.encoded.documents)
+            missing = cache.forest.encoded.take(req, asked.encoded)
             if missing and not asked.encoded.strict:
                 return Answer(NO_LONGER, HTTPStatus.SERVICE_UNAVAILABLE)
             return Answer(f"{MISSING}{missing}") if missing else None

@@ -7,7 +7,6 @@ request stream. ``server.commands`` sends them.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ import orjson
 from sglang_pic import timer
 from sglang_pic.errors import PicRefused
 from sglang_pic.faults import faults
+from sglang_pic.forest.encoded import Wanted
 from sglang_pic.forest.forest import Forest
 from sglang_pic.manage import segments
 from sglang_pic.manage.selfcheck import selfcheck
@@ -93,16 +93,17 @@ def _fetch(scheduler: Any, req: Any, command: asked.Fetch) -> Any:
 
 
 def _encode(scheduler: Any, req: Any, command: asked.Encode) -> Any:
-    lengths, ids = command.lengths, req.origin_input_ids
-    if len(lengths) != len(command.tenants) or min(lengths, default=0) < 1:
-        raise PicRefused(400, f"no documents: {lengths!r:.80}", "lengths")
-    if sum(lengths) != len(ids):
+    ids, at, wanted = req.origin_input_ids, 0, []
+    lengths = [length for lease in command.leases for length in lease.lengths]
+    if min(lengths, default=1) < 1 or sum(lengths) != len(ids) * bool(lengths):
         raise PicRefused(400, f"no documents of {len(ids)} tokens: {lengths!r:.80}", "lengths")
-    ends = list(itertools.accumulate(lengths))
-    documents = [ids[end - length : end] for end, length in zip(ends, lengths, strict=True)]
-    tenants = [tenant or None for tenant in command.tenants]
-    forest = _forest(scheduler)
-    return {"held": forest.encoded.encode(list(zip(tenants, documents, strict=True)))}
+    for lease in command.leases:
+        documents = []
+        for length in lease.lengths:
+            documents.append(ids[at : at + length])
+            at += length
+        wanted.append(Wanted(lease.id, lease.tenant or None, lease.held, documents))
+    return {"kept": _forest(scheduler).encoded.encode(wanted)}
 
 
 def _fetched(scheduler: Any, command: asked.Fetched) -> Any:

@@ -114,13 +114,27 @@ class Fetched(_Command, tag="fetched"):
     drop: bool = False
 
 
-class Encode(_Command, tag="encode"):
-    """Have an encoder read documents, those that are held left out; which of them are held
-    then. The prompt that comes with the command is all of them, of these lengths, and these
-    are their tenants."""
+class Lease(msgspec.Struct, forbid_unknown_fields=True):
+    """Documents of one prompt that is on its way.
 
+    Attributes:
+        id: names the prompt; more of its documents may come under it.
+        held: names of documents that were held lately.
+        lengths: of those that come with the command.
+    """
+
+    id: str
+    tenant: str | None
+    held: list[str]
     lengths: list[int]
-    tenants: list[str | None]
+
+
+class Encode(_Command, tag="encode"):
+    """Have an encoder read documents, unless they are held, and keep those of each prompt
+    until that has come; of which prompts all are kept now, of the others none. The prompt
+    that comes with the command is all of the documents, one behind the other."""
+
+    leases: list[Lease]
 
 
 class Publish(_Command, tag="publish"):

@@ -64,10 +64,13 @@ class EncodedRequest:
 
     Attributes:
         documents: their names (``forest.keys.document_id``), in the prompt's order.
-        strict: it is to come back, unstarted, when one is not held; else it ends.
+        lease: under which they are kept for it (``commands.Lease``).
+        strict: it is to come back, unstarted, when one is not held; else it ends, and is one
+            of several.
     """
 
     documents: tuple[str, ...]
+    lease: str = ""
     strict: bool = True
 
 

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
+import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from http import HTTPStatus
 from pathlib import Path
@@ -27,10 +28,11 @@ from sglang_pic.forest.keys import document_id
 from sglang_pic.link.policy import ENCODE, LinkOptions
 from sglang_pic.link.report import EMPTY, ENCODED, LinkReport, SegmentReport
 from sglang_pic.metrics.front import counts
+from sglang_pic.request.hints import NO_LONGER
 from sglang_pic.request.internal import EncodedRequest
 from sglang_pic.server.answers import handed_back, samples_of
 from sglang_pic.server.asking import Generate
-from sglang_pic.server.compiler import COMPILED, FAILED, SHARED, Made
+from sglang_pic.server.compiler import COMPILED, Made
 from sglang_pic.server.life import Prompt
 from sglang_pic.server.queue import FairQueue
 from sglang_pic.server.send import set_encoded
@@ -71,22 +73,43 @@ def cut(prompt: Prompt) -> Cut:
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """A document that is queued or under way."""
+    """Documents of one prompt that are queued or under way.
 
-    name: str
+    Attributes:
+        lease: under which they are kept for it.
+        held: names of its others, which the scheduler holds.
+        documents: those to be encoded, each once.
+        sent: how many of them have been.
+        result: whether all of the prompt's are kept.
+    """
+
+    lease: str
     tenant: str | None
-    ids: tuple[int, ...]
-    urgency: int
+    held: list[str]
+    documents: list[tuple[int, ...]]
     result: asyncio.Future[bool]
+    sent: int = 0
+
+    def piece(self, documents: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+        """Some of them, as the command has them (``commands.Lease``)."""
+        return {
+            "id": self.lease,
+            "tenant": self.tenant,
+            "held": self.held,
+            "lengths": [len(ids) for ids in documents],
+        }
+
+
+Piece = tuple[Job, list[tuple[int, ...]]]
 
 
 class Encoder:
-    """Has documents encoded, each once however many prompts wait, and in batches one
-    behind the other: a step of the scheduler runs one at most.
+    """Has documents encoded, in batches one behind the other: a step of the scheduler runs
+    one at most.
 
     Args:
         send: ``server.commands.command``, bound.
-        queue: in which order, and how many may wait.
+        queue: in which order, and how many prompts may wait.
         max_tokens: of the longest document.
         longest: tokens of the longest prompt that SGLang takes.
     """
@@ -98,7 +121,7 @@ class Encoder:
         self._queue = queue
         self._max_tokens = max_tokens
         self._longest = longest
-        self._jobs: dict[str, Job] = {}
+        # Begun, or the next to begin.
         self._ahead: Job | None = None
         self._running: asyncio.Task[None] | None = None
 
@@ -108,77 +131,83 @@ class Encoder:
         return min(self._max_tokens, ENCODE_TOKENS, self._longest())
 
     async def encode(
-        self, documents: Sequence[tuple[int, ...]], tenant: str | None, urgency: int
-    ) -> list[Made]:
-        """Encode these; those that find no room have ``failed``."""
-        jobs, new = self._join(documents, tenant, urgency)
+        self,
+        lease: str,
+        tenant: str | None,
+        urgency: int,
+        held: Sequence[str],
+        documents: Sequence[tuple[int, ...]],
+    ) -> bool:
+        """Encode some of a prompt's documents, and keep all of them until it comes.
+
+        Args:
+            lease: names the prompt.
+            held: names of its other documents.
+
+        Returns:
+            Whether they are kept; if not, none is.
+
+        Raises:
+            PicRefused: 429, too many prompts of the tenant wait; or as the command does.
+        """
+        if not documents:
+            return True
+        result = asyncio.get_running_loop().create_future()
+        job = Job(lease, tenant, list(held), list(dict.fromkeys(documents)), result)
+        if not self._queue.add([job], tenant, urgency):
+            raise PicRefused(429, "too many prompts wait for their documents", "pic.segments")
         if self._running is None:
             self._running = asyncio.get_running_loop().create_task(self._run())
-        waits = {job.result for job in jobs if job is not None}
-        if waits:
-            await asyncio.wait(waits)
-        made = []
-        for job in jobs:
-            if job is None or job.result.cancelled() or job.result.exception() is not None:
-                error = None if job is None else job.result.exception()
-                made.append(Made(FAILED, error=error or RuntimeError("too many wait")))
-            elif not job.result.result():
-                made.append(Made(FAILED, error=RuntimeError("no room")))
-            elif job in new:
-                new.discard(job)
-                made.append(Made(COMPILED, len(job.ids)))
-            else:
-                made.append(Made(SHARED))
-        return made
-
-    def _join(
-        self, documents: Sequence[tuple[int, ...]], tenant: str | None, urgency: int
-    ) -> tuple[list[Job | None], set[Job]]:
-        names = [document_id(tenant, ids) for ids in documents]
-        fresh: dict[str, Job] = {}
-        loop = asyncio.get_running_loop()
-        for name, ids in zip(names, documents, strict=True):
-            if name not in self._jobs and name not in fresh:
-                fresh[name] = Job(name, tenant, ids, urgency, loop.create_future())
-        added = self._queue.add(fresh.values(), tenant, urgency) if fresh else []
-        self._jobs |= {job.name: job for job in added}
-        return [self._jobs.get(name) for name in names], set(added)
+        return await asyncio.shield(result)
 
     async def _run(self) -> None:
-        while batch := self._batch():
-            ids = [token for job in batch for token in job.ids]
+        while pieces := self._batch():
+            documents = [one for _, some in pieces for one in some]
             try:
                 (told,) = await self._send(
                     "encode",
-                    ids=ids,
-                    lengths=[len(job.ids) for job in batch],
-                    tenants=[job.tenant for job in batch],
+                    ids=[token for ids in documents for token in ids],
+                    leases=[job.piece(some) for job, some in pieces],
                 )
             except Exception as error:
-                for job in batch:
+                for job, _ in pieces:
+                    self._end(job)
                     job.result.set_exception(error)
                     # Consumed here: a client that left will not ask for it.
                     job.result.exception()
-            else:
-                counts.observe_encode([len(job.ids) for job in batch])
-                for job, held in zip(batch, told["held"], strict=True):
-                    job.result.set_result(held)
-            for job in batch:
-                del self._jobs[job.name]
-                self._queue.done(job.tenant)
+                continue
+            counts.observe_encode([len(ids) for ids in documents])
+            for (job, some), kept in zip(pieces, told["kept"], strict=True):
+                job.sent += len(some)
+                if not kept or job.sent == len(job.documents):
+                    self._end(job)
+                    job.result.set_result(kept)
         self._running = None
 
-    def _batch(self) -> list[Job]:
-        """What is encoded next, in one go."""
-        batch: list[Job] = []
+    def _end(self, job: Job) -> None:
+        if self._ahead is job:
+            self._ahead = None
+        self._queue.done(job.tenant)
+
+    def _batch(self) -> list[Piece]:
+        """What is encoded next, in one go; of its prompts the last may have more."""
+        pieces: list[Piece] = []
+        lengths: list[int] = []
         while (job := self._ahead or self._queue.take()) is not None:
-            lengths = [len(one.ids) for one in (*batch, job)]
-            if batch and not (fits(lengths, self._max_tokens) and sum(lengths) <= self._longest()):
+            some = []
+            for ids in job.documents[job.sent :]:
+                more = [*lengths, len(ids)]
+                if lengths and not (fits(more, self._max_tokens) and sum(more) <= self._longest()):
+                    break
+                lengths = more
+                some.append(ids)
+            if some:
+                pieces.append((job, some))
+            self._ahead = None
+            if job.sent + len(some) < len(job.documents):
                 self._ahead = job
                 break
-            self._ahead = None
-            batch.append(job)
-        return batch
+        return pieces
 
 
 class Documents(Protocol):
@@ -294,37 +323,39 @@ class WithEncoder:
     ) -> AsyncGenerator[Any, None]:
         made = cut(prompt)
         names = tuple(document_id(obj.cache_salt or None, ids) for _, ids in made.documents)
-        samples = samples_of(obj)
+        samples, lease = samples_of(obj), uuid.uuid4().hex
+        asked = EncodedRequest(names, lease, strict=samples == 1)
         with self._waiting.stay(obj) as stay:
             outputs: AsyncGenerator[Any, None] | None = None
             missing: Sequence[int] = range(len(names))
             start = time.monotonic()
-            told: dict[int, Made] = {}
             if samples == 1:
-                outputs, missing = await self._ask(generate, obj, request, made.row, names)
+                outputs, missing = await self._ask(generate, obj, request, made.row, asked)
+            told: dict[int, Made] = {}
             try:
                 while missing or outputs is None:
-                    work = self._encode(obj, [made.documents[i][1] for i in missing])
-                    done = await self._waiting.until(stay, obj, request, work)
-                    told |= {
-                        made.documents[i][0]: one for i, one in zip(missing, done, strict=True)
-                    }
-                    waited[index] = Waited(
-                        tuple(told), tuple(told.values()), time.monotonic() - start
-                    )
-                    if all(one.outcome != FAILED for one in done):
-                        if samples > 1:
-                            set_encoded(obj, made.row, EncodedRequest(names, strict=False))
-                            outputs, missing = generate(self._manager, obj, request), ()
-                            continue
-                        outputs, missing = await self._ask(generate, obj, request, made.row, names)
-                    if missing:
-                        _give_up(done, time.monotonic() - start, self._limit_s)
+                    work = self._encode(obj, lease, made, names, missing)
+                    kept = await self._waiting.until(stay, obj, request, work)
+                    seconds = time.monotonic() - start
+                    for i in missing if kept else ():
+                        at, ids = made.documents[i]
+                        told.setdefault(at, Made(COMPILED, len(ids)))
+                    waited[index] = Waited(tuple(told), tuple(told.values()), seconds)
+                    if not kept:
+                        if seconds > self._limit_s:
+                            raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, NO_LONGER)
                         await self._waiting.until(stay, obj, request, asyncio.sleep(PAUSE_S))
+                    elif samples > 1:
+                        set_encoded(obj, made.row, asked)
+                        outputs, missing = generate(self._manager, obj, request), ()
+                    else:
+                        outputs, missing = await self._ask(generate, obj, request, made.row, asked)
             except Exception as error:
                 if samples > 1:
                     # Its endpoint looks for what SGLang would have made of it.
                     obj.normalize_batch_and_arguments()
+                if isinstance(error, PicRefused):
+                    raise HTTPException(error.status, f"{error.field}: {error.message}") from error
                 if not isinstance(error, EndedError):
                     raise
                 outputs = ended(error, samples, stream=obj.stream)
@@ -335,9 +366,19 @@ class WithEncoder:
                     meta["pic"] = [report(prompt, names, meta.get("cached_tokens", 0)).to_json()]
                 yield out
 
-    async def _encode(self, obj: GenerateReqInput, documents: Sequence[tuple[int, ...]]) -> Any:
+    async def _encode(
+        self,
+        obj: GenerateReqInput,
+        lease: str,
+        made: Cut,
+        names: Sequence[str],
+        missing: Sequence[int],
+    ) -> bool:
         caller = caller_of(obj)
-        return await self._encoder.encode(documents, caller.tenant, self._urgency(caller.priority))
+        held = [name for i, name in enumerate(names) if i not in {*missing}]
+        documents = [made.documents[i][1] for i in missing]
+        urgency = self._urgency(caller.priority)
+        return await self._encoder.encode(lease, caller.tenant, urgency, held, documents)
 
     async def _ask(
         self,
@@ -345,23 +386,11 @@ class WithEncoder:
         obj: GenerateReqInput,
         request: Any,
         row: list[int],
-        names: tuple[str, ...],
+        asked: EncodedRequest,
     ) -> tuple[AsyncGenerator[Any, None], Sequence[int]]:
         """Outputs of the prompt, or which of its documents are to be encoded first."""
-        set_encoded(obj, row, EncodedRequest(names))
+        set_encoded(obj, row, asked)
         return await handed_back(generate(self._manager, obj, request))
-
-
-def _give_up(made: Sequence[Made], seconds: float, limit_s: float) -> None:
-    """Raise what ends a prompt whose documents are not all held."""
-    refused = next((one.error for one in made if isinstance(one.error, PicRefused)), None)
-    if refused is not None:
-        raise HTTPException(refused.status, f"{refused.field}: {refused.message}")
-    if seconds > limit_s:
-        raise HTTPException(
-            HTTPStatus.SERVICE_UNAVAILABLE,
-            "pic.segments: no room for all encoded documents at once, try again",
-        )
 
 
 @dataclasses.dataclass(frozen=True)
