@@ -52,7 +52,7 @@ def set_positions(batch: Any, cls: Any, schedule_batch: Any, model_runner: Any, 
     try:
         documents.hand_over(batch, schedule_batch.reqs)
     except Exception:
-        _end(documents.of(schedule_batch.reqs), "the server failed to show it its documents")
+        _end(documents.give_up(schedule_batch.reqs), "the server failed to show it its documents")
 
 
 def write_positions(links: Any, batch: Any, schedule_batch: Any, model_runner: Any) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import CHECKS, TINY, serve
 from encoders import MAX_TOKENS, save_encoder
+from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linking import (
@@ -33,6 +34,11 @@ pytestmark = pytest.mark.server
 
 Parts = Sequence[tuple[str, list[int]]]
 HARD = ("--page-size=16", "--chunked-prefill-size=64", "--enable-mixed-chunk")
+# SGLang keeps a hybrid's states at the end of sequences, or on a grid of 64 tokens.
+STATES = {
+    1: ("--mamba-radix-cache-strategy=no_buffer", "--disable-overlap-schedule"),
+    16: ("--mamba-radix-cache-strategy=extra_buffer",),
+}
 RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"}
 
 
@@ -272,6 +278,16 @@ def test_what_cannot_be_answered_is_refused(
     assert says in answer.json()["error"]["message"]
 
 
+def test_what_is_not_foretold_is_refused(server: Server) -> None:
+    asked = {"input_ids": [1, 2, 3], "pic": {"mode": "encode", "segments": []}}
+    answer = server.post("/pic/explain", asked)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "pic.mode"
+    # A stream is refused as any other request is.
+    made = encoded_body([("segment", [1, 2])], 2, fresh_salt())
+    answer = server.post("/generate", {**made, "stream": True})
+    assert "text beside its documents" in answer.text
+
+
 def test_it_says_what_it_holds(server: Server) -> None:
     info = server.get("/pic/info").json()
     assert info["encoder"] == {"max_tokens": MAX_TOKENS, "cross_layers": [0, 1]}
@@ -282,3 +298,72 @@ def test_it_says_what_it_holds(server: Server) -> None:
     flushed = server.post("/pic/flush", {"cache_salt": "room"})
     assert flushed.status_code == 200, flushed.text
     assert server.forest()["encoded"]["bytes"] < stats["ranks"][0]["encoded"]["bytes"]
+
+
+# -- other servers ------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_closed_gates_change_no_token(
+    tiny_path: pathlib.Path, tmp_path: pathlib.Path, logs: pathlib.Path
+) -> None:
+    closed = save_encoder(tmp_path, tiny_path, model().config, gate=0.0)
+    flags = (*TINY, f"--pic-encoder={closed}")
+    with serve(tiny_path, logs / "closed.log", *flags, env=CHECKS) as server:
+        for seed in range(4):
+            row = ids_of(seed, 30 + 7 * seed)
+            parts = [("segment", ids_of(90 + seed, 60)), ("text", row)]
+            seeing = server.generate(**encoded_body(parts, 8, fresh_salt()))
+            plain = server.generate(**body(row, [], 8, fresh_salt()))
+            assert seeing["meta_info"]["pic"]["exactness"] == "encoded"
+            assert seeing["output_ids"] == plain["output_ids"]
+            assert torch.equal(distributions(seeing), distributions(plain))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("page", [1, 16])
+def test_a_hybrid_reads_documents(page: int, tmp_path: pathlib.Path, logs: pathlib.Path) -> None:
+    family = FAMILIES["qwen3_5"]
+    path = family.save(tmp_path)
+    encoder = save_encoder(tmp_path / "encoder", path, family.model().config, cross_layers=(1, 2))
+    flags = (*TINY, f"--pic-encoder={encoder}", f"--page-size={page}", *STATES[page])
+    with serve(path, logs / f"encoded_hybrid{page}.log", *flags, env=CHECKS) as server:
+        assert server.forest()["refusal"] is None
+        documents = [ids_of(40 + i, 40 + 19 * i) for i in range(3)]
+        salt, linked = (
+            fresh_salt(),
+            assemble(
+                [("segment", documents[0]), ("segment", documents[1]), ("text", ids_of(50, 9))]
+            ),
+        )
+        prompts = [
+            [*(("segment", ids) for ids in documents[: i + 1]), ("text", ids_of(60 + i, 20))]
+            for i in range(3)
+        ]
+
+        def holds(answer: dict[str, Any], parts: Parts) -> None:
+            row, seen = split(parts)
+            forced = answer["output_ids"]
+            found = encoded_logprobs(family.model(), encoder, row, seen, forced=forced)
+            assert (distributions(answer) - found).abs().max() < TOLERANCE
+
+        for _ in range(2):
+            with ThreadPoolExecutor(6) as pool:
+                seeing = [
+                    pool.submit(lambda one=one: server.generate(**encoded_body(one, 6, salt)))
+                    for one in prompts
+                ]
+                link = pool.submit(
+                    lambda: server.generate(**body(*linked, 6, f"{salt}-link", seam=4))
+                )
+                plain = pool.submit(
+                    lambda: server.generate(**body(documents[2], [], 6, f"{salt}-plain"))
+                )
+                for one, future in zip(prompts, seeing, strict=True):
+                    holds(future.result(), one)
+                forced = link.result()["output_ids"]
+                found = family.linked(*linked, page=page, seam=4, state="compose", forced=forced)
+                assert (distributions(link.result()) - found).abs().max() < TOLERANCE
+                found = family.plain(documents[2], plain.result()["output_ids"])
+                assert (distributions(plain.result()) - found).abs().max() < TOLERANCE
+        assert server.forest()["encoded"]["documents"] == 3

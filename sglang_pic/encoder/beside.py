@@ -76,7 +76,7 @@ class BesideModel:
     def __init__(self, model: Any, config: Any, directory: str, model_path: str):
         self._model = model
         served = decoder_shape(config, fingerprint(Path(model_path)))
-        weights = next(iter(model.parameters()))
+        weights = model.get_input_embeddings().weight
         self.modules: EncoderModules = load(Path(directory), served).to(
             device=weights.device, dtype=weights.dtype
         )

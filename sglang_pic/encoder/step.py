@@ -132,6 +132,10 @@ class Steps:
         if unread:
             raise PicIntegrityError("a batch ran without its documents")
 
+    def clear(self) -> None:
+        """No batch has one."""
+        self._rids, self._step, self._is_read = None, None, True
+
     def has(self, batch: Any) -> bool:
         """Whether any row of a batch has documents."""
         return self._step is not None and batch.rids == self._rids

@@ -101,8 +101,8 @@ class Documents(Protocol):
         """
         ...
 
-    def of(self, reqs: Sequence[Req]) -> list[Req]:
-        """Those that have documents."""
+    def give_up(self, reqs: Sequence[Req]) -> list[Req]:
+        """Let these see nothing in the batch that runs next; those that should."""
         ...
 
     def end(self, req: Req) -> None:
@@ -138,7 +138,7 @@ class NoDocuments:
     def hand_over(self, batch: Any, reqs: Sequence[Req]) -> None:
         pass
 
-    def of(self, reqs: Sequence[Req]) -> list[Req]:
+    def give_up(self, reqs: Sequence[Req]) -> list[Req]:
         return []
 
     def end(self, req: Req) -> None:
@@ -328,12 +328,15 @@ class Encoded:
             self._arranged = of_rows, lengths, step
         self._beside.steps.set(batch.rids, self._arranged[2])
 
-    def of(self, reqs: Sequence[Req]) -> list[Req]:
+    def give_up(self, reqs: Sequence[Req]) -> list[Req]:
+        self._arranged = [], [], None
+        self._beside.steps.clear()
         return [req for req in reqs if req in self._rows]
 
     def end(self, req: Req) -> None:
         row = self._rows.pop(req, None)
         if row is not None:
+            self._arranged = [], [], None
             row.release()
 
     def flush(self, tenant: str | None) -> int:

@@ -13,11 +13,9 @@ import dataclasses
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from fastapi import HTTPException
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sglang_pic.config import PicConfig
@@ -137,7 +135,7 @@ class Encoder:
         urgency: int,
         held: Sequence[str],
         documents: Sequence[tuple[int, ...]],
-    ) -> bool:
+    ) -> bool | None:
         """Encode some of a prompt's documents, and keep all of them until it comes.
 
         Args:
@@ -145,17 +143,18 @@ class Encoder:
             held: names of its other documents.
 
         Returns:
-            Whether they are kept; if not, none is.
+            Whether they are kept; if not, none is. ``None`` where too many prompts of the
+            tenant wait.
 
         Raises:
-            PicRefused: 429, too many prompts of the tenant wait; or as the command does.
+            PicRefused: as the command does.
         """
         if not documents:
             return True
         result = asyncio.get_running_loop().create_future()
         job = Job(lease, tenant, list(held), list(dict.fromkeys(documents)), result)
         if not self._queue.add([job], tenant, urgency):
-            raise PicRefused(429, "too many prompts wait for their documents", "pic.segments")
+            return None
         if self._running is None:
             self._running = asyncio.get_running_loop().create_task(self._run())
         return await asyncio.shield(result)
@@ -342,9 +341,10 @@ class WithEncoder:
                         told.setdefault(at, Made(COMPILED, len(ids)))
                     waited[index] = Waited(tuple(told), tuple(told.values()), seconds)
                     if not kept:
-                        if seconds > self._limit_s:
-                            raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, NO_LONGER)
-                        await self._waiting.until(stay, obj, request, asyncio.sleep(PAUSE_S))
+                        pause = asyncio.sleep(PAUSE_S)
+                        if kept is None or seconds > self._limit_s:
+                            pause = self._waiting.refuse(stay, NO_LONGER)
+                        await self._waiting.until(stay, obj, request, pause)
                     elif samples > 1:
                         set_encoded(obj, made.row, asked)
                         outputs, missing = generate(self._manager, obj, request), ()
@@ -355,7 +355,7 @@ class WithEncoder:
                     # Its endpoint looks for what SGLang would have made of it.
                     obj.normalize_batch_and_arguments()
                 if isinstance(error, PicRefused):
-                    raise HTTPException(error.status, f"{error.field}: {error.message}") from error
+                    raise PicRequestError(error.field, error.message) from error
                 if not isinstance(error, EndedError):
                     raise
                 outputs = ended(error, samples, stream=obj.stream)
@@ -373,7 +373,7 @@ class WithEncoder:
         made: Cut,
         names: Sequence[str],
         missing: Sequence[int],
-    ) -> bool:
+    ) -> bool | None:
         caller = caller_of(obj)
         held = [name for i, name in enumerate(names) if i not in {*missing}]
         documents = [made.documents[i][1] for i in missing]
