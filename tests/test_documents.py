@@ -15,7 +15,9 @@ import torch
 from driver import Driver
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
+from sglang_pic import sglang_hooks
 from sglang_pic.config import PicConfig
 from sglang_pic.encoder.encoder import EncoderKV
 from sglang_pic.encoder.limits import ENCODE_TOKENS
@@ -197,6 +199,16 @@ def test_a_prompt_gets_all_of_its_documents_or_none(driver: Driver) -> None:
     encoded.check()
 
 
+def test_what_has_no_room_is_not_encoded(driver: Driver) -> None:
+    encoded, beside, _ = held_by(30)
+    assert encoded.encode([wanted(ids(1, 20)), wanted(ids(2, 20)), wanted(ids(3, 10))]) == [
+        True, False, True,
+    ]  # fmt: skip
+    assert encoded.encode([wanted(ids(2, 20))]) == [False]
+    assert beside.read == [[20, 10]]
+    assert encoded.to_json()["no_room"] == 2
+
+
 def test_what_was_held_and_is_gone_is_told() -> None:
     encoded, _, _ = held_by(50)
     assert encoded.encode([wanted(ids(1, 20), held=["gone"])]) == [False]
@@ -292,6 +304,25 @@ def test_a_batch_is_told_which_rows_see_what(driver: Driver) -> None:
         encoded.hand_over(batch_of([seeing, seeing]), [seeing, seeing])
     assert encoded.give_up([plain, seeing]) == [seeing]
     assert beside.steps.read(batch) is None
+
+
+def test_rows_that_cannot_be_told_apart_end_those_with_documents(driver: Driver) -> None:
+    """They would else run without, or with another row's."""
+    encoded, beside, _ = held_by(100)
+    prompt = wanted(ids(1, 5))
+    encoded.encode([prompt])
+    seeing, plain = request(driver), request(driver)
+    encoded.take(seeing, asked(prompt))
+    driver.forest.encoded = encoded
+    batch = SimpleNamespace(tree_cache=driver.cache, reqs=[plain, seeing])
+    runner = SimpleNamespace(attn_backend=SimpleNamespace(set_plans=lambda rids, plans: None))
+    told = batch_of([plain, seeing])
+    sglang_hooks.set_positions(told, None, batch, runner)
+    assert seeing.to_finish is None and beside.steps.read(told) is not None
+    wrong = batch_of([seeing, seeing])
+    sglang_hooks.set_positions(wrong, None, batch, runner)
+    assert isinstance(seeing.to_finish, FINISH_ABORT) and seeing.to_finish.status_code == 500
+    assert plain.to_finish is None and beside.steps.read(told) is None
 
 
 sizes = st.lists(st.integers(1, 30), min_size=1, max_size=12)

@@ -245,7 +245,7 @@ def test_more_documents_than_there_is_room_for_come_and_go(
         asked = [
             [("segment", ids_of(100 + i, 280)), ("segment", ids_of(200 + i, 200)),
              ("text", ids_of(300 + i, 5))]
-            for i in range(12)
+            for i in range(8)
         ]  # fmt: skip
         answers = pool.map(lambda one: server.generate(**encoded_body(one, 6, "room")), asked)
         for answer, parts in zip(answers, asked, strict=True):

@@ -217,14 +217,21 @@ class Encoded:
         return [self._keep_all(prompt, fresh, now + LEASE_S) for prompt in prompts]
 
     def _read(self, prompts: Sequence[Wanted]) -> dict[str, Document]:
-        """By name what of all these documents was not held."""
-        wanted = {}
+        """By name what of these prompts' documents was not held, and has room."""
+        wanted: dict[str, tuple[tuple[str, ...], array]] = {}
+        room = self._store.budget - self._store.pinned_bytes
         for prompt in prompts:
-            owner = self._owner(prompt.tenant)
+            owner, fresh, need = self._owner(prompt.tenant), {}, 0
             for tokens in prompt.documents:
                 name = document_id(prompt.tenant, tokens)
-                if self._store.held(name, owner) is None:
-                    wanted[name] = (owner, tokens)
+                if self._store.held(name, owner) is None and name not in wanted:
+                    fresh[name] = (owner, tokens)
+                    need += len(tokens) * self._beside.bytes_per_token
+            if need > room:
+                self._no_room += len(fresh)
+                continue
+            room -= need
+            wanted |= fresh
         if not wanted:
             return {}
         lengths = [len(tokens) for _, tokens in wanted.values()]
