@@ -257,7 +257,7 @@ def test_other_requests_have_no_documents(driver: Driver, change: dict[str, Any]
 
 
 def test_what_is_encoded_in_one_go_is_bounded() -> None:
-    encoded, beside, _ = held_by(100)
+    encoded, beside, _ = held_by(1 << 20)
     for lengths in ([MAX + 1], [MAX, *[1] * (ENCODE_TOKENS // MAX)]):
         with pytest.raises(PicRefused, match="too much"):
             encoded.encode([wanted(*(ids(i, n) for i, n in enumerate(lengths)))])
