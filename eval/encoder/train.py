@@ -4,9 +4,9 @@
     python -m eval.encoder.train --model M --out DIR --data FILE --minutes 60
 
 Without --data: the synthetic task of eval/models/hybrid, from one document of 32
-tokens upwards. The encoded answers are held to the frozen model's greedy ones (cross
-entropy) and to its distribution over the same documents as text; the encoder also
-restores masked tokens. DIR gets ``checkpoint.pt`` (a second call goes on from it),
+tokens upwards. The encoded answers are held to the right ones (of texts: to what the
+frozen model says greedily) by cross entropy, and to the frozen model's distribution over
+the same documents as text; the encoder also restores masked tokens. DIR gets ``checkpoint.pt`` (a second call goes on from it),
 ``curve.jsonl`` and the weights as they are served.
 """
 
