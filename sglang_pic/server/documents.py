@@ -340,10 +340,11 @@ class WithEncoder:
                         at, ids = made.documents[i]
                         told.setdefault(at, Made(COMPILED, len(ids)))
                     waited[index] = Waited(tuple(told), tuple(told.values()), seconds)
-                    if not kept:
+                    if kept is None or seconds > self._limit_s:
+                        refusal = self._waiting.refuse(stay, NO_LONGER)
+                        await self._waiting.until(stay, obj, request, refusal)
+                    elif not kept:
                         pause = asyncio.sleep(PAUSE_S)
-                        if kept is None or seconds > self._limit_s:
-                            pause = self._waiting.refuse(stay, NO_LONGER)
                         await self._waiting.until(stay, obj, request, pause)
                     elif samples > 1:
                         set_encoded(obj, made.row, asked)
@@ -359,6 +360,9 @@ class WithEncoder:
                 if not isinstance(error, EndedError):
                     raise
                 outputs = ended(error, samples, stream=obj.stream)
+                async for out in outputs:
+                    yield out
+                return
         async with contextlib.aclosing(outputs):
             async for out in outputs:
                 for item in out if isinstance(out, list) else [out]:
