@@ -12,7 +12,7 @@ import hashlib
 import time
 import weakref
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -202,6 +202,8 @@ class Encoded:
         self._arranged: tuple[list[_Row | None], list[int], DocumentStep | None] = [], [], None
         # Requests that see each document.
         self._users: Counter[str] = Counter()
+        # What requests that are gone saw.
+        self._gone: deque[tuple[str, ...]] = deque()
         # Those kept for prompts on their way, and until when.
         self._leases: dict[str, tuple[float, list[str]]] = {}
         self._encoded = self._tokens = self._no_room = 0
@@ -210,6 +212,7 @@ class Encoded:
         return (DOCUMENT, self._beside.digest, tenant or "")
 
     def encode(self, prompts: Sequence[Wanted]) -> list[bool]:
+        self._settle()
         now = self._clock()
         for lease in [lease for lease, (until, _) in self._leases.items() if until <= now]:
             self._end_lease(lease)
@@ -291,8 +294,9 @@ class Encoded:
         self._keep(list(documents))
         if asked.strict:
             self._end_lease(asked.lease)
-        # A request that ends in the queue is not told to the cache.
-        release = weakref.finalize(req, self._release, tuple(documents))
+        # A request that ends in the queue is not told to the cache. It may be collected at
+        # any moment, so that what it leaves is only noted then.
+        release = weakref.finalize(req, self._gone.append, tuple(documents))
         release.atexit = False
         self._rows[req] = _Row(documents, release)
         req.extra_key = self._key(req.extra_key, names)
@@ -308,6 +312,11 @@ class Encoded:
         for name in names:
             self._users[name] += 1
             self._store.pin(name)
+
+    def _settle(self) -> None:
+        """Let go what requests that are gone have seen."""
+        while self._gone:
+            self._release(self._gone.popleft())
 
     def _release(self, names: Sequence[str]) -> None:
         for name in names:
@@ -345,8 +354,10 @@ class Encoded:
         if row is not None:
             self._arranged = [], [], None
             row.release()
+            self._settle()
 
     def flush(self, tenant: str | None) -> int:
+        self._settle()
         owner = self._owner(tenant)
         names = [name for name in self._store.names(DOCUMENT) if name not in self._users]
         mine = [name for name in names if self._store.held(name, owner) is not None]
@@ -355,6 +366,7 @@ class Encoded:
         return len(mine)
 
     def to_json(self) -> dict[str, Any]:
+        self._settle()
         config = self._beside.config
         return {
             "encoder": {
