@@ -89,11 +89,13 @@ class PicConfig:
         state: default state policy of hybrid models: ``compose``, ``last``, or
             ``auto`` to choose by ``server.calibrate``.
         state_dtype: how operators and end states are stored.
-        state_mib: budget for them, in MiB.
+        state_mib: budget for them, and for documents that an encoder has read, in MiB.
         checkpoints: states of ordinary prefixes of hybrid models are kept where requests
             leave them: ``auto``, or ``off``.
         operator_threshold: an operator whose norm is below this is not stored
             but taken for zero: the segment outlived the layer's memory.
+        encoder: directory of a trained encoder, and its cross blocks, for this model
+            (``sglang_pic.encoder``); ``None`` for none.
         decode_graphs: capture CUDA graphs for decode with linked rows too.
         canary_kl: how far from full recompute the canary may be linked, in nats; above
             it nothing is.
@@ -136,6 +138,7 @@ class PicConfig:
     checkpoints: str = AUTO
     operator_threshold: float = 1e-6
     decode_graphs: bool = False
+    encoder: str | None = None
     canary_kl: float = 1.0
     canary_timeout_s: float = 300.0
     audit_rate: float = 0.0

@@ -239,6 +239,12 @@ def pic_parser() -> argparse.ArgumentParser:
         help="JSON object of cache salts by API key: requests get the salt of their key, and "
         "none is served without one; needs --admin-api-key",
     )
+    parser.add_argument(
+        "--pic-encoder",
+        metavar="DIR",
+        help="a trained encoder for this model: requests may have it read their documents, "
+        "which then are not in the prompt (mode: encode)",
+    )
     check = parser.add_argument_group("self-check and audit")
     check.add_argument(
         "--pic-canary-kl",
@@ -299,7 +305,7 @@ def pic_parser() -> argparse.ArgumentParser:
         type=int,
         default=defaults.state_mib,
         metavar="MIB",
-        help="memory for them (%(default)s)",
+        help="memory for them, and for documents that an encoder has read (%(default)s)",
     )
     hybrid.add_argument(
         "--pic-checkpoints",
@@ -380,10 +386,34 @@ def check_files(args: argparse.Namespace) -> None:
             check_peers(args.pic_peers)
         except PicConfigError as error:
             raise PicConfigError(f"--pic-peers: {error}") from error
+    if args.pic_encoder is not None:
+        try:
+            check_encoder(args.pic_encoder, args.model_path)
+        except PicConfigError as error:
+            raise PicConfigError(f"--pic-encoder: {error}") from error
     try:
         read_key(args.pic_store_key_file)
     except PicConfigError as error:
         raise PicConfigError(f"--pic-store-key-file: {error}") from error
+
+
+def check_encoder(directory: str, model_path: str) -> None:
+    """Refuse what is no encoder for this model.
+
+    Raises:
+        PicConfigError: it cannot be read, or was trained for another model.
+    """
+    from transformers import AutoConfig
+
+    from sglang_pic.encoder.config import decoder_shape, fingerprint
+    from sglang_pic.encoder.weights import load
+
+    served = fingerprint(pathlib.Path(model_path))
+    try:
+        text = AutoConfig.from_pretrained(model_path).get_text_config()
+    except (OSError, ValueError) as error:
+        raise PicConfigError(f"cannot read the model's configuration: {error}") from error
+    load(pathlib.Path(directory), decoder_shape(text, served))
 
 
 def did_you_mean(word: str, known: Iterable[str], *, alike: float = 0.6) -> str:

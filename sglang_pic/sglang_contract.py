@@ -260,6 +260,17 @@ RELIED_ON = {
         "query_start_loc",
         "seq_lens_cpu",
     ),
+    # An encoder beside the model: where its class is found, and what its cross blocks add to.
+    _SRT + "models.registry._ModelRegistry.register": (
+        "self",
+        "package_name",
+        "overwrite",
+        "strict",
+    ),
+    **{
+        _SRT + f"layers.layer_boundary.residual.batch.{name}": ("hidden_states", "forward_batch")
+        for name in ("complete_output", "snapshot")
+    },
     _SRT + "managers.scheduler._make_abort_req": ("req", "finished_reason"),
     _SRT + "managers.scheduler.Scheduler.send_abort_output": ("self", "abort_req", "req"),
 }

@@ -34,8 +34,8 @@ _CHAT = _SRT + "entrypoints.openai.serving_chat.OpenAIServingChat."
 
 
 def set_positions(batch: Any, cls: Any, schedule_batch: Any, model_runner: Any, **_: Any) -> None:
-    """After ``ForwardBatch.init_new``: true positions for permuted rows, and the
-    batch's plans for the attention backend."""
+    """After ``ForwardBatch.init_new``: true positions for permuted rows, the batch's plans
+    for the attention backend, and which of its rows see documents."""
     from sglang_pic.forest.adapter import PicCache
 
     cache = schedule_batch.tree_cache
@@ -48,6 +48,11 @@ def set_positions(batch: Any, cls: Any, schedule_batch: Any, model_runner: Any, 
         write_positions(cache.forest.links, batch, schedule_batch, model_runner)
     except Exception:
         _end_linked(cache.forest.links, batch, schedule_batch.reqs, model_runner)
+    documents = cache.forest.encoded
+    try:
+        documents.hand_over(batch, schedule_batch.reqs)
+    except Exception:
+        _end(documents.give_up(schedule_batch.reqs), "the server failed to show it its documents")
 
 
 def write_positions(links: Any, batch: Any, schedule_batch: Any, model_runner: Any) -> None:
@@ -82,18 +87,9 @@ def _end_linked(links: Any, batch: Any, reqs: Any, model_runner: Any) -> None:
     """The rows of a batch could not be told apart: it runs as if none were linked, and
     those that are, whose result is wrong so, end with an error. Nothing that they
     computed is kept."""
-    from sglang.srt.managers.schedule_batch import FINISH_ABORT
-
     from sglang_pic.faults import faults
 
-    linked = links.give_up(reqs)
-    faults.note("positions", [req.rid for req in linked])
-    for req in linked:
-        req.to_finish = FINISH_ABORT(
-            "the server failed to link this request",
-            HTTPStatus.INTERNAL_SERVER_ERROR,
-            "InternalServerError",
-        )
+    _end(links.give_up(reqs), "the server failed to link this request")
     try:
         links.hand_over(
             model_runner.attn_backend,
@@ -104,6 +100,17 @@ def _end_linked(links: Any, batch: Any, reqs: Any, model_runner: Any) -> None:
     except Exception:
         # The backend takes no row for linked that was not handed over for this batch.
         faults.note("hand over", batch.rids)
+
+
+def _end(reqs: Any, why: str) -> None:
+    """End requests whose rows in the batch that runs now are wrong."""
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    from sglang_pic.faults import faults
+
+    faults.note("positions", [req.rid for req in reqs])
+    for req in reqs:
+        req.to_finish = FINISH_ABORT(why, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
 
 
 def answer_at_once(
@@ -278,7 +285,8 @@ ENGINE_HOOKS = (
         HookType.AFTER,
         set_positions,
         ("cls", "batch", "model_runner"),
-        "positions are derived from lengths here, far from the scheduler's plan",
+        "positions are derived from lengths here, far from the scheduler's plan; and a layer "
+        "is given this batch, by which its cross block knows whose documents to read",
     ),
     Hook(
         _SRT + "managers.scheduler.Scheduler._add_request_to_queue",
@@ -427,6 +435,7 @@ def install() -> None:
     if engine:
         check_contract()
         _register_backends()
+        _register_models()
         _install_cpu_kernels()
     for hook in hooks:
         HookRegistry.register(hook.target, hook.function, hook.type)
@@ -522,6 +531,17 @@ def _register_backends() -> None:
         )
         for name, ours in _BACKENDS.items():
             ATTENTION_BACKENDS[name] = _in_front(name, ATTENTION_BACKENDS[name], ours)
+
+
+def _register_models() -> None:
+    """Models with cross blocks, where the server has an encoder."""
+    from sglang_pic.config import PicConfig
+
+    if PicConfig.from_env().encoder is None:
+        return
+    from sglang.srt.models.registry import ModelRegistry
+
+    ModelRegistry.register("sglang_pic.encoder.models", overwrite=True, strict=True)
 
 
 def engine_refusal() -> str | None:

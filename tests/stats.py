@@ -43,6 +43,16 @@ def rank_stats(**changes: Any) -> dict[str, Any]:
         "quota": {"pinned_share": 0.5},
         "evicted": {"segment": 700, "prefix": 20, "turn": 3, "state": 5},
         "refused": {"admission": 6, "budget": 1, "quota": 2, "company": 3},
+        "encoded": {
+            "encoder": None,
+            "documents": 5,
+            "bytes": 2 * MIB,
+            "in_use": 1,
+            "budget": 64 * MIB,
+            "encoded": 9,
+            "encoded_tokens": 900,
+            "no_room": 1,
+        },
         "store": {
             "waiting_bytes": MIB,
             "reading_bytes": 0,

@@ -184,7 +184,11 @@ def test_every_reason_is_explained() -> None:
     }
     whole = {
         node.value.value
-        for function in (forest_state.unlinkable, forest_state.asked_of_prompt)
+        for function in (
+            forest_state.unlinkable,
+            forest_state.asked_for_more,
+            forest_state.asked_of_prompt,
+        )
         for node in ast.walk(ast.parse(inspect.getsource(function)))
         if isinstance(node, ast.Return)
         and isinstance(node.value, ast.Constant)
@@ -211,8 +215,14 @@ def test_every_reason_is_explained() -> None:
 
 def test_every_refusal_is_explained() -> None:
     page = (DOCS / "operating.md").read_text()
-    for node in ast.walk(ast.parse(inspect.getsource(build._refusal))):
-        for key in node.keys if isinstance(node, ast.Dict) else []:
+    dicts = [
+        node
+        for function in (build._refusal, build._encoded)
+        for node in ast.walk(ast.parse(inspect.getsource(function)))
+        if isinstance(node, ast.Dict)
+    ]
+    for node in dicts:
+        for key in node.keys:
             parts = key.values if isinstance(key, ast.JoinedStr) else [key]
             for part in parts:
                 if isinstance(part, ast.Constant):

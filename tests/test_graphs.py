@@ -24,9 +24,9 @@ class Backend:
         return batch_size <= self._room
 
 
-def runner_of(backend: Any, variants: Any = None) -> Any:
+def runner_of(backend: Any, variants: Any = None, model: Any = None) -> Any:
     return SimpleNamespace(
-        model_runner=SimpleNamespace(attn_backend=backend),
+        model_runner=SimpleNamespace(attn_backend=backend, model=model),
         attention_graph_variants=variants,
         max_bs=8,
         capture_bs=[2, 4, 8],
@@ -44,6 +44,13 @@ def test_sglangs_graphs_run_no_linked_row() -> None:
     # Somebody else's variants know nothing of spans either, nor a backend of links.
     assert not asked(runner_of(Backend(linked=True, room=8), variants=object()))
     assert asked(runner_of(object()))
+
+
+def test_no_graph_runs_a_row_with_documents() -> None:
+    beside = SimpleNamespace(steps=SimpleNamespace(has=lambda batch: batch.batch_size == 3))
+    runner = runner_of(Backend(linked=False), model=SimpleNamespace(pic=beside))
+    assert not asked(runner, 3)
+    assert asked(runner, 4)
 
 
 @pytest.mark.parametrize(("size", "room", "runs"), [(3, 4, True), (3, 3, False), (9, 99, False)])

@@ -375,3 +375,11 @@ def test_a_thousand_requests_leak_nothing(page16: Server) -> None:
     """Linked, relocated, aborted, disconnected and retracted requests: SGLang's
     strict checks run all the while, and in the end every token is accounted for."""
     check_no_leak(page16, 1000)
+
+
+def test_without_an_encoder_no_document_is_encoded(page1: Server) -> None:
+    pic = {"mode": "encode", "segments": [{"start": 0, "end": 2}]}
+    answer = page1.post("/generate", {"input_ids": [1, 2, 3], "pic": pic})
+    assert answer.status_code == 400
+    assert "no encoder: --pic-encoder" in answer.json()["error"]["message"]
+    assert page1.get("/pic/info").json()["encoder"] is None

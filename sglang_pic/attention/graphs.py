@@ -32,7 +32,8 @@ class LinkedVariants:
 
 
 def can_run_graph(original: Callable[..., Any], runner: Any, forward_batch: Any) -> Any:
-    """Around SGLang's: no graph runs a linked row but one that knows of spans. A batch
+    """Around SGLang's: no graph runs a linked row but one that knows of spans, and none a
+    row with documents. A batch
     that cannot be judged runs without a graph.
 
     Args:
@@ -50,6 +51,9 @@ def can_run_graph(original: Callable[..., Any], runner: Any, forward_batch: Any)
 
 def _choose(runner: Any, batch: Any) -> bool:
     """Whether a graph may run the batch; of those with variants, which one."""
+    beside = getattr(runner.model_runner.model, "pic", None)
+    if beside is not None and beside.steps.has(batch):
+        return False
     backend = runner.model_runner.attn_backend
     linked = hasattr(backend, "links") and backend.links(batch)
     variants = getattr(runner, "attention_graph_variants", None)

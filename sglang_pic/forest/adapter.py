@@ -104,6 +104,8 @@ class PicCache(UnifiedRadixCache):
         claimed = super().claim_kv_row(req)
         if finished:
             self.forest.carried.end(req)
+            with self.forest.contained("documents", req):
+                self.forest.encoded.end(req)
         return claimed
 
     def on_release(self, req: Req, *, checkpointed: bool) -> None:

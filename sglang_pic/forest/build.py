@@ -28,6 +28,7 @@ from sglang_pic.forest.consensus import ALONE, AllRanks, Consensus, Group, OneRa
 from sglang_pic.forest.containment import Containment
 from sglang_pic.forest.conversations import Conversations
 from sglang_pic.forest.cost import PrefillCost
+from sglang_pic.forest.encoded import Encoded
 from sglang_pic.forest.eviction import LINKABLE, AsSglang, BehindTier, Eviction, InOrder
 from sglang_pic.forest.forest import Forest
 from sglang_pic.forest.holder import Holder
@@ -42,7 +43,7 @@ from sglang_pic.forest.segments import Segments
 from sglang_pic.forest.tier import HostTier, NoTier, Tier
 from sglang_pic.linear.carried import LinearStates
 from sglang_pic.linear.checkpoints import SparseCheckpoints
-from sglang_pic.linear.state import LinearShape
+from sglang_pic.linear.state import LinearShape, StateStore
 from sglang_pic.link.policy import AUTO, floor_to
 from sglang_pic.manage.store import Store
 from sglang_pic.request.seal import ENV_NAME, is_made_here
@@ -131,12 +132,16 @@ def build_cache(ctx: Any, *, unhooked: str | None) -> PicCache:
     # A rank that linked beside one that does not would wait for it for ever.
     refusal = next((why for why in ranks.gather(refusal) if why is not None), None)
     if refusal is not None:
+        if config.encoder is not None:
+            raise PicConfigError(f"--pic-encoder: {refusal}")
         plant(cache, config, cost, refusal=refusal)
         logger.warning("sglang_pic does not link, every request is exact: %s", refusal)
         return cache
     shape = backend.shape if ctx.is_hybrid_ssm else None
     copies = Relocator(runner.token_to_kv_pool, backend.ropes)
     plant(cache, config, cost, shape=shape, copies=copies, ranks=ranks)
+    if config.encoder is not None:
+        cache.forest.encoded = _encoded(ctx, runner, cache.forest)
     logger.info("sglang_pic links: %s", config)
     if config.store is not None:
         args = ctx.server_args
@@ -152,6 +157,30 @@ def build_cache(ctx: Any, *, unhooked: str | None) -> PicCache:
         cache.forest.store = store
         logger.info("sglang_pic pinned again: %s", store.start())
     return cache
+
+
+def _encoded(ctx: Any, runner: Any, forest: Forest) -> Encoded:
+    """What a server with an encoder holds of documents.
+
+    Raises:
+        PicConfigError: such a server can't have one.
+    """
+    args = ctx.server_args
+    reasons = {
+        f"{type(runner.model).__name__} is not wired": not hasattr(runner.model, "pic"),
+        "tensor parallelism is not supported": args.tp_size > 1,
+        "data parallelism is not supported": args.dp_size > 1,
+        "speculative decoding is not supported": args.speculative_algorithm is not None,
+        "latent attention (MLA) is not supported": runner.use_mla_backend,
+        "--enable-torch-compile is not supported": args.enable_torch_compile,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise PicConfigError(f"--pic-encoder: {reason}")
+    carried = forest.carried
+    store = carried.store if isinstance(carried, LinearStates) else StateStore(forest.config)
+    layers = ctx.model_config.num_hidden_layers
+    return Encoded(runner.model.pic, store, forest.cost, layers)
 
 
 def plant(

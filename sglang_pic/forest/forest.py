@@ -23,6 +23,7 @@ from sglang_pic.forest.consensus import Consensus
 from sglang_pic.forest.containment import Containment
 from sglang_pic.forest.conversations import Conversations
 from sglang_pic.forest.cost import PrefillCost
+from sglang_pic.forest.encoded import Documents, NoDocuments
 from sglang_pic.forest.eviction import Eviction
 from sglang_pic.forest.holder import Holder
 from sglang_pic.forest.links import Links
@@ -43,6 +44,7 @@ class Forest:
     Attributes:
         cache: SGLang's tree cache, of which all this is a part.
         store: what is done for the store, where the operator has named one.
+        encoded: documents that a trained encoder has read, where there is one.
     """
 
     cache: Any
@@ -69,6 +71,7 @@ class Forest:
     relocation: Relocation
     tier: Tier
     store: Stored = dataclasses.field(default_factory=NotStored)
+    encoded: Documents = dataclasses.field(default_factory=NoDocuments)
 
     @property
     def refusal(self) -> str | None:
@@ -106,6 +109,7 @@ class Forest:
         self.checkpoints.clear()
         self.conversations.clear()
         self.store.clear()
+        self.encoded.clear()
         self.pages.reset()
 
     def state(self) -> dict[str, Any]:
@@ -159,6 +163,7 @@ class Forest:
             "bytes_per_token": self.cost.kv_bytes,
             "live_plans": self.links.live,
             "checkpoints": self.checkpoints.counts().to_json(),
+            "encoded": self.encoded.to_json(),
             **self.carried.to_json(),
         }
 
@@ -200,6 +205,7 @@ class Forest:
                 held = self.pages.slots(variant.node, variant.tokens).cpu()
                 self._check_pages(variant.name, held, owned)
         self.carried.check()
+        self.encoded.check()
         if not self.may_link:
             return
         self.nodes.recount()

@@ -74,6 +74,12 @@ def segment_id(space: str, extra_key: str | None, tokens: Sequence[int]) -> str:
     return _named(space.encode(), (extra_key or "").encode(), array("q", tokens).tobytes())
 
 
+def document_id(tenant: str | None, tokens: Sequence[int]) -> str:
+    """Stable name of a document that an encoder reads, of its tenant's salt and tokens: 32
+    hex digits. The encoder is a server's one, and compared beside it."""
+    return _named(b"document", (tenant or "").encode(), array("q", tokens).tobytes())
+
+
 def order_key(tokens: Sequence[int]) -> bytes:
     """What the segments of a company are put in order by: their tokens alone, so that
     the front and every scheduler find the same one."""

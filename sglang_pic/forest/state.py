@@ -149,8 +149,11 @@ def asked_of_prompt(req: Req, link: LinkRequest) -> str | None:
 def unlinkable(req: Req, link: LinkRequest) -> str | None:
     """Why this request must be answered as stock would, or ``None``."""
     asked = asked_of_prompt(req, link)
-    if asked is not None:
-        return asked
+    return asked if asked is not None else asked_for_more(req)
+
+
+def asked_for_more(req: Req) -> str | None:
+    """What a request is beside one prompt of token ids with an answer, or ``None``."""
     if req.multimodal_inputs is not None:
         return "multimodal"
     if req.input_embeds is not None or req.positional_embed_overrides is not None:

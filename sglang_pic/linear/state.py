@@ -13,7 +13,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -211,8 +211,19 @@ class SegmentState:
         return CoreState(pair, None, self.conv_tail) if pair is not None else None
 
 
+class Sized(Protocol):
+    """Anything that the store keeps: whose it is, and the bytes that it takes."""
+
+    @property
+    def owner(self) -> tuple[str, ...]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
 class StateStore:
-    """States of compiled segments by segment id, within a budget of bytes.
+    """What is carried beside pages by name, within a budget of bytes: states of compiled
+    segments by segment id, and what an encoder has made of documents (``forest.encoded``).
 
     Evicts in the same order as pages are (``forest.order``), by what a segment
     saves for the bytes of its state. A link holds the states of its segments
@@ -241,7 +252,7 @@ class StateStore:
         self._threshold = config.operator_threshold
         self._on_evict = on_evict
         self._on_shortage = on_shortage
-        self._states: dict[str, SegmentState] = {}
+        self._states: dict[str, Any] = {}
         self._order: EvictionOrder[str] = EvictionOrder()
         self._pinned: set[str] = set()
         self.budget = config.state_mib << 20
@@ -250,8 +261,27 @@ class StateStore:
 
     def find(self, segment: str, owner: tuple[str, ...]) -> SegmentState | None:
         """States of a segment, if they are this owner's."""
-        held = self._states.get(segment)
+        held: SegmentState | None = self.held(segment, owner)
+        return held
+
+    def held(self, name: str, owner: tuple[str, ...]) -> Any:
+        """What is kept under a name, if it is this owner's; else ``None``."""
+        held = self._states.get(name)
         return held if held is not None and held.owner == owner else None
+
+    def put(self, name: str, value: Sized, *, cost: float, group: str) -> bool:
+        """Keep something else than states; whether it fits. It may go at once.
+
+        Args:
+            cost: FLOPs that one use of it saves.
+            group: its kind of thing.
+        """
+        return self._put(name, value, cost, 1, group)
+
+    def names(self, group: str) -> list[str]:
+        """Of all of a group. O(n)."""
+        entries = ((name, self._order.get(name)) for name in self._states)
+        return [name for name, one in entries if one is not None and one.group == group]
 
     def use(self, segment: str) -> None:
         """One link uses it."""
@@ -300,7 +330,7 @@ class StateStore:
     def _put(
         self,
         segment: str,
-        state: SegmentState,
+        state: Sized,
         cost: float,
         uses: int,
         group: str = SEGMENT,
@@ -399,9 +429,9 @@ class StateStore:
             return False
         return self._put(segment, state, cost, uses, offer=offer)
 
-    def _counted(self, state: SegmentState) -> int:
+    def _counted(self, state: Sized) -> int:
         """Bytes that a state counts for."""
-        if self.by_shape is None:
+        if self.by_shape is None or not isinstance(state, SegmentState):
             return state.nbytes
         return self.by_shape.state_nbytes(len(state.pairs), WIDEST)
 

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 MODES = ("share", "relocate")
+# Of a request alone: a trained encoder reads its segments, which leave the prompt.
+ENCODE = "encode"
 
 # What a core does to a linear layer's state S (hybrid models):
 # "compose", S <- A S + B; "last", S <- B, what stood before is forgotten.

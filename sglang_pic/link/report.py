@@ -13,6 +13,8 @@ from sglang_pic.link.policy import LinkOptions
 
 EXACT = "exact"
 COMPOSED = "composed"
+# By documents that a trained encoder has read (``server.documents``); of a segment too.
+ENCODED = "encoded"
 
 # Why a segment was, or was not, reused.
 HIT = "hit"

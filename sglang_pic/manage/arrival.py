@@ -6,11 +6,11 @@ import dataclasses
 from http import HTTPStatus
 from typing import Any
 
-from sglang_pic.errors import PicActionError
+from sglang_pic.errors import PicActionError, PicRefused
 from sglang_pic.faults import faults
 from sglang_pic.forest.adapter import PicCache
 from sglang_pic.manage.commands import obey
-from sglang_pic.request.hints import DONE, MISSING
+from sglang_pic.request.hints import DONE, MISSING, NO_LONGER
 from sglang_pic.request.internal import NOTHING
 
 
@@ -27,8 +27,8 @@ class Answer:
 
 
 def answer(scheduler: Any, req: Any, is_retracted: bool) -> Answer | None:
-    """Carry out a command; hand a strict link back whose segments are not compiled;
-    refuse what our front has not sent. Raises nothing.
+    """Carry out a command; hand a strict link back whose segments are not compiled, and
+    a request whose documents are not encoded; refuse what our front has not sent. Raises nothing.
 
     Returns:
         What ends the request, or ``None`` for one that is to run.
@@ -44,11 +44,18 @@ def answer(scheduler: Any, req: Any, is_retracted: bool) -> Answer | None:
                 cache.forest.store.step()
         if asked.command is not None:
             return Answer(DONE + obey(scheduler, req, asked.command))
+        if asked.encoded is not None:
+            missing = cache.forest.encoded.take(req, asked.encoded)
+            if missing and not asked.encoded.strict:
+                return Answer(NO_LONGER, HTTPStatus.SERVICE_UNAVAILABLE)
+            return Answer(f"{MISSING}{missing}") if missing else None
         if asked.link is not None and asked.link.strict:
             missing = cache.forest.arrivals.send_back(req)
             return Answer(f"{MISSING}{missing}") if missing else None
     except PicActionError as error:
         return Answer(str(error), error.status)
+    except PicRefused as refused:
+        return Answer(f"{refused.field}: {refused.message}", refused.status)
     except Exception:
         faults.note("arrival", [req.rid])
         return Answer("the server failed to read this request", HTTPStatus.INTERNAL_SERVER_ERROR)

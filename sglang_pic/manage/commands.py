@@ -15,6 +15,7 @@ import orjson
 from sglang_pic import timer
 from sglang_pic.errors import PicRefused
 from sglang_pic.faults import faults
+from sglang_pic.forest.encoded import Wanted
 from sglang_pic.forest.forest import Forest
 from sglang_pic.manage import segments
 from sglang_pic.manage.selfcheck import selfcheck
@@ -91,6 +92,20 @@ def _fetch(scheduler: Any, req: Any, command: asked.Fetch) -> Any:
     return {}
 
 
+def _encode(scheduler: Any, req: Any, command: asked.Encode) -> Any:
+    ids, at, wanted = req.origin_input_ids, 0, []
+    lengths = [length for lease in command.leases for length in lease.lengths]
+    if min(lengths, default=1) < 1 or sum(lengths) != len(ids) * bool(lengths):
+        raise PicRefused(400, f"no documents of {len(ids)} tokens: {lengths!r:.80}", "lengths")
+    for lease in command.leases:
+        documents = []
+        for length in lease.lengths:
+            documents.append(ids[at : at + length])
+            at += length
+        wanted.append(Wanted(lease.id, lease.tenant or None, lease.held, documents))
+    return {"kept": _forest(scheduler).encoded.encode(wanted)}
+
+
 def _fetched(scheduler: Any, command: asked.Fetched) -> Any:
     incoming = _store(scheduler).incoming
     if command.drop:
@@ -135,6 +150,7 @@ COMMANDS: dict[type, Handler] = {
     asked.Restore: lambda scheduler, req, command: _store(scheduler).restore(tenant_of(req)),
     asked.Fetch: lambda scheduler, req, command: _fetch(scheduler, req, command),
     asked.Fetched: lambda scheduler, req, command: _fetched(scheduler, command),
+    asked.Encode: lambda scheduler, req, command: _encode(scheduler, req, command),
     asked.Publish: lambda scheduler, req, command: {
         "segments": _store(scheduler).publish(command.segments, tenant_of(req), begin=command.begin)
     },

@@ -142,6 +142,7 @@ def flush(forest: Forest, tenant: str | None) -> dict[str, int]:
             freed += forest.holder.delete(record.id)
             count += 1
     freed += forest.assembly.forget_tenant(forest.segments.namespace(tenant))
+    forest.encoded.flush(tenant)
     return {"segments": count, "freed_tokens": freed + forest.free_rows(tenant)}
 
 
@@ -217,6 +218,7 @@ def stats(forest: Forest) -> dict[str, Any]:
             "company": forest.assembly.refused,
         },
         "store": forest.store.stats(),
+        "encoded": forest.encoded.to_json(),
         "fallback_evictions": nodes.fallbacks,
         "faults": dict(faults.counts),
     }

@@ -60,6 +60,8 @@ class Counts:
             behind other tokens; those of them compiled in idle time; and links of them.
         tokens_found: tokens that those links have reused, by rule.
         companies: made, in both orders.
+        documents_encoded, tokens_encoded: documents that a trained encoder has read.
+        tokens_outside: of prompts, in encoded documents: they were in no row.
         compiles, compile_failures: segments and opening texts, by outcome.
         compile_timeouts: those that a link did not wait for any longer.
         compiles_refused: those not compiled since too many of their tenant waited.
@@ -92,6 +94,9 @@ class Counts:
     chunks_linked: dict[str, int] = dataclasses.field(default_factory=dict)
     tokens_found: dict[str, int] = dataclasses.field(default_factory=dict)
     companies: int = 0
+    documents_encoded: int = 0
+    tokens_encoded: int = 0
+    tokens_outside: int = 0
     compiles: int = 0
     compile_failures: int = 0
     compile_timeouts: int = 0
@@ -124,6 +129,12 @@ class Counts:
         self.tokens_reused += report["tokens_reused"]
         self.tokens_prefix += report["prefix_tokens"]
         self.tokens_computed += report["tokens_computed"]
+        self.tokens_outside += report.get("tokens_outside", 0)
+
+    def observe_encode(self, tokens: Sequence[int]) -> None:
+        """Count documents that the encoder has read, of so many tokens each."""
+        self.documents_encoded += len(tokens)
+        self.tokens_encoded += sum(tokens)
 
     def observe_chunks(self, seen: Mapping[str, int], recurring: Mapping[str, int]) -> None:
         """Count the chunks of one prompt, by rule."""

@@ -114,6 +114,21 @@ FRONT_METRICS = (
         lambda front: front["companies"],
     ),
     Metric(
+        PREFIX + "documents_encoded_total",
+        "Documents that a trained encoder was given to read.",
+        lambda front: front["documents_encoded"],
+    ),
+    Metric(
+        PREFIX + "encoded_tokens_total",
+        "Their tokens.",
+        lambda front: front["tokens_encoded"],
+    ),
+    Metric(
+        PREFIX + "outside_tokens_total",
+        "Tokens of prompts in encoded documents, which were in no row.",
+        lambda front: front["tokens_outside"],
+    ),
+    Metric(
         PREFIX + "prompt_tokens_total",
         "Prompt tokens of requests with segments: reused by a link, from the prefix cache, "
         "or computed.",
@@ -282,6 +297,21 @@ RANK_METRICS = (
         PREFIX + "state_budget_bytes",
         "Linear state that may be held.",
         lambda rank: rank["state"]["budget"],
+    ),
+    Metric(
+        PREFIX + "documents",
+        "Encoded documents held.",
+        lambda rank: rank["encoded"]["documents"],
+    ),
+    Metric(
+        PREFIX + "document_bytes",
+        "Keys and values that an encoder has made of them.",
+        lambda rank: rank["encoded"]["bytes"],
+    ),
+    Metric(
+        PREFIX + "documents_refused_total",
+        "Documents that were encoded and found no room.",
+        lambda rank: rank["encoded"]["no_room"],
     ),
     Metric(
         PREFIX + "checkpoints",

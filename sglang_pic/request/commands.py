@@ -114,6 +114,29 @@ class Fetched(_Command, tag="fetched"):
     drop: bool = False
 
 
+class Lease(msgspec.Struct, forbid_unknown_fields=True):
+    """Documents of one prompt that is on its way.
+
+    Attributes:
+        id: names the prompt; more of its documents may come under it.
+        held: names of documents that were held lately.
+        lengths: of those that come with the command.
+    """
+
+    id: str
+    tenant: str | None
+    held: list[str]
+    lengths: list[int]
+
+
+class Encode(_Command, tag="encode"):
+    """Have an encoder read documents, unless they are held, and keep those of each prompt
+    until that has come; of which prompts all are kept now, of the others none. The prompt
+    that comes with the command is all of the documents, one behind the other."""
+
+    leases: list[Lease]
+
+
 class Publish(_Command, tag="publish"):
     """What has become of segments of the tenant that are to be written to the store; from
     now on, if they ``begin``."""
@@ -168,6 +191,7 @@ Command = Union[  # noqa: UP007  (msgspec reads it at run time, on Python 3.10 t
     Restore,
     Fetch,
     Fetched,
+    Encode,
     Publish,
     Held,
     Companies,

@@ -10,7 +10,7 @@
         "company_seam": 0,
         "share": 0.15,
         "find": "off" | "structure" | "content",
-        "mode": "share" | "relocate",
+        "mode": "share" | "relocate" | "encode",
         "state": "compose" | "last" | "auto",
         "require_exact": false,
         "link": true,
@@ -20,7 +20,8 @@
 A field that is ``null`` is absent. ``segments`` counts tokens where the prompt is
 given as token ids, characters (Unicode code points) where it is given as text.
 ``parts`` replaces the text: the prompt is their concatenation, the marked ones are
-its segments. ``ablation``
+its segments. With ``mode`` ``encode`` they are read by a trained encoder, and taken out of
+the prompt. ``ablation``
 (``link.policy.ABLATIONS``) breaks a link on purpose, for evaluation.
 """
 
@@ -35,6 +36,7 @@ from sglang_pic.link.policy import (
     ABLATIONS,
     AUTO,
     COMPANIES,
+    ENCODE,
     MODES,
     POLICIES,
     STATE_POLICIES,
@@ -65,6 +67,9 @@ _KNOWN = {
     "link",
     "turns",
 }
+
+# With documents that are not in the prompt nothing is linked.
+_OF_ENCODE = {"segments", "parts", "tokenize", "mode"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +203,10 @@ def parse_fields(pic: Any, defaults: LinkOptions) -> PicFields:
     if unknown:
         raise PicRequestError(f"pic.{min(unknown)}", f"unknown field; known are {sorted(_KNOWN)}")
     pic = {name: value for name, value in pic.items() if value is not None}
+    if pic.get("mode") == ENCODE:
+        stray = set(pic) - _OF_ENCODE
+        if stray:
+            raise PicRequestError(f"pic.{min(stray)}", f"means nothing with mode {ENCODE!r}")
     if "parts" in pic and "segments" in pic:
         raise PicRequestError("pic.parts", "give either 'parts' or 'segments', not both")
     text = None
@@ -213,7 +222,7 @@ def parse_fields(pic: Any, defaults: LinkOptions) -> PicFields:
             company=_company(pic.get("company", defaults.company), defaults.company),
             company_seam=_width(pic.get("company_seam", defaults.company_seam), "company_seam"),
             share=_share(pic.get("share", defaults.share)),
-            mode=_choice(pic.get("mode", defaults.mode), "mode", MODES),
+            mode=_choice(pic.get("mode", defaults.mode), "mode", (*MODES, ENCODE)),
             require_exact=_flag(pic.get("require_exact", defaults.require_exact), "require_exact"),
             link=_flag(pic.get("link", defaults.link), "link"),
             state=_choice(pic.get("state", defaults.state), "state", (*STATE_POLICIES, AUTO)),

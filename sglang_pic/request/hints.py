@@ -17,6 +17,8 @@ PUBLIC = "pic"
 MISSING = "sglang_pic: not compiled: "
 # A command was carried out: followed by its result as JSON.
 DONE = "sglang_pic: done: "
+# There was no room for all documents of a prompt.
+NO_LONGER = "pic.segments: no room for all encoded documents at once, try again"
 
 _VERSION = "1"
 

@@ -26,6 +26,7 @@ from sglang_pic.request.seal import is_sealed, seal
 # Every action type that begins so is ours, and internal.
 FAMILY = "pic."
 LINK = "pic.link"
+ENCODED = "pic.encoded"
 COMPILE = "pic.compile"
 COMMAND = "pic.command"
 # Of one compile: a link names one.
@@ -58,10 +59,27 @@ class CompileRequest:
 
 
 @dataclasses.dataclass(frozen=True)
+class EncodedRequest:
+    """The request sees encoded documents.
+
+    Attributes:
+        documents: their names (``forest.keys.document_id``), in the prompt's order.
+        lease: under which they are kept for it (``commands.Lease``).
+        strict: it is to come back, unstarted, when one is not held; else it ends, and is one
+            of several.
+    """
+
+    documents: tuple[str, ...]
+    lease: str = ""
+    strict: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class Internal:
     """All that our front says of one request; nothing, of an ordinary one."""
 
     link: LinkRequest | None = None
+    encoded: EncodedRequest | None = None
     compile: CompileRequest | None = None
     command: Command | None = None
 
@@ -89,6 +107,11 @@ def _envelope(action: str, content: Any) -> KvHintsEnvelope:
 def link_hints(request: LinkRequest) -> KvHintsEnvelope:
     """Have the request linked."""
     return _envelope(LINK, request)
+
+
+def encoded_hints(request: EncodedRequest) -> KvHintsEnvelope:
+    """Have the request see documents."""
+    return _envelope(ENCODED, request)
 
 
 def compile_hints(
@@ -145,11 +168,13 @@ def read_internal(
         found[kind] = _decode(body, _TYPES[kind], f"{field}.payload")
         if kind == LINK:
             _check_link(found[kind], tokens, f"{field}.payload")
-    made = Internal(found.get(LINK), found.get(COMPILE), found.get(COMMAND))
+    made = Internal(*map(found.get, (LINK, ENCODED, COMPILE, COMMAND)))
     if is_reserved(salt) != (made.compile is not None):
         raise PicActionError(
             HTTPStatus.FORBIDDEN, "cache_salt", "compiled segments have salts of their own"
         )
+    if made.encoded is not None:
+        _check_encoded(made)
     if made.compile is not None:
         seams = made.compile.seams
         if len(seams) > MAX_SEAMS or not all(0 <= seam <= MAX_SEAM for seam in seams):
@@ -158,7 +183,12 @@ def read_internal(
     return made
 
 
-_TYPES: dict[str, Any] = {LINK: LinkRequest, COMPILE: CompileRequest, COMMAND: Command}
+_TYPES: dict[str, Any] = {
+    LINK: LinkRequest,
+    ENCODED: EncodedRequest,
+    COMPILE: CompileRequest,
+    COMMAND: Command,
+}
 
 T = TypeVar("T")
 
@@ -195,6 +225,13 @@ def _check_link(link: LinkRequest, tokens: int | None, field: str) -> None:
     if len(link.spans) > MAX_SEGMENTS:
         raise PicActionError(HTTPStatus.BAD_REQUEST, f"{field}.spans", "too many")
     _check_spans(link.spans, tokens, f"{field}.spans")
+
+
+def _check_encoded(made: Internal) -> None:
+    assert made.encoded is not None
+    if len(made.encoded.documents) > MAX_SEGMENTS or made.link is not None:
+        problem = f"of {len(made.encoded.documents)} documents"
+        raise PicActionError(HTTPStatus.BAD_REQUEST, "kv_hints", problem)
 
 
 def _check_company(compiled: CompileRequest, tokens: int | None) -> None:

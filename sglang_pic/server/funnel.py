@@ -10,6 +10,8 @@ life of one with segments, six functions of six modules:
 4. ``compiler.Compiler.compile``: that is compiled;
 5. ``send.set_link``: the scheduler gets it as a link;
 6. ``answers.tidy``: its report is put in order.
+
+One whose segments a trained encoder reads lives in ``documents`` instead of 3 to 5.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.runtime_context import get_memory, get_parallel, get_schedule
 
 from sglang_pic.config import EXACT, IDLE, OFF, PAYS, PicConfig
-from sglang_pic.link.policy import floor_to
+from sglang_pic.link.policy import ENCODE, floor_to
 from sglang_pic.server.answers import (
     interleaved,
     leaving,
@@ -41,6 +43,8 @@ from sglang_pic.server.cold import Cold
 from sglang_pic.server.commands import command
 from sglang_pic.server.companions import Companions, Maker, WhenAsked, WhenIdle
 from sglang_pic.server.compiler import Compiler, Job
+from sglang_pic.server.documents import Documents, NoDocuments, WithEncoder
+from sglang_pic.server.documents import Job as Document
 from sglang_pic.server.exchange import Exchange, current, noting
 from sglang_pic.server.fetching import Fetching, FromStore, NoStore
 from sglang_pic.server.finding import Finding, Found
@@ -173,6 +177,7 @@ class Funnel:
             shortest = max(self.config.min_segment, page)
             companions = WhenIdle(self.maker, shortest, lambda: not manager.rid_to_state)
         cold = Cold(self.compiler, fetching.busiest, allowed=self.config.cold == EXACT)
+        self.documents = self._documents(urgency_of)
         self.finding = Finding(
             self.config,
             self.resolver,
@@ -228,6 +233,17 @@ class Funnel:
             len(self.context),
         )
 
+    def _documents(self, urgency_of: Callable[[int | None], int]) -> Documents:
+        """Prompts whose documents an encoder reads."""
+        config = self.config
+        if config.encoder is None:
+            return NoDocuments()
+        queue: FairQueue[Document] = FairQueue(
+            config.compiles, config.tenant_compiles, config.compile_queue
+        )
+        send = functools.partial(command, self._manager)
+        return WithEncoder(self._manager, config, self.waiting, urgency_of, queue, send)
+
     def _inviting(self) -> Inviting:
         """Nothing is touched by what a prompt does not contain, but where a tenant is one
         trust domain."""
@@ -260,19 +276,36 @@ class Funnel:
         asked = [one.prompt for one in found] or self.resolver.resolve(obj, pic, exchange)
         await self.guards.canary.settle()
         prompts = [self.guards.settled(*one) for one in asked]
+        for prompt in prompts:
+            if prompt[1].options.mode == ENCODE:
+                self.documents.check(prompt)
         watching = self.guards.watching(obj, asked, prompts)
         waited = [NOTHING] * len(prompts)
         samples = samples_of(obj)
         if is_batch(obj):
             outputs = self._batch(generate, obj, request, prompts, waited)
         else:
-            outputs = self.lives.live(generate, obj, request, prompts[0], waited, 0)
+            outputs = self._live(generate, obj, request, prompts[0], waited, 0)
         counted: set[int] = set()
         async with contextlib.aclosing(outputs):
             async for out in outputs:
                 out = tidy(out, exchange, counted, waited, samples, found)
                 watching.see(out)
                 yield out
+
+    def _live(
+        self,
+        generate: Generate,
+        obj: GenerateReqInput,
+        request: Any,
+        prompt: Prompt,
+        waited: list[Waited],
+        index: int,
+    ) -> AsyncGenerator[Any, None]:
+        """One prompt, by what its segments are to be."""
+        encodes = prompt[1].options.mode == ENCODE
+        live = self.documents.live if encodes else self.lives.live
+        return live(generate, obj, request, prompt, waited, index)
 
     async def _batch(
         self,
@@ -284,7 +317,7 @@ class Funnel:
     ) -> AsyncGenerator[Any, None]:
         """A batch: each of its prompts by itself; all answers in one list, or as they come."""
         lives = [
-            self.lives.live(generate, one, request, prompts[i], waited, i)
+            self._live(generate, one, request, prompts[i], waited, i)
             for i, one in enumerate(split(obj))
         ]
         if obj.stream:

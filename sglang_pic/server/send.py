@@ -1,4 +1,5 @@
-"""A resolved request in internal form: token ids, and a link in its ``kv_hints``.
+"""A resolved request in internal form: token ids, and a link, or the names of documents, in
+its ``kv_hints``.
 
 In place: SGLang's endpoints keep the object, to abort it if its client leaves.
 """
@@ -13,13 +14,20 @@ from sglang.srt.managers.kv_hints import KvHintsEnvelope
 
 from sglang_pic.request.base import LinkRequest
 from sglang_pic.request.hints import PUBLIC
-from sglang_pic.request.internal import LINK, link_hints
+from sglang_pic.request.internal import (
+    ENCODED,
+    LINK,
+    EncodedRequest,
+    encoded_hints,
+    link_hints,
+)
 
 
 def _other_actions(hints: Any) -> list[Any]:
     if not isinstance(hints, KvHintsEnvelope):
         return []
-    return [action for action in hints.actions if action.action_type not in (PUBLIC, LINK)]
+    ours = (PUBLIC, LINK, ENCODED)
+    return [action for action in hints.actions if action.action_type not in ours]
 
 
 def _hints(obj_hints: Any, link: LinkRequest) -> KvHintsEnvelope:
@@ -32,6 +40,14 @@ def set_link(obj: GenerateReqInput, ids: list[int], link: LinkRequest, *, strict
     """Give the request its prompt and link."""
     obj.text, obj.input_ids = None, list(ids)
     obj.kv_hints = _hints(obj.kv_hints, dataclasses.replace(link, strict=strict))
+
+
+def set_encoded(obj: GenerateReqInput, ids: list[int], encoded: EncodedRequest) -> None:
+    """Give the request its prompt without documents, and their names."""
+    obj.text, obj.input_ids = None, list(ids)
+    made = encoded_hints(encoded)
+    made.actions.extend(_other_actions(obj.kv_hints))
+    obj.kv_hints = made
 
 
 def is_batch(obj: GenerateReqInput) -> bool:

@@ -154,6 +154,11 @@ class Waiting:
             if self._manager.rid_to_state.get(stay.rid) is state:
                 del self._manager.rid_to_state[stay.rid]
 
+    async def refuse(self, stay: Stay, message: str) -> None:
+        """Work that ends its request: with 503 and these words."""
+        self._end(stay, message)
+        await asyncio.Event().wait()
+
     def _refuse_one_too_many(self, newest: Stay) -> None:
         """As ``--max-queued-requests`` does in the scheduler, of those that wait here."""
         limit = get_schedule().max_queued_requests

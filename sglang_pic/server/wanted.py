@@ -8,6 +8,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sglang_pic.config import PicConfig
 from sglang_pic.forest.keys import namespace
+from sglang_pic.link.policy import ENCODE
 from sglang_pic.request.base import OPENING, LinkRequest
 from sglang_pic.server.companions import Kind
 from sglang_pic.server.compiler import Caller
@@ -30,7 +31,8 @@ class Wanted:
     def links(self, link: LinkRequest) -> bool:
         """Whether it would use compiled segments."""
         options = link.options
-        return options.link and not link.is_exact and options.policy != "full"
+        linked = options.link and options.mode != ENCODE
+        return linked and not link.is_exact and options.policy != "full"
 
     def items(
         self, obj: GenerateReqInput, ids: list[int], link: LinkRequest, missing: Sequence[int]

@@ -14,14 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Qwen3_5ForCausalLM
 
 from sglang_pic.eval.models.hybrid import batches, task
 from sglang_pic.eval.models.hybrid.batches import IGNORED, Rung, Score
@@ -83,14 +83,25 @@ class Optimizers:
             member.load_state_dict(state)
 
 
+class Family(NamedTuple):
+    """What is trained: its first weights from a seed, and logits of ids at a mask."""
+
+    new_model: Callable[[int], Any]
+    forward: Callable[[Any, Tensor, Tensor], Tensor]
+
+
+HYBRID = Family(new_model, forward)
+
+
 class Training:
     """A run and all that a checkpoint must hold to go on with it."""
 
-    def __init__(self, options: argparse.Namespace):
+    def __init__(self, options: argparse.Namespace, family: Family = HYBRID):
         self.options = options
+        self.family = family
         self.out = Path(options.out)
         self.out.mkdir(parents=True, exist_ok=True)
-        self.model = new_model(options.seed)
+        self.model = family.new_model(options.seed)
         self.optimizers = Optimizers(self.model, options.lr, options.other_lr)
         self.step = self.tokens = 0
         self.rung = self.on_rung = 0
@@ -127,7 +138,7 @@ class Training:
         batch = batches.in_a_row(rng, rung)
         where = batch.targets != IGNORED
         truth = batch.targets[where]
-        logits = forward(self.model, batch.ids, where)
+        logits = self.family.forward(self.model, batch.ids, where)
         loss = F.cross_entropy(logits, truth)
         noted = {"loss": loss.item(), **Score.of(batch, logits.argmax(-1)).share()}
         if self.options.block and rung.segments > 1:
@@ -196,9 +207,9 @@ class Training:
             setattr(self, name, state[name])
 
 
-def load_checkpoint(directory: Path) -> Qwen3_5ForCausalLM:
+def load_checkpoint(directory: Path, family: Family = HYBRID) -> Any:
     """The model of a training directory."""
-    model = new_model()
+    model = family.new_model(0)
     state = torch.load(directory / "checkpoint.pt", weights_only=True)
     model.load_state_dict(state["model"])
     return model.eval()

@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from sglang_pic.eval.models.hybrid import task
-from sglang_pic.eval.models.hybrid.train import load_checkpoint
+from sglang_pic.eval.models.hybrid.train import HYBRID, Family, load_checkpoint
 
 UNKNOWN = "<unk>"
 
@@ -44,10 +44,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def export(training: Path, out: Path) -> None:
+def export(training: Path, out: Path, family: Family = HYBRID) -> None:
     """Write a training's last checkpoint as a Hugging Face directory."""
     out.mkdir(parents=True, exist_ok=True)
-    model = load_checkpoint(training)
+    model = load_checkpoint(training, family)
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=task.END, pad_token_id=task.PAD, bos_token_id=task.BOS
     )

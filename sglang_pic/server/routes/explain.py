@@ -16,6 +16,7 @@ from sglang.srt.utils.json_response import orjson_response
 
 from sglang_pic.errors import PicRequestError
 from sglang_pic.find.finder import Looked
+from sglang_pic.link.policy import ENCODE
 from sglang_pic.link.report import LinkReport
 from sglang_pic.request.base import LinkRequest
 from sglang_pic.server.answers import as_found
@@ -83,6 +84,8 @@ async def explain(body: ExplainBody, request: Request) -> Any:
         field = "messages"
     if found is not None and found.looked.linked:
         ids, link = found.prompt
+    if link.options.mode == ENCODE:
+        raise PicRequestError("pic.mode", "prompts with encoded documents are not foretold")
     limit, vocabulary = manager().max_req_input_len, manager().model_config.vocab_size
     check_prompt(ids, field, limit=limit, vocabulary=vocabulary)
     ids, link = funnel.guards.settled(ids, link)

@@ -52,6 +52,7 @@ async def info(request: Request) -> dict[str, Any]:
             "version": __version__,
             "config": {name: settings[name] for name in _CLIENTS},
             "linking": {"on": reason is None, "reason": reason},
+            "encoder": funnel.documents.to_json(),
         }
     settings["compile_context"] = list(funnel.context)
     state = funnel.guards.calibration.to_json() if funnel.config.state == AUTO else None
@@ -62,6 +63,7 @@ async def info(request: Request) -> dict[str, Any]:
         "linking": funnel.guards.gate.to_json(),
         "canary": funnel.guards.canary.verdict.to_json(),
         "state_calibration": state,
+        "encoder": funnel.documents.to_json(),
     }
 
 
@@ -122,6 +124,24 @@ class StoreStats(Answer):
     failed: dict[str, int] = Field(description="values that it did not take, by reason")
 
 
+class EncoderCard(Answer):
+    digest: str = Field(description="names its weights")
+    cross_layers: list[int] = Field(description="of the model, that a cross block stands before")
+    max_tokens: int = Field(description="of a document")
+    bytes_per_token: int = Field(description="of what is kept of one")
+
+
+class EncodedStats(Answer):
+    encoder: EncoderCard | None
+    documents: int = Field(description="held")
+    bytes: int
+    in_use: int = Field(description="documents that requests see now: they stay")
+    budget: int = Field(description="bytes, shared with linear states")
+    encoded: int = Field(description="documents read since start")
+    encoded_tokens: int
+    no_room: int = Field(description="of those, not kept")
+
+
 class RankStats(RankBudgets):
     clock: int
     segments: int
@@ -136,6 +156,7 @@ class RankStats(RankBudgets):
     evicted: dict[str, int] = Field(description="since start: tokens, of states their number")
     refused: dict[str, int] = Field(description="since start, by what refused")
     store: StoreStats = Field(description="since start; zeros without a store")
+    encoded: EncodedStats = Field(description="documents that a trained encoder has read")
     fallback_evictions: int
     faults: dict[str, int] = Field(description="contained since start, by place")
 

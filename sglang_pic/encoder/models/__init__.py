@@ -1,0 +1,1 @@
+"""SGLang's model classes with cross blocks: a package for its ``ModelRegistry``."""

@@ -1,0 +1,399 @@
+"""Documents that a trained encoder has read: what is held of them, and which rows see them.
+
+Their keys and values lie outside SGLang's pool, in the budget and the eviction order of what
+segments carry beside pages. A document is held whole or not at all. What a request sees
+stays until it ends: its tokens are not in the row, and could not be computed in their place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+import weakref
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from sglang_pic.attention.rows import by_row, can_tell
+from sglang_pic.encoder.encoder import EncoderKV
+from sglang_pic.encoder.limits import fits
+from sglang_pic.encoder.step import DocumentStep, make_step
+from sglang_pic.errors import PicIntegrityError, PicRefused
+from sglang_pic.forest.cost import PrefillCost
+from sglang_pic.forest.keys import document_id
+from sglang_pic.forest.state import asked_for_more
+from sglang_pic.linear.state import StateStore
+from sglang_pic.request.internal import EncodedRequest
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+    from sglang_pic.encoder.beside import BesideModel
+
+# Kind of thing in the eviction order.
+DOCUMENT = "document"
+# A prompt whose documents are kept has come by then, or has them encoded again.
+LEASE_S = 30.0
+NO_ENCODER = "this server has no encoder: --pic-encoder"
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """What is kept of one: keys and values of all encoder layers."""
+
+    owner: tuple[str, ...]
+    tokens: int
+    kv: EncoderKV
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.kv)
+
+
+class Wanted(NamedTuple):
+    """Documents that a prompt will need.
+
+    Attributes:
+        lease: names the prompt.
+        held: names of documents that were held lately.
+        documents: tokens of others.
+    """
+
+    lease: str
+    tenant: str | None
+    held: Sequence[str]
+    documents: Sequence[array]
+
+
+class Documents(Protocol):
+    """What the scheduler does for requests with documents."""
+
+    def encode(self, prompts: Sequence[Wanted]) -> list[bool]:
+        """Have encoded what of these prompts' documents is not held, and keep all of a
+        prompt until it comes.
+
+        Returns:
+            Of which prompts all are kept; of the others none is.
+
+        Raises:
+            PicRefused: 409, there is no encoder; 400, they are too much for one go.
+        """
+        ...
+
+    def take(self, req: Req, asked: EncodedRequest) -> list[int]:
+        """Give a request that has arrived its documents.
+
+        Returns:
+            Indices of those that are not held; the request has none then.
+
+        Raises:
+            PicRefused: 400, such a request can't have documents.
+        """
+        ...
+
+    def hand_over(self, batch: Any, reqs: Sequence[Req]) -> None:
+        """Arrange which rows of the batch that runs next see which documents.
+
+        Raises:
+            PicIntegrityError: its rows cannot be told apart.
+        """
+        ...
+
+    def give_up(self, reqs: Sequence[Req]) -> list[Req]:
+        """Let these see nothing in the batch that runs next; those that should."""
+        ...
+
+    def end(self, req: Req) -> None:
+        """A request is over."""
+        ...
+
+    def flush(self, tenant: str | None) -> int:
+        """Forget a tenant's that no request sees; how many."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """For the operator."""
+        ...
+
+    def check(self) -> None:
+        """Raise ``PicIntegrityError`` unless it adds up. O(n)."""
+        ...
+
+    def clear(self) -> None:
+        """Everything was flushed."""
+        ...
+
+
+class NoDocuments:
+    """Of a server without an encoder."""
+
+    def encode(self, prompts: Sequence[Wanted]) -> list[bool]:
+        raise PicRefused(409, NO_ENCODER, "pic.mode")
+
+    def take(self, req: Req, asked: EncodedRequest) -> list[int]:
+        raise PicRefused(400, NO_ENCODER, "pic.mode")
+
+    def hand_over(self, batch: Any, reqs: Sequence[Req]) -> None:
+        pass
+
+    def give_up(self, reqs: Sequence[Req]) -> list[Req]:
+        return []
+
+    def end(self, req: Req) -> None:
+        pass
+
+    def flush(self, tenant: str | None) -> int:
+        return 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "encoder": None,
+            "documents": 0,
+            "bytes": 0,
+            "in_use": 0,
+            "budget": 0,
+            "encoded": 0,
+            "encoded_tokens": 0,
+            "no_room": 0,
+        }
+
+    def check(self) -> None:
+        pass
+
+    def clear(self) -> None:
+        pass
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Row:
+    """The documents of a request by name, and what gives them back, once."""
+
+    documents: Mapping[str, EncoderKV]
+    release: weakref.finalize
+
+
+class Encoded:
+    """Documents of one scheduler.
+
+    Args:
+        beside: the encoder, beside the model.
+        store: of what segments carry beside pages.
+        cost: of the model, whose layers the encoder's are like.
+        layers: of the model.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        beside: BesideModel,
+        store: StateStore,
+        cost: PrefillCost,
+        layers: int,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._beside = beside
+        self._store = store
+        self._cost = cost
+        self._clock = clock
+        self._share = beside.config.layers / layers
+        self._rows: weakref.WeakKeyDictionary[Req, _Row] = weakref.WeakKeyDictionary()
+        self._arranged: tuple[list[_Row | None], list[int], DocumentStep | None] = [], [], None
+        # Requests that see each document.
+        self._users: Counter[str] = Counter()
+        # What requests that are gone saw.
+        self._gone: deque[tuple[str, ...]] = deque()
+        # Those kept for prompts on their way, and until when.
+        self._leases: dict[str, tuple[float, list[str]]] = {}
+        self._encoded = self._tokens = self._no_room = 0
+
+    def _owner(self, tenant: str | None) -> tuple[str, ...]:
+        return (DOCUMENT, self._beside.digest, tenant or "")
+
+    def encode(self, prompts: Sequence[Wanted]) -> list[bool]:
+        self._settle()
+        now = self._clock()
+        for lease in [lease for lease, (until, _) in self._leases.items() if until <= now]:
+            self._end_lease(lease)
+        fresh = self._read(prompts)
+        return [self._keep_all(prompt, fresh, now + LEASE_S) for prompt in prompts]
+
+    def _read(self, prompts: Sequence[Wanted]) -> dict[str, Document]:
+        """By name what of these prompts' documents was not held, and has room."""
+        wanted: dict[str, tuple[tuple[str, ...], array]] = {}
+        room = self._store.budget - self._store.pinned_bytes
+        for prompt in prompts:
+            owner, fresh, need = self._owner(prompt.tenant), {}, 0
+            for tokens in prompt.documents:
+                name = document_id(prompt.tenant, tokens)
+                if self._store.held(name, owner) is None and name not in wanted:
+                    fresh[name] = (owner, tokens)
+                    need += len(tokens) * self._beside.bytes_per_token
+            if need > room:
+                self._no_room += len(fresh)
+                continue
+            room -= need
+            wanted |= fresh
+        if not wanted:
+            return {}
+        lengths = [len(tokens) for _, tokens in wanted.values()]
+        if not fits(lengths, self._beside.config.max_tokens):
+            raise PicRefused(400, f"too much to encode in one go: {lengths!r:.80}", "lengths")
+        found = self._beside.encode([tokens for _, tokens in wanted.values()])
+        self._encoded += len(wanted)
+        self._tokens += sum(lengths)
+        return {
+            name: Document(owner, len(tokens), kv)
+            for (name, (owner, tokens)), kv in zip(wanted.items(), found, strict=True)
+        }
+
+    def _keep_all(self, prompt: Wanted, fresh: Mapping[str, Document], until: float) -> bool:
+        """Keep all documents of a prompt, or none. What of it is kept already is kept first,
+        so that nothing of it goes for another one."""
+        owner = self._owner(prompt.tenant)
+        names = [*prompt.held, *(document_id(prompt.tenant, one) for one in prompt.documents)]
+        _, kept = self._leases.get(prompt.lease, (0.0, []))
+        self._leases[prompt.lease] = until, kept
+        names = [name for name in dict.fromkeys(names) if name not in kept]
+        names.sort(key=lambda name: self._store.held(name, owner) is None)
+        for name in names:
+            if self._store.held(name, owner) is None and not self._put(name, fresh):
+                self._end_lease(prompt.lease)
+                return False
+            self._keep([name])
+            kept.append(name)
+        return True
+
+    def _put(self, name: str, fresh: Mapping[str, Document]) -> bool:
+        document = fresh.get(name)
+        if document is None:
+            return False  # it has gone meanwhile
+        cost = self._cost.flops(0, document.tokens) * self._share
+        kept = self._store.put(name, document, cost=cost, group=DOCUMENT)
+        self._no_room += not kept
+        return kept
+
+    def _end_lease(self, lease: str) -> None:
+        _, names = self._leases.pop(lease, (0.0, []))
+        self._release(names)
+
+    def take(self, req: Req, asked: EncodedRequest) -> list[int]:
+        names = asked.documents
+        more = "adapter" if req.lora_id is not None else asked_for_more(req)
+        if more is not None:
+            raise PicRefused(400, f"not with encoded documents: {more}", "pic.mode")
+        owner = self._owner(req.cache_salt)
+        found = [self._store.held(name, owner) for name in names]
+        missing = [i for i, one in enumerate(found) if one is None]
+        if missing:
+            return missing
+        documents = {name: one.kv for name, one in zip(names, found, strict=True)}
+        for name in documents:
+            self._store.use(name)
+        self._keep(list(documents))
+        if asked.strict:
+            self._end_lease(asked.lease)
+        # A request that ends in the queue is not told to the cache. It may be collected at
+        # any moment, so that what it leaves is only noted then.
+        release = weakref.finalize(req, self._gone.append, tuple(documents))
+        release.atexit = False
+        self._rows[req] = _Row(documents, release)
+        req.extra_key = self._key(req.extra_key, names)
+        return []
+
+    def _key(self, extra_key: str | None, names: Sequence[str]) -> str:
+        """What the row's own KV depends on beside its tokens. A client's key holds no
+        control characters."""
+        seen = hashlib.blake2b("\x1f".join([self._beside.digest, *names]).encode(), digest_size=16)
+        return f"{extra_key or ''}\x1fencoded\x1f{seen.hexdigest()}"
+
+    def _keep(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._users[name] += 1
+            self._store.pin(name)
+
+    def _settle(self) -> None:
+        """Let go what requests that are gone have seen."""
+        while self._gone:
+            self._release(self._gone.popleft())
+
+    def _release(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._users[name] -= 1
+            if self._users[name] <= 0:
+                del self._users[name]
+                self._store.unpin(name)
+
+    def hand_over(self, batch: Any, reqs: Sequence[Req]) -> None:
+        rows = [self._rows.get(req) for req in reqs]
+        if not any(rows):
+            self._arranged = [], [], None
+            self._beside.steps.set((), None)
+            return
+        if not can_tell(batch):
+            raise PicIntegrityError("which rows of the batch have documents cannot be told")
+        of_rows = by_row(batch.rids, rows, batch)
+        lengths = [1] * len(of_rows)
+        if batch.forward_mode.is_extend():
+            lengths = [int(n) for n in batch.extend_seq_lens_cpu]
+        # While the same rows decode it stays as it is.
+        if (of_rows, lengths) != self._arranged[:2]:
+            seen = [row.documents if row is not None else None for row in of_rows]
+            step = make_step(seen, lengths, batch.seq_lens.device)
+            self._arranged = of_rows, lengths, step
+        self._beside.steps.set(batch.rids, self._arranged[2])
+
+    def give_up(self, reqs: Sequence[Req]) -> list[Req]:
+        self._arranged = [], [], None
+        self._beside.steps.clear()
+        return [req for req in reqs if req in self._rows]
+
+    def end(self, req: Req) -> None:
+        row = self._rows.pop(req, None)
+        if row is not None:
+            self._arranged = [], [], None
+            row.release()
+            self._settle()
+
+    def flush(self, tenant: str | None) -> int:
+        self._settle()
+        owner = self._owner(tenant)
+        names = [name for name in self._store.names(DOCUMENT) if name not in self._users]
+        mine = [name for name in names if self._store.held(name, owner) is not None]
+        for name in mine:
+            self._store.drop(name)
+        return len(mine)
+
+    def to_json(self) -> dict[str, Any]:
+        self._settle()
+        config = self._beside.config
+        return {
+            "encoder": {
+                "digest": self._beside.digest,
+                "cross_layers": list(config.cross_layers),
+                "max_tokens": config.max_tokens,
+                "bytes_per_token": self._beside.bytes_per_token,
+            },
+            "documents": len(self._store.names(DOCUMENT)),
+            "bytes": self._store.bytes_of_group(DOCUMENT),
+            "in_use": len(self._users),
+            "budget": self._store.budget,
+            "encoded": self._encoded,
+            "encoded_tokens": self._tokens,
+            "no_room": self._no_room,
+        }
+
+    def check(self) -> None:
+        users = Counter(name for row in self._rows.values() for name in row.documents)
+        users.update(name for _, names in self._leases.values() for name in names)
+        # A request that is gone may not have been collected yet, never the reverse.
+        if any(self._users[name] < count for name, count in users.items()):
+            raise PicIntegrityError("a document that a request sees is taken for unused")
+        self._store.check()
+
+    def clear(self) -> None:
+        for lease in list(self._leases):
+            self._end_lease(lease)
+        for name in self._store.names(DOCUMENT):
+            self._store.drop(name)

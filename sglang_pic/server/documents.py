@@ -1,0 +1,436 @@
+"""The life of a prompt whose documents a trained encoder reads.
+
+They are not in its row: they are encoded first, a few at a time, and the row's tokens see
+what is kept of them. Nothing could take their place, so a prompt whose documents find no
+room is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from sglang.srt.managers.io_struct import GenerateReqInput
+
+from sglang_pic.config import PicConfig
+from sglang_pic.encoder.config import EncoderConfig
+from sglang_pic.encoder.limits import ENCODE_TOKENS, fits
+from sglang_pic.errors import PicRefused, PicRequestError
+from sglang_pic.forest.keys import document_id
+from sglang_pic.link.policy import ENCODE, LinkOptions
+from sglang_pic.link.report import EMPTY, ENCODED, LinkReport, SegmentReport
+from sglang_pic.metrics.front import counts
+from sglang_pic.request.hints import NO_LONGER
+from sglang_pic.request.internal import EncodedRequest
+from sglang_pic.server.answers import handed_back, samples_of
+from sglang_pic.server.asking import Generate
+from sglang_pic.server.compiler import COMPILED, Made
+from sglang_pic.server.life import Prompt
+from sglang_pic.server.queue import FairQueue
+from sglang_pic.server.send import set_encoded
+from sglang_pic.server.waited import Waited
+from sglang_pic.server.waiting import EndedError, Waiting, ended
+from sglang_pic.server.wanted import caller_of
+
+NO_ENCODER = "this server has no encoder: --pic-encoder"
+# Between two tries of a prompt whose documents find no room.
+PAUSE_S = 0.2
+
+Send = Callable[..., Coroutine[Any, Any, list[Any]]]
+
+
+class Cut(NamedTuple):
+    """A prompt without its documents.
+
+    Attributes:
+        row: its other tokens.
+        documents: of each segment that is not empty its index, and its tokens.
+    """
+
+    row: list[int]
+    documents: list[tuple[int, tuple[int, ...]]]
+
+
+def cut(prompt: Prompt) -> Cut:
+    """Take the documents out of a prompt."""
+    ids, link = prompt
+    row, documents, at = [], [], 0
+    for i, span in enumerate(link.spans):
+        row += ids[at : span.start]
+        at = span.end
+        if span.start < span.end:
+            documents.append((i, tuple(ids[span.start : span.end])))
+    return Cut([*row, *ids[at:]], documents)
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """Documents of one prompt that are queued or under way.
+
+    Attributes:
+        lease: under which they are kept for it.
+        held: names of its others, which the scheduler holds.
+        documents: those to be encoded, each once.
+        sent: how many of them have been.
+        result: whether all of the prompt's are kept.
+    """
+
+    lease: str
+    tenant: str | None
+    held: list[str]
+    documents: list[tuple[int, ...]]
+    result: asyncio.Future[bool]
+    sent: int = 0
+
+    def piece(self, documents: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+        """Some of them, as the command has them (``commands.Lease``)."""
+        return {
+            "id": self.lease,
+            "tenant": self.tenant,
+            "held": self.held,
+            "lengths": [len(ids) for ids in documents],
+        }
+
+
+Piece = tuple[Job, list[tuple[int, ...]]]
+
+
+class Encoder:
+    """Has documents encoded, in batches one behind the other: a step of the scheduler runs
+    one at most.
+
+    Args:
+        send: ``server.commands.command``, bound.
+        queue: in which order, and how many prompts may wait.
+        max_tokens: of the longest document.
+        longest: tokens of the longest prompt that SGLang takes.
+    """
+
+    def __init__(
+        self, send: Send, queue: FairQueue[Job], max_tokens: int, longest: Callable[[], int]
+    ):
+        self._send = send
+        self._queue = queue
+        self._max_tokens = max_tokens
+        self._longest = longest
+        # Begun, or the next to begin.
+        self._ahead: Job | None = None
+        self._running: asyncio.Task[None] | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest document that can be encoded."""
+        return min(self._max_tokens, ENCODE_TOKENS, self._longest())
+
+    async def encode(
+        self,
+        lease: str,
+        tenant: str | None,
+        urgency: int,
+        held: Sequence[str],
+        documents: Sequence[tuple[int, ...]],
+    ) -> bool | None:
+        """Encode some of a prompt's documents, and keep all of them until it comes.
+
+        Args:
+            lease: names the prompt.
+            held: names of its other documents.
+
+        Returns:
+            Whether they are kept; if not, none is. ``None`` where too many prompts of the
+            tenant wait.
+
+        Raises:
+            PicRefused: as the command does.
+        """
+        if not documents:
+            return True
+        result = asyncio.get_running_loop().create_future()
+        job = Job(lease, tenant, list(held), list(dict.fromkeys(documents)), result)
+        if not self._queue.add([job], tenant, urgency):
+            return None
+        if self._running is None:
+            self._running = asyncio.get_running_loop().create_task(self._run())
+        return await asyncio.shield(result)
+
+    async def _run(self) -> None:
+        while pieces := self._batch():
+            documents = [one for _, some in pieces for one in some]
+            try:
+                (told,) = await self._send(
+                    "encode",
+                    ids=[token for ids in documents for token in ids],
+                    leases=[job.piece(some) for job, some in pieces],
+                )
+            except Exception as error:
+                for job, _ in pieces:
+                    self._end(job)
+                    job.result.set_exception(error)
+                    # Consumed here: a client that left will not ask for it.
+                    job.result.exception()
+                continue
+            counts.observe_encode([len(ids) for ids in documents])
+            for (job, some), kept in zip(pieces, told["kept"], strict=True):
+                job.sent += len(some)
+                if not kept or job.sent == len(job.documents):
+                    self._end(job)
+                    job.result.set_result(kept)
+        self._running = None
+
+    def _end(self, job: Job) -> None:
+        if self._ahead is job:
+            self._ahead = None
+        self._queue.done(job.tenant)
+
+    def _batch(self) -> list[Piece]:
+        """What is encoded next, in one go; of its prompts the last may have more."""
+        pieces: list[Piece] = []
+        lengths: list[int] = []
+        while (job := self._ahead or self._queue.take()) is not None:
+            some = []
+            for ids in job.documents[job.sent :]:
+                more = [*lengths, len(ids)]
+                if lengths and not (fits(more, self._max_tokens) and sum(more) <= self._longest()):
+                    break
+                lengths = more
+                some.append(ids)
+            if some:
+                pieces.append((job, some))
+            self._ahead = None
+            if job.sent + len(some) < len(job.documents):
+                self._ahead = job
+                break
+        return pieces
+
+
+class Documents(Protocol):
+    """Prompts with encoded documents of one tokenizer manager."""
+
+    def check(self, prompt: Prompt) -> None:
+        """Raise ``PicRequestError`` for one that cannot be answered."""
+        ...
+
+    def live(
+        self,
+        generate: Generate,
+        obj: GenerateReqInput,
+        request: Any,
+        prompt: Prompt,
+        waited: list[Waited],
+        index: int,
+    ) -> AsyncGenerator[Any, None]:
+        """As ``Lives.live``."""
+        ...
+
+    def to_json(self) -> dict[str, Any] | None:
+        """For clients; ``None`` without an encoder."""
+        ...
+
+
+class NoDocuments:
+    """Of a server without an encoder."""
+
+    def check(self, prompt: Prompt) -> None:
+        raise PicRequestError("pic.mode", NO_ENCODER)
+
+    async def live(
+        self,
+        generate: Generate,
+        obj: GenerateReqInput,
+        request: Any,
+        prompt: Prompt,
+        waited: list[Waited],
+        index: int,
+    ) -> AsyncGenerator[Any, None]:
+        self.check(prompt)
+        yield None
+
+    def to_json(self) -> None:
+        return None
+
+
+class WithEncoder:
+    """Of a server with one.
+
+    Args:
+        manager: SGLang's.
+        queue: of documents.
+        send: as of ``Encoder``.
+    """
+
+    def __init__(
+        self,
+        manager: Any,
+        config: PicConfig,
+        waiting: Waiting,
+        urgency: Callable[[int | None], int],
+        queue: FairQueue[Job],
+        send: Send,
+    ):
+        assert config.encoder is not None
+        self._manager = manager
+        self._limit_s = config.compile_limit_s
+        self._budget = config.state_mib << 20
+        self._waiting = waiting
+        self._urgency = urgency
+        self._config = EncoderConfig.load(Path(config.encoder))
+        self._encoder = Encoder(
+            send, queue, self._config.max_tokens, lambda: manager.max_req_input_len - 1
+        )
+
+    def check(self, prompt: Prompt) -> None:
+        made = cut(prompt)
+        if not made.row:
+            raise PicRequestError("pic.segments", "a prompt needs text beside its documents")
+        longest, vocabulary = self._encoder.max_tokens, self._manager.model_config.vocab_size
+        for i, ids in made.documents:
+            field = f"pic.segments[{i}]"
+            if len(ids) > longest:
+                problem = f"{len(ids)} tokens are too long for the encoder, at most {longest}"
+                raise PicRequestError(field, problem)
+            if not 0 <= min(ids) <= max(ids) < vocabulary:
+                raise PicRequestError(field, f"token ids are from 0 to {vocabulary - 1}")
+        each = self._config.bytes_per_token(self._manager.model_config.dtype.itemsize)
+        need = each * sum(len(ids) for ids in {ids for _, ids in made.documents})
+        if need > self._budget:
+            raise PicRequestError(
+                "pic.segments",
+                f"encoded documents of {need} bytes, this server may hold {self._budget}: "
+                "--pic-state-mib",
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "max_tokens": self._encoder.max_tokens,
+            "cross_layers": list(self._config.cross_layers),
+        }
+
+    async def live(
+        self,
+        generate: Generate,
+        obj: GenerateReqInput,
+        request: Any,
+        prompt: Prompt,
+        waited: list[Waited],
+        index: int,
+    ) -> AsyncGenerator[Any, None]:
+        made = cut(prompt)
+        names = tuple(document_id(obj.cache_salt or None, ids) for _, ids in made.documents)
+        samples, lease = samples_of(obj), uuid.uuid4().hex
+        asked = EncodedRequest(names, lease, strict=samples == 1)
+        with self._waiting.stay(obj) as stay:
+            outputs: AsyncGenerator[Any, None] | None = None
+            missing: Sequence[int] = range(len(names))
+            start = time.monotonic()
+            if samples == 1:
+                outputs, missing = await self._ask(generate, obj, request, made.row, asked)
+            told: dict[int, Made] = {}
+            try:
+                while missing or outputs is None:
+                    work = self._encode(obj, lease, made, names, missing)
+                    kept = await self._waiting.until(stay, obj, request, work)
+                    seconds = time.monotonic() - start
+                    for i in missing if kept else ():
+                        at, ids = made.documents[i]
+                        told.setdefault(at, Made(COMPILED, len(ids)))
+                    waited[index] = Waited(tuple(told), tuple(told.values()), seconds)
+                    if kept is None or seconds > self._limit_s:
+                        refusal = self._waiting.refuse(stay, NO_LONGER)
+                        await self._waiting.until(stay, obj, request, refusal)
+                    elif not kept:
+                        pause = asyncio.sleep(PAUSE_S)
+                        await self._waiting.until(stay, obj, request, pause)
+                    elif samples > 1:
+                        set_encoded(obj, made.row, asked)
+                        outputs, missing = generate(self._manager, obj, request), ()
+                    else:
+                        outputs, missing = await self._ask(generate, obj, request, made.row, asked)
+            except Exception as error:
+                if samples > 1:
+                    # Its endpoint looks for what SGLang would have made of it.
+                    obj.normalize_batch_and_arguments()
+                if isinstance(error, PicRefused):
+                    raise PicRequestError(error.field, error.message) from error
+                if not isinstance(error, EndedError):
+                    raise
+                outputs = ended(error, samples, stream=obj.stream)
+                async for out in outputs:
+                    yield out
+                return
+        async with contextlib.aclosing(outputs):
+            async for out in outputs:
+                for item in out if isinstance(out, list) else [out]:
+                    meta = item.get("meta_info", {})
+                    meta["pic"] = [report(prompt, names, meta.get("cached_tokens", 0)).to_json()]
+                yield out
+
+    async def _encode(
+        self,
+        obj: GenerateReqInput,
+        lease: str,
+        made: Cut,
+        names: Sequence[str],
+        missing: Sequence[int],
+    ) -> bool | None:
+        caller = caller_of(obj)
+        held = [name for i, name in enumerate(names) if i not in {*missing}]
+        documents = [made.documents[i][1] for i in missing]
+        urgency = self._urgency(caller.priority)
+        return await self._encoder.encode(lease, caller.tenant, urgency, held, documents)
+
+    async def _ask(
+        self,
+        generate: Generate,
+        obj: GenerateReqInput,
+        request: Any,
+        row: list[int],
+        asked: EncodedRequest,
+    ) -> tuple[AsyncGenerator[Any, None], Sequence[int]]:
+        """Outputs of the prompt, or which of its documents are to be encoded first."""
+        set_encoded(obj, row, asked)
+        return await handed_back(generate(self._manager, obj, request))
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedReport(LinkReport):
+    """``tokens_outside``: of the prompt, in documents: they are not in the row."""
+
+    tokens_outside: int = 0
+
+
+def report(prompt: Prompt, names: Sequence[str], cached: int) -> EncodedReport:
+    """What an answer says of itself.
+
+    Args:
+        names: of the segments that are not empty.
+        cached: tokens of the row that SGLang had.
+    """
+    ids, link = prompt
+    left = iter(names)
+    segments = tuple(
+        SegmentReport(span.start, span.end, None, False, EMPTY, 0, 0)
+        if span.start == span.end
+        else SegmentReport(span.start, span.end, next(left), True, ENCODED, 0, 0)
+        for span in link.spans
+    )
+    outside = sum(span.end - span.start for span in link.spans)
+    options: LinkOptions = link.options
+    return EncodedReport(
+        exactness=ENCODED,
+        reason=None,
+        policy=options.policy,
+        seam=options.seam,
+        mode=ENCODE,
+        tokens_reused=cached,
+        tokens_computed=len(ids) - outside - cached,
+        prefix_tokens=cached,
+        turn_tokens=0,
+        segments=segments,
+        tokens_outside=outside,
+    )
