@@ -35,6 +35,7 @@ from sglang_pic.kernels.operators.pair import Pair
 from sglang_pic.launch_server import pic_parser, read_config
 from sglang_pic.linear.state import StateStore
 from sglang_pic.link import report
+from sglang_pic.request.fields import MAX_SEGMENTS
 from sglang_pic.server import gate
 from sglang_pic.server.roster import check_peers
 from sglang_pic.server.routes import router
@@ -411,3 +412,8 @@ def test_programs(tmp_path: Path) -> None:
             [sys.executable, program], capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_bound_on_segments_is_that_of_the_code() -> None:
+    (row,) = [row for row in rows_of(USING / "generate.md") if row[0].strip() == "`segments`"]
+    assert f"at most {MAX_SEGMENTS}" in row[-1]
