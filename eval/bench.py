@@ -17,7 +17,6 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from sglang_pic.eval.forced import FLAG as FORCED
 from sglang_pic.eval.models.hybrid.weights import hybrid_path
 from sglang_pic.eval.models.smollm2 import ensure_model
 from sglang_pic.eval.serving import Server, serve
@@ -26,8 +25,8 @@ POOL_TOKENS = 24000
 STOCK_MODULE = "sglang.launch_server"
 # SGLang's list of plug-ins to load: the CPU platform alone.
 WITHOUT_US = {"SGLANG_PLUGINS": "sglang_pic_cpu"}
-# So that what SGLang says of its load is what holds at that step; so that answers can be forced.
-COMMON = ("--load-snapshot-publish-interval=1", "--enable-cache-report", FORCED)
+# So that what SGLang says of its load is what holds at that step.
+COMMON = ("--load-snapshot-publish-interval=1", "--enable-cache-report")
 
 
 # Of what recurs among the methods that are compared nothing is to be made, and what is

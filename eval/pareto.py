@@ -1,13 +1,13 @@
 """Loss against recomputed tokens: every policy, compiled alone and in company.
 
-    python -m eval.pareto [--quick] [--data FILE] [--questions N] [--kept FILE]
-                               [--json FILE] [--plot FILE]
+    python -m eval.pareto [--quick] [--data FILE] [--questions N] [--documents N] [--words N]
+                               [--kept FILE] [--json FILE] [--plot FILE]
 
 Questions over ten passages, each prompt linked by every method. Stock SGLang computes the
-whole prompt and answers greedily (32 tokens); along that answer, forced while it decodes
-(``eval.forced``), a method's next-token distributions are compared with its own: KL(full ||
-method) in nats a token, over the 64 tokens that full recompute finds likeliest and all others
-as one class, and top-1, the share of steps at which both would pick the same.
+whole prompt and answers greedily (32 tokens); along that answer (``eval.scored``) a method's
+next-token distributions are compared with its own: KL(full || method) in nats a token, over
+the 64 tokens that full recompute finds likeliest and all others as one class, and top-1, the
+share of steps at which both would pick the same.
 
     alone        every segment compiled by itself (EPIC, MEPIC)
     guests       each behind three passages that ship with the project
@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import pathlib
 import random
@@ -38,12 +37,11 @@ from transformers import AutoTokenizer
 
 from sglang_pic.eval.bench import Bench, bench
 from sglang_pic.eval.command import Outcome, deliver, new_figure, parser_of
-from sglang_pic.eval.forced import force
 from sglang_pic.eval.intervals import interval, ratio_interval
 from sglang_pic.eval.kept import Kept
-from sglang_pic.eval.multihop import MUSIQUE, load_examples
-from sglang_pic.eval.passages import PATH
+from sglang_pic.eval.multihop import DOCUMENTS, MUSIQUE, load_examples, source_of
 from sglang_pic.eval.results import versions
+from sglang_pic.eval.scored import score as score_answer
 from sglang_pic.eval.serving import Server
 from sglang_pic.eval.tables import Table
 from sglang_pic.eval.text_quality import TOP, Asked, prepare
@@ -55,9 +53,20 @@ QUICK_QUESTIONS = 4
 ALONE, AMONG, ALL, CONTROL = "alone", "guests", "all", "exact prefix"
 # Segments a company; of ``ALL`` as many as the prompt has, if a company may have them.
 GROUPS = {"groups of 2": 2, "groups of 3": 3, "groups of 5": 5, ALL: 10}
+# In the plot; companies of two lie on those of three.
+LABELS = {
+    ALONE: "compiled alone",
+    AMONG: "among guests",
+    "groups of 3": "in companies of three",
+    "groups of 5": "in companies of five",
+    ALL: "all in one company",
+}
 TODAY = "alone, seam 16"
-# In nats; the forced decode's own rounding.
-TIE = 1e-4
+# Ways to link that are the default, and where the plot names them.
+DEFAULTS = (
+    (TODAY, "default, alone", (10, 9)),
+    (f"{ALL}, nothing", "default, in company", (-8, -20)),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,21 +165,19 @@ def follow(
     server: Server,
     asked: Asked,
     reference: Reference,
-    spare: int,
     salt: str,
     pic: dict[str, Any] | None,
 ) -> Score:
-    """The reference's answer forced on a server."""
+    """A server along the reference's answer."""
     body: dict[str, Any] = {"input_ids": asked.ids, "cache_salt": salt}
     if pic is not None:
         body["pic"] = {"segments": asked.segments, **pic}
-    found, meta = force(server, body, reference.answer, sorted(reference.told), spare)
+    found, meta = score_answer(server, body, reference.answer, sorted(reference.told))
     kl, same, share = [], [], 1.0
     for step, own in zip(reference.steps, found, strict=True):
         listed = [own.listed[token] for token in step]
         kl.append(kl_with_remainder(list(step.values()), listed))
-        best = max(step, key=lambda token: step[token])
-        same.append(own.listed[best] >= own.likeliest - TIE)
+        same.append(own.likeliest == max(step, key=lambda token: step[token]))
     if pic is not None:
         segments = meta["pic"]["segments"]
         computed = sum(one["tokens_computed"] for one in segments)
@@ -212,15 +219,14 @@ def score(
 ) -> dict[str, Score]:
     """Every method, and the control, at one question."""
     reference = refer(pair.stock, asked, tokens, name)
-    spare = next(one for one in itertools.count(pair.vocabulary.stop) if one not in reference.told)
-    scores = {CONTROL: follow(pair.stock, asked, reference, spare, name, None)}
+    scores = {CONTROL: follow(pair.stock, asked, reference, name, None)}
     for compiled in dict.fromkeys(method.compiled for method in methods):
         salt = f"{name}-{compiled}"
         compile_groups(pair.ours, asked, compiled, salt, rng)
         ways = [method for method in methods if method.compiled == compiled]
         # In one batch, which costs little more than one of them.
         with ThreadPoolExecutor(len(ways)) as threads:
-            asking = functools.partial(follow, pair.ours, asked, reference, spare, salt)
+            asking = functools.partial(follow, pair.ours, asked, reference, salt)
             found = list(threads.map(asking, [method.pic for method in ways]))
         scores.update(zip((method.label for method in ways), found, strict=True))
         pair.ours.post("/pic/flush", {"cache_salt": salt}).raise_for_status()
@@ -234,6 +240,7 @@ def run(
     data: pathlib.Path = MUSIQUE,
     count: int | None = None,
     words: int = WORDS,
+    documents: int = DOCUMENTS,
     seed: int = 0,
     path: pathlib.Path | None = None,
 ) -> Outcome:
@@ -249,13 +256,16 @@ def run(
     tokenizer = AutoTokenizer.from_pretrained(pair.model)
     count = count or (QUICK_QUESTIONS if quick else None)
     tokens = QUICK_ANSWER_TOKENS if quick else ANSWER_TOKENS
-    asked = [prepare(tokenizer, one) for one in load_examples(data, words, count, seed)]
+    source = source_of(data, words)
+    examples = load_examples(data, words, count, seed, documents)
+    asked = [prepare(tokenizer, one) for one in examples]
     methods = [method for method in METHODS if method.quick or not quick]
     settled = {
         "model": pair.name,
-        "data": data.name if data.exists() else "the project's own passages",
-        "data_sha256": hashlib.sha256((data if data.exists() else PATH).read_bytes()).hexdigest(),
+        "data": source.name,
+        "data_sha256": source.sha256,
         "words_a_passage": words,
+        "documents": documents,
         "classes": TOP + 1,
         "answer_tokens": tokens,
         "seed": seed,
@@ -319,7 +329,8 @@ def row_of(
 
 def table_of(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> Table:
     return Table(
-        f"{config['questions']} questions over ten passages of {config['segment_tokens']:.0f} "
+        f"{config['questions']} questions over {config['documents']} passages of "
+        f"{config['segment_tokens']:.0f} "
         f"tokens ({config['data']})",
         ("method", "computed", "KL (nats a token)", f"of {TODAY}", "top-1, %"),
         [
@@ -339,37 +350,63 @@ def table_of(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> Table:
 
 
 def plot(rows: Sequence[dict[str, Any]]) -> Any:
-    """KL against the share of segment tokens computed, one line a way of compiling."""
-    figure, axes = new_figure(1)
+    """KL against the share of segment tokens computed: a mark for each way to link, with its
+    interval; a line for each way to compile, along those that no cheaper one beats."""
+    figure, axes = new_figure(width=8, height=5)
     axis = axes[0]
-    for compiled in (ALONE, AMONG, *GROUPS):
-        points = sorted(
-            (100 * row["share"], row["kl"]) for row in rows if row["compiled"] == compiled
+    for compiled, label in LABELS.items():
+        ways = [row for row in rows if row["compiled"] == compiled]
+        if not ways:
+            continue
+        ways.sort(key=lambda row: row["share"])
+        share, kl, low, high = (
+            [row[name] for row in ways] for name in ("share", "kl", "kl_low", "kl_high")
         )
-        if points:
-            (line,) = axis.plot(*zip(*points, strict=True), marker="o")
-            axis.annotate(
-                compiled, points[-1], textcoords="offset points", xytext=(6, 0), va="center",
-                color=line.get_color(),
-            )  # fmt: skip
-    today = next(row for row in rows if row["method"] == TODAY)
-    at = 100 * today["share"], today["kl"]
-    axis.plot(*at, marker="o", markersize=12, fillstyle="none", color="black")
-    axis.annotate("compiled alone, the default", at, textcoords="offset points", xytext=(0, -18),
-                  ha="right")  # fmt: skip
-    axis.set(xlabel="segment tokens computed, %", ylabel="KL(full || method), nats a token")
-    axis.set(ylim=(0, None), xlim=(-1, 130 * max(row["share"] for row in rows if row["compiled"])))
+        (marks,) = axis.plot(share, kl, "o")
+        color = marks.get_color()
+        axis.vlines(share, low, high, color=color, alpha=0.35, linewidth=1)
+        best = list(itertools.accumulate(kl, min))
+        front = [(x, y) for x, y, least in zip(share, kl, best, strict=True) if y == least]
+        axis.plot(*zip(*front, strict=True), color=color)
+        axis.annotate(
+            label, front[-1], textcoords="offset points", xytext=(10, 0), va="center", color=color
+        )
+    for way, label, place in DEFAULTS:
+        for row in rows:
+            if row["method"] == way:
+                at = row["share"], row["kl"]
+                axis.plot(*at, marker="o", markersize=13, fillstyle="none", color="black")
+                axis.annotate(label, at, textcoords="offset points", xytext=place)
+    drawn = [row for row in rows if row["compiled"] in LABELS]
+    axis.set(
+        xlabel="segment tokens computed when a request is linked",
+        ylabel="KL(full recompute || linked), nats a token",
+        yscale="log",
+        xlim=(-0.01, 1.35 * max(row["share"] for row in drawn)),
+        ylim=(min(row["kl"] for row in drawn) / 2, 1.5 * max(row["kl"] for row in drawn)),
+    )
+    axis.xaxis.set_major_formatter("{x:.0%}")
+    for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        which("{x:g}")
     return figure
 
 
 def main() -> None:
     parser = parser_of(__doc__, f"{QUICK_QUESTIONS} questions, the methods that matter most")
-    parser.add_argument("--data", type=pathlib.Path, default=MUSIQUE, help="MuSiQue (%(default)s)")
+    parser.add_argument(
+        "--data",
+        type=pathlib.Path,
+        default=MUSIQUE,
+        help="MuSiQue, or `docstrings`: Python's own documentation (%(default)s)",
+    )
     parser.add_argument(
         "--model", default="smollm2", help="a directory; prompts are in ChatML (SmolLM2-135M)"
     )
     parser.add_argument("--questions", type=int, help="how many, at least 2 (all)")
     parser.add_argument("--words", type=int, default=WORDS, help="of a passage (%(default)s)")
+    parser.add_argument(
+        "--documents", type=int, default=DOCUMENTS, help="passages a question (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="order of passages (%(default)s)")
     parser.add_argument("--kept", type=pathlib.Path, help="keep each question's scores here")
     args = parser.parse_args()
@@ -380,6 +417,7 @@ def main() -> None:
             data=args.data,
             count=args.questions,
             words=args.words,
+            documents=args.documents,
             seed=args.seed,
             path=args.kept,
         )

@@ -5,7 +5,7 @@
 Every method is asked the same prompts. Two things are compared with stock SGLang
 computing the whole prompt:
 
-    the gold answer's first tokens (at most four), forced on both one by one: KL(full ||
+    the gold answer's first tokens (at most four), scored on both: KL(full ||
     method) in nats a token, over the 64 tokens that full recompute finds likeliest and
     all others as one class; top-1, the share of steps at which both would pick the same
     token; and the gold answer's log-likelihood a token
@@ -29,7 +29,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import hashlib
 import pathlib
 import re
 import statistics
@@ -43,8 +42,9 @@ from transformers import AutoTokenizer
 from sglang_pic.eval.bench import Bench, bench, further
 from sglang_pic.eval.command import Outcome, deliver, new_figure, parser_of
 from sglang_pic.eval.intervals import interval
-from sglang_pic.eval.multihop import MUSIQUE, Example, load_examples
-from sglang_pic.eval.passages import OPENING, PATH, prompt_pieces, tokenize
+from sglang_pic.eval.multihop import MUSIQUE, Example, load_examples, source_of
+from sglang_pic.eval.passages import OPENING, prompt_pieces, tokenize
+from sglang_pic.eval.scored import score as score_answer
 from sglang_pic.eval.serving import Server
 from sglang_pic.eval.tables import Table
 from sglang_pic.link.divergence import kl_with_remainder
@@ -155,7 +155,7 @@ def best(answer: str, golds: Sequence[str]) -> tuple[float, float]:
 def prepare(tokenizer: Any, example: Example) -> Asked:
     """Token ids of an example, each piece tokenised alone."""
     prompt = tokenize(tokenizer, prompt_pieces(example.documents, example.question))
-    gold = tokenizer(example.answers[0], add_special_tokens=False)["input_ids"]
+    gold = tokenizer(next(iter(example.answers), ""), add_special_tokens=False)["input_ids"]
     return Asked(example, prompt.ids, prompt.segments, gold[:GOLD_TOKENS])
 
 
@@ -163,8 +163,8 @@ def _greedy(count: int) -> dict[str, Any]:
     return {"max_new_tokens": count, "temperature": 0}
 
 
-def _force(server: Server, asked: Asked, salt: str) -> Reference:
-    """The gold answer forced on stock SGLang as part of the prompt.
+def _refer(server: Server, asked: Asked, salt: str) -> Reference:
+    """The gold answer scored on stock SGLang as part of the prompt.
 
     Raises:
         RuntimeError: part of it was cached.
@@ -218,7 +218,7 @@ def _score(
 def ask_full(stock: Server, asked: Asked, salt: str) -> tuple[Reference, Scores]:
     """The reference, and its own scores: its KL is 0 by definition. Leaves the prompt
     cached under ``salt``."""
-    reference = _force(stock, asked, f"{salt}-forced")
+    reference = _refer(stock, asked, f"{salt}-scored")
     body = {"input_ids": asked.ids, "sampling_params": _greedy(ANSWER_TOKENS)}
     answer = stock.generate(**body, cache_salt=salt)["text"]
     listed = [
@@ -230,32 +230,26 @@ def ask_full(stock: Server, asked: Asked, salt: str) -> tuple[Reference, Scores]
 
 
 def ask(server: Server, asked: Asked, method: Method, reference: Reference, salt: str) -> Scores:
-    """One batch: the greedy answer, and a request behind each forced token.
+    """The greedy answer, and the gold one scored.
 
     Raises:
         RuntimeError: the method reused nothing.
     """
     wanted = sorted({token for step in reference.steps for token in step} | set(asked.gold))
-    count = len(asked.gold)
-    body: dict[str, Any] = {
-        "input_ids": [asked.ids + asked.gold[:t] for t in range(count)],
-        "cache_salt": [salt] * count,
-        "sampling_params": [_greedy(1 if t else ANSWER_TOKENS) for t in range(count)],
-        "return_logprob": True,
-        "token_ids_logprob": [wanted] * count,
-    }
+    body: dict[str, Any] = {"input_ids": asked.ids, "cache_salt": salt}
     if method.pic is not None:
-        body["pic"] = [{"segments": asked.segments, **method.pic}] * count
-    outputs = server.generate(**body)
-    metas = [output["meta_info"] for output in outputs]
-    reused = metas[0].get("pic", metas[0]).get("tokens_reused", metas[0]["cached_tokens"])
+        body["pic"] = {"segments": asked.segments, **method.pic}
+    output = server.generate(**body, sampling_params=_greedy(ANSWER_TOKENS))
+    meta = output["meta_info"]
+    reused = meta.get("pic", meta).get("tokens_reused", meta["cached_tokens"])
     if not reused:
         raise RuntimeError(f"{method.label} reused nothing")
+    steps, _ = score_answer(server, body, asked.gold, wanted)
     return _score(
         reference,
-        [{t: logprob for logprob, t, *_ in m["output_token_ids_logprobs"][0]} for m in metas],
-        [meta["output_token_logprobs"][0][1] for meta in metas],
-        outputs[0]["text"],
+        [step.listed for step in steps],
+        [step.likeliest for step in steps],
+        output["text"],
         asked,
         reused,
     )
@@ -295,6 +289,7 @@ def run(
     pair.flush()
     tokenizer = AutoTokenizer.from_pretrained(pair.model)
     count = count or (QUICK_QUESTIONS if quick else None)
+    source = source_of(data, WORDS)
     examples = load_examples(data, WORDS, count, seed)
     asked = [prepare(tokenizer, example) for example in examples]
     scores: dict[Method, list[Scores]] = {FULL: []}
@@ -323,8 +318,8 @@ def run(
     rows = [row_of(method, found, scores[FULL]) for method, found in scores.items()]
     config = {
         **pair.config,
-        "data": data.name if data.exists() else "the project's own passages",
-        "data_sha256": hashlib.sha256((data if data.exists() else PATH).read_bytes()).hexdigest(),
+        "data": source.name,
+        "data_sha256": source.sha256,
         "words_a_passage": WORDS,
         "questions": len(asked),
         "prompt_tokens": statistics.fmean(len(one.ids) for one in asked),
@@ -376,7 +371,7 @@ def table_of(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> Table:
             for row in rows
         ],
         "Means over questions, with bootstrap intervals of 95 %. KL and log-likelihood are a "
-        "token of the gold answer, forced on both; lost: against full recompute, which is the "
+        "token of the gold answer, scored on both; lost: against full recompute, which is the "
         "reference. Prefix cache: the control, asked the way that linked methods are.",
     )
 

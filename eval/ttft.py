@@ -294,8 +294,11 @@ def plot(rows: Sequence[dict[str, Any]]) -> Any:
         ylabel="seconds to first token",
         yscale="log",
     )
-    axis.margins(x=0.02)
-    axis.set_xlim(right=axis.get_xlim()[1] * 1.3)
+    counts = sorted({row["segments"] for row in rows if row["segment_tokens"] == length})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(counts, [str(count) for count in counts])
+    axis.set_xlim(counts[0] / 1.1, counts[-1] * 1.9)
+    axis.yaxis.set_major_formatter("{x:g}")
     return figure
 
 

@@ -18,7 +18,6 @@ import start_log
 from hypothesis import HealthCheck, settings
 
 from sglang_pic.eval import serving
-from sglang_pic.eval.forced import FLAG
 from sglang_pic.eval.models.smollm2 import ensure_model
 from sglang_pic.eval.models.tiny import tiny_llama
 from sglang_pic.eval.serving import Server
@@ -125,7 +124,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def page1(tiny_path: pathlib.Path, logs: pathlib.Path) -> Iterator[Server]:
     """Page size 1, overlap scheduling."""
-    with serve(tiny_path, logs / "page1.log", *TINY, FLAG, env=CHECKS) as server:
+    with serve(tiny_path, logs / "page1.log", *TINY, env=CHECKS) as server:
         yield server
 
 
@@ -142,6 +141,6 @@ def page16(tiny_path: pathlib.Path, logs: pathlib.Path) -> Iterator[Server]:
 def smollm(logs: pathlib.Path) -> Iterator[Server]:
     """SmolLM2-135M with its tokenizer and chat template; companies when asked for,
     documents linked the first time, answers forced on demand."""
-    flags = ("--max-total-tokens=16384", "--pic-company-when=asked", "--pic-cold=link", FLAG)
+    flags = ("--max-total-tokens=16384", "--pic-company-when=asked", "--pic-cold=link")
     with serve(ensure_model(), logs / "smollm.log", *flags) as server:
         yield server

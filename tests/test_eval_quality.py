@@ -125,6 +125,20 @@ def test_without_musique_our_own_passages_are_asked_about(
     assert examples != multihop.load_examples(tmp_path / "absent.json", 8, None, 1)
 
 
+def test_documentation_is_asked_about_by_name() -> None:
+    examples = multihop.load_examples(multihop.DOCSTRINGS, 256, 5, 0, 8)
+    for one in examples:
+        titles = [document.title for document in one.documents]
+        assert len(set(titles)) == 8
+        assert sum(f"What is {title} for" in one.question for title in titles) == 1
+        assert all(len(document.text.split()) == 256 for document in one.documents)
+    with pytest.raises(ValueError, match="docstrings have 2000 words"):
+        multihop.load_examples(multihop.DOCSTRINGS, 2000, None, 0)
+    source = multihop.source_of(multihop.DOCSTRINGS, 256)
+    assert source.name.startswith("docstrings of Python")
+    assert source.sha256 != multihop.source_of(multihop.DOCSTRINGS, 257).sha256
+
+
 # -- scores ------------------------------------------------------------------------
 
 

@@ -23,6 +23,8 @@ from sglang_pic.forest import state
 from sglang_pic.forest.state import unlinkable
 from sglang_pic.linear.checkpoints import SparseCheckpoints
 from sglang_pic.linear.state import LinearShape, StateStore
+from sglang_pic.link.policy import LinkOptions
+from sglang_pic.request.base import LinkRequest, TokenSpan
 
 # Flags of a request that the scheduler never sees, or that change only how the front
 # writes down what came back.
@@ -67,6 +69,9 @@ def driver() -> Driver:
     return Driver(1, 1024, PicConfig(min_segment=1))
 
 
+LINK = LinkRequest((TokenSpan(1, 21), TokenSpan(21, 41)), LinkOptions())
+
+
 def linked(cache: Driver, **fields: Any) -> Req:
     """A link of two segments that are held, with these fields of SGLang's request."""
     a, b = list(range(20)), list(range(30, 50))
@@ -88,11 +93,12 @@ def linked(cache: Driver, **fields: Any) -> Req:
         ({"return_indexer_topk": True}, "indexer_topk"),
         ({"return_pooled_hidden_states": True}, "pooled_hidden_states"),
         ({"return_logprob": True, "logprob_start_len": 0}, "input_logprobs"),
-        ({"return_logprob": True, "logprob_start_len": 41}, "input_logprobs"),
+        ({"return_logprob": True, "logprob_start_len": 40}, "input_logprobs"),
         ({"multi_item_delimiter_indices": [3]}, "multi_item_delimiter_indices"),
         ({"token_indices_to_pool": [3]}, "token_indices_to_pool"),
         ({"decision_layout": [3]}, "decision_layout"),
         ({"beam_group": object()}, "beam_search"),
+        ({"return_logprob": True, "logprob_start_len": 41}, None),
         ({"return_logprob": True, "logprob_start_len": 42}, None),
         ({"return_logprob": True, "logprob_start_len": -1, "token_ids_logprob": [1]}, None),
         ({"return_sampling_mask": True}, None),
@@ -102,7 +108,7 @@ def linked(cache: Driver, **fields: Any) -> Req:
 def test_outputs_in_row_order_are_not_linked(fields: dict[str, Any], reason: str | None) -> None:
     cache = driver()
     req = linked(cache, **{k: v for k, v in fields.items() if k != "token_ids_logprob"})
-    assert unlinkable(req) == reason
+    assert unlinkable(req, LINK) == reason
     assert cache.start(req)
     (report,) = req.customized_info["pic"]
     assert report["reason"] == reason

@@ -9,9 +9,20 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from linking import assemble, body, check_exact, check_linked, fresh_salt, ids_of
+import torch
+from linking import (
+    TOLERANCE,
+    assemble,
+    body,
+    check_exact,
+    check_linked,
+    fresh_salt,
+    ids_of,
+    model,
+)
 from traffic import check_no_leak
 
+from sglang_pic.eval.oracle import dense
 from sglang_pic.eval.serving import Server
 
 pytestmark = pytest.mark.server
@@ -102,13 +113,45 @@ def test_exact_on_request(page1: Server) -> None:
     check_exact(answer, prompt[0], 3)
 
 
-def test_input_logprobs_turn_linking_off(page1: Server) -> None:
+def test_log_probabilities_of_segments_turn_linking_off(page1: Server) -> None:
     prompt = assemble([("segment", ids_of(82, 90)), ("segment", ids_of(83, 90)), ("text", [9])])
     request = body(*prompt, 2, fresh_salt())
     answer = page1.generate(**{**request, "logprob_start_len": 0})
     assert answer["meta_info"]["pic"]["reason"] == "input_logprobs"
     assert len(answer["meta_info"]["input_token_logprobs"]) == len(prompt[0])
     check_exact(answer, prompt[0], 2)
+
+
+@pytest.mark.parametrize("name", ["page1", "page16"])
+def test_an_answer_behind_segments_is_scored(name: str, request: pytest.FixtureRequest) -> None:
+    """Log-probabilities of prompt tokens behind the last segment, of a linked row: the
+    oracle's along that continuation. Beside rows that ask for none."""
+    server: Server = request.getfixturevalue(name)
+    page = int(name.removeprefix("page"))
+    salt, answer = fresh_salt(), ids_of(86, 21)
+    parts = [("segment", ids_of(82, 90)), ("text", [7]), ("segment", ids_of(83, 97))]
+    ids, segments = assemble([*parts, ("text", [9, 8])])
+    asked = body(ids + answer, segments, 1, salt, seam=4)
+    asked["logprob_start_len"] = len(ids) - 1
+    with ThreadPoolExecutor(3) as pool:
+        beside = [pool.submit(server.generate, **body(ids, segments, 5, salt)) for _ in range(2)]
+        scored = pool.submit(server.generate, **asked).result()
+        assert {one.result()["meta_info"]["pic"]["exactness"] for one in beside} == {"composed"}
+    report = scored["meta_info"]["pic"]
+    assert report["exactness"] == "composed" and report["tokens_reused"] > 100
+    # The first stands for the token before ``logprob_start_len``.
+    rows = scored["meta_info"]["input_token_ids_logprobs"][1:]
+    told = torch.tensor([[value for value, *_ in row] for row in rows])
+    where = {"seam": 4, "page": page, "min_segment": 1}
+    expected = dense.linked_logprobs(
+        model(), ids, segments, n_new=len(answer), forced=answer, **where
+    ).full_logprobs
+    assert told.shape == expected.shape
+    assert (told - expected).abs().max() < TOLERANCE
+    chosen = [value for value, *_ in scored["meta_info"]["input_token_logprobs"][1:]]
+    assert torch.allclose(
+        torch.tensor(chosen), expected[range(len(answer)), answer], atol=TOLERANCE
+    )
 
 
 def test_tenants_never_share(page1: Server) -> None:

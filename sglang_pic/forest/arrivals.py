@@ -49,7 +49,7 @@ class Arrivals:
         """Indices of the segments that would have to be compiled before linking;
         ``OPENING`` stands for the plain text before the first one."""
         link = self._links.of(req)
-        if link is None or self._links.refusal(link) is not None or unlinkable(req):
+        if link is None or self._links.refusal(link) is not None or unlinkable(req, link.request):
             return []
         options = link.request.options
         if not options.link or options.policy == "full":
@@ -93,7 +93,7 @@ class Arrivals:
         prefix = self._ordinary.held(ids[:-1], req)
         if not link.request.spans:
             prefix = self._checkpoints.found(req, prefix)
-        reason = self._links.refusal(link) or unlinkable(req)
+        reason = self._links.refusal(link) or unlinkable(req, link.request)
         seen = [Found(span.start, span.end) for span in link.request.spans]
         plan, prefix_tokens = None, prefix.device_prefix_len
         if reason is None and not options.link:

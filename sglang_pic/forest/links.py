@@ -155,7 +155,7 @@ class Links:
             *(prefix.last_device_node, prefix.device_prefix_len),
             *(prefix.best_match_node, prefix.host_hit_length),
         )
-        refusal = self.refusal(link) or unlinkable(req)
+        refusal = self.refusal(link) or unlinkable(req, link.request)
         basis = Basis(link.request, len(ids), limit, found_at, refusal)
         kept = link.kept
         if kept is not None and kept.basis == basis and self._is_valid(link, kept):

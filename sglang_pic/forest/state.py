@@ -116,8 +116,8 @@ def text_of(req: Req) -> array:
 
 
 # Of SGLang's flags ``return_*``, those whose output does not depend on the order in
-# which a row holds the prompt: it is of generated tokens, or a matter of form. What
-# log-probabilities a request wants of its prompt it says by ``logprob_start_len``.
+# which a row holds the prompt: it is of generated tokens, or a matter of form. From where on
+# a request wants log-probabilities of its prompt it says by ``logprob_start_len``.
 ORDERLESS = frozenset({"return_logprob", "return_sampling_mask", "return_flat_raw_top_logprobs"})
 # They ask by place in the prompt, not by a flag.
 PLACES = ("multi_item_delimiter_indices", "token_indices_to_pool", "decision_layout")
@@ -130,10 +130,15 @@ def ordered_flags() -> tuple[str, ...]:
     return tuple(n for n in names if n.startswith("return_") and n not in ORDERLESS)
 
 
-def asked_of_prompt(req: Req) -> str | None:
+def asked_of_prompt(req: Req, link: LinkRequest) -> str | None:
     """What this request wants to know of its prompt's tokens, which a linked row holds
-    in an order of its own, or ``None``."""
-    if req.return_logprob and req.logprob_start_len not in (-1, len(req.origin_input_ids)):
+    in an order of its own, or ``None``.
+
+    From ``logprob_start_len`` on SGLang reuses nothing, and what is computed stands in
+    logical order at the row's end: there row and prompt agree.
+    """
+    behind = link.spans[-1].end if link.spans else 0
+    if req.return_logprob and 0 <= req.logprob_start_len < behind:
         return "input_logprobs"
     for name in ordered_flags():
         if getattr(req, name):
@@ -141,9 +146,9 @@ def asked_of_prompt(req: Req) -> str | None:
     return next((name for name in PLACES if getattr(req, name) is not None), None)
 
 
-def unlinkable(req: Req) -> str | None:
+def unlinkable(req: Req, link: LinkRequest) -> str | None:
     """Why this request must be answered as stock would, or ``None``."""
-    asked = asked_of_prompt(req)
+    asked = asked_of_prompt(req, link)
     if asked is not None:
         return asked
     if req.multimodal_inputs is not None:
