@@ -34,7 +34,7 @@ import hashlib
 import itertools
 import pathlib
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,8 @@ OPENING, ASKED, ANSWER = 16, 16, 32  # tokens
 PROMPTS, QUICK_PROMPTS = 80, 4
 NOTHING = 3  # the convolution's: a seam that repairs no edge
 ALONE, BEHIND, AMONG, ALL = "alone", "opening", "guests", "all"
-GROUPS = {"groups of 2": 2, "groups of 3": 3, "groups of 5": 5, ALL: None}
+GROUPS = {"groups of 3": 3, "groups of 5": 5, ALL: None}
+IN_PARTS = ("groups of 3", ALL)
 TODAY, BARE = "alone, seam 16", "no passages"
 GUESTS = 3
 
@@ -195,6 +196,11 @@ def mean(held: Sequence[Held]) -> Held:
     return combine(lambda xs: torch.stack(list(xs)).mean(0), held)
 
 
+def picked(held: Held, places: Sequence[int]) -> Held:
+    """Of several segments those at ``places``, in that order."""
+    return combine(lambda xs: xs[0][list(places)], [held])
+
+
 def mixed(attention: Held, linear: Held) -> Held:
     """Keys and values of one, pairs and tails of the other."""
     return [
@@ -203,36 +209,28 @@ def mixed(attention: Held, linear: Held) -> Held:
 
 
 class Compiler:
-    """One prompt's segments compiled in every way, for all seams at once."""
+    """One prompt's segments compiled in every way, each for all ``seams`` at once; what
+    comes back is by seam."""
 
     def __init__(self, model: Qwen3_5ForCausalLM, prompt: Prompt, seams: Sequence[int]):
         self._model, self._prompt = model, prompt
         self._cores = [slice(seam, len(prompt.segments[0]) - 1) for seam in seams]
 
-    def _prefill(
-        self, before: Sequence[Sequence[int]], members: Sequence[list[int]]
-    ) -> list[list[Held]]:
-        """By core and member, of one prefill."""
-        ids = [token for part in (*before, *members) for token in part]
-        length = len(members[0])
-        first = len(ids) - length * len(members)
-        starts = [first + i * length for i in range(len(members))]
-        held = compile_in(self._model, torch.tensor([ids]), starts, self._cores)
-        alone = [lambda xs, i=i: xs[0][i : i + 1] for i in range(len(members))]
-        return [[combine(one, [own]) for one in alone] for own in held]
-
     def alone(self, *before: Sequence[int]) -> list[Held]:
-        """By seam: every segment by itself, behind ``before``."""
-        made = [self._prefill(before, [one]) for one in self._prompt.segments]
-        return [joined([one[i][0] for one in made]) for i in range(len(self._cores))]
+        """Every segment by itself, behind ``before``."""
+        front = [token for part in before for token in part]
+        ids = torch.tensor([[*front, *one] for one in self._prompt.segments])
+        return compile_in(self._model, ids, [len(front)], self._cores)
 
     def guests(self) -> list[Held]:
         return self.alone(self._prompt.opening, *self._prompt.guests)
 
-    def ordered(self) -> list[Held]:
-        """All of them as the prompt has them: exact."""
-        held = self._prefill([self._prompt.opening], self._prompt.segments)
-        return [joined(one) for one in held]
+    def together(self, members: Sequence[list[int]]) -> list[Held]:
+        """One prefill of some of them behind the opening, in that order."""
+        opening, length = self._prompt.opening, len(members[0])
+        ids = torch.tensor([[*opening, *(token for one in members for token in one)]])
+        starts = [len(opening) + i * length for i in range(len(members))]
+        return compile_in(self._model, ids, starts, self._cores)
 
     def groups(self, size: int, rng: np.random.Generator) -> tuple[list[Held], list[Held]]:
         """In companies of ``size``: the mean of both orders, and the first alone."""
@@ -241,40 +239,41 @@ class Compiler:
         groups = [shuffled[i : i + size] for i in range(0, len(segments), size)]
         if len(groups[-1]) == 1 and len(groups) > 1:
             groups[-2].extend(groups.pop())
-        both: list[dict[int, Held]] = [{} for _ in self._cores]
-        once: list[dict[int, Held]] = [{} for _ in self._cores]
+        orders, both, once = [], [], []
         for group in groups:
             texts = first_order([segments[i] for i in group])
-            order = sorted(group, key=lambda i: texts.index(segments[i]))
-            forth = self._prefill([self._prompt.opening], [segments[i] for i in order])
-            back = self._prefill([self._prompt.opening], [segments[i] for i in order[::-1]])
-            for core in range(len(self._cores)):
-                for place, i in enumerate(order):
-                    once[core][i] = forth[core][place]
-                    both[core][i] = mean([forth[core][place], back[core][-1 - place]])
-        count = range(len(segments))
+            orders += sorted(group, key=lambda i: texts.index(segments[i]))
+            forth, back = self.together(texts), self.together(texts[::-1])
+            once.append(forth)
+            both.append(
+                [
+                    mean([x, picked(y, range(len(group))[::-1])])
+                    for x, y in zip(forth, back, strict=True)
+                ]
+            )
+        places = [orders.index(i) for i in range(len(segments))]
         return (
-            [joined([own[i] for i in count]) for own in both],
-            [joined([own[i] for i in count]) for own in once],
+            [picked(joined(one), places) for one in zip(*both, strict=True)],
+            [picked(joined(one), places) for one in zip(*once, strict=True)],
         )
 
     def all_ways(self, rng: np.random.Generator, quick: bool) -> dict[str, list[Held]]:
-        """By name and seam."""
+        """By name."""
         ways = {ALONE: self.alone()}
         if not quick:
             ways[BEHIND] = self.alone(self._prompt.opening)
         ways[AMONG] = self.guests()
         for name, size in GROUPS.items():
-            if quick and name not in ("groups of 3", ALL):
+            if quick and name == "groups of 5":
                 continue
             both, once = self.groups(size or len(self._prompt.segments), rng)
             ways[name] = both
-            if name in ("groups of 3", ALL):
+            if name in IN_PARTS:
                 pairs = list(zip(both, ways[ALONE], strict=True))
                 ways[f"{name}, one order"] = once
                 ways[f"{name}, KV"] = [mixed(own, alone) for own, alone in pairs]
                 ways[f"{name}, states"] = [mixed(alone, own) for own, alone in pairs]
-        ways["the prompt's own order"] = self.ordered()
+        ways["the prompt's own order"] = self.together(self._prompt.segments)
         return ways
 
 
@@ -330,13 +329,8 @@ class Asked:
         return self._score(self._full(self._prompt.opening), self._prompt.opening, 0.0)
 
 
-def wanted(ways: Sequence[str], seams: Sequence[int]) -> Iterator[tuple[str, int, str]]:
-    """Way, seam and label of every method."""
-    for way in ways:
-        for seam in seams:
-            wide = seam in (0, 32)
-            if not (wide and way != ALONE) and not ("order" in way and seam != NOTHING):
-                yield way, seam, f"{way}, seam {seam}" if seam != NOTHING else f"{way}, nothing"
+def label_of(way: str, seam: int) -> str:
+    return f"{way}, nothing" if seam == NOTHING else f"{way}, seam {seam}"
 
 
 @torch.no_grad()
@@ -344,12 +338,18 @@ def score(
     model: Qwen3_5ForCausalLM, prompt: Prompt, quick: bool, rng: np.random.Generator
 ) -> dict[str, Score]:
     """Every method at one prompt."""
-    seams = (NOTHING, 16) if quick else (0, NOTHING, 4, 16, 32)
+    seams, edges = ((NOTHING, 16), ()) if quick else ((NOTHING, 4, 16), (0, 32))
     asked = Asked(model, prompt)
-    ways = Compiler(model, prompt, seams).all_ways(rng, quick)
     scores = {BARE: asked.bare()}
-    for way, seam, label in wanted(list(ways), seams):
-        scores[label] = asked.linked(ways[way][seams.index(seam)], seam)
+
+    def ask(way: str, seams: Sequence[int], found: Sequence[Held]) -> None:
+        for seam, held in zip(seams, found, strict=True):
+            scores[label_of(way, seam)] = asked.linked(held, seam)
+
+    ask(ALONE, edges, Compiler(model, prompt, edges).alone())
+    for way, found in Compiler(model, prompt, seams).all_ways(rng, quick).items():
+        few = 1 if "order" in way else len(seams)
+        ask(way, seams[:few], found[:few])
     return scores
 
 
@@ -441,8 +441,8 @@ def plot(rows: Sequence[dict[str, Any]]) -> Any:
     figure, (axis,) = new_figure(width=7)
     found: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        way, _, policy = row["method"].rpartition(", ")
-        if way in (ALONE, BEHIND, AMONG, *GROUPS) and policy != "seam 0":
+        way = row["method"].rpartition(", ")[0]
+        if way in (ALONE, BEHIND, AMONG, *GROUPS):
             found.setdefault(way, []).append((100 * row["share"], row["kl"]))
     for way, points in found.items():
         points.sort()

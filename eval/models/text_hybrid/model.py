@@ -11,7 +11,7 @@ from sglang_pic.eval.models.hybrid.model import FULL_ATTENTION_INTERVAL, ROTARY_
 from sglang_pic.eval.models.text_hybrid.corpus import VOCABULARY
 from sglang_pic.kernels.operators.chunks import CHUNK
 
-LAYERS = 4
+LAYERS = 8
 
 
 def configuration(layers: int = LAYERS) -> Qwen3_5TextConfig:

@@ -1,14 +1,16 @@
 """Trains the text hybrid on a CPU.
 
     python -m eval.models.text_hybrid.corpus DIR
-    python -m eval.models.text_hybrid.train DIR --minutes 70
+    python -m eval.models.text_hybrid.train DIR --layers 4 --minutes 20
+    python -m eval.models.text_hybrid.train DIR2 --text DIR --init DIR --minutes 35
 
-DIR holds the corpus and gets ``checkpoint.pt`` (a second call with the same DIR goes
-on from it) and ``log.jsonl``, one line for every ``LOG_EVERY`` steps. ``--minutes``
-counts over all calls; rates fall to zero at its end. A row is a stretch of text, three
-times in four cut into passages that stand in another order, each behind a separator, as
-a prompt's segments do: what helps to foretell the next token then stands anywhere
-before it.
+The second call begins with the first one's layers twice over, which is cheaper than
+training as many from the start. The corpus is in DIR. What is trained goes to the first
+directory: ``checkpoint.pt`` (the same call goes on from it) and ``log.jsonl``, one line for
+every ``LOG_EVERY`` steps. ``--minutes`` counts over all calls; rates fall to zero at its
+end. A row is a stretch of text, three times in four cut into passages that stand in another
+order, each behind a separator, as a prompt's segments do: what helps to foretell the next
+token then stands anywhere before it.
 """
 
 from __future__ import annotations
@@ -27,17 +29,18 @@ from transformers import Qwen3_5ForCausalLM
 from sglang_pic.eval.models.hybrid.model import new_model
 from sglang_pic.eval.models.hybrid.train import Optimizers
 from sglang_pic.eval.models.text_hybrid.corpus import END_ID, SEPARATOR_ID
-from sglang_pic.eval.models.text_hybrid.model import configuration, forward
+from sglang_pic.eval.models.text_hybrid.model import LAYERS, configuration, forward
 
 STEP_TOKENS = 2048
 SHORT, LONG = 512, 1024  # tokens a row, before and after ``SHORT_FOR`` of the time
-SHORT_FOR = 0.35
+SHORT_FOR = 0.2
 AT_ONCE = 1024  # tokens a backward pass: larger ones leave the caches
 IN_PASSAGES = 0.75
 PASSAGE = (32, 160)  # tokens
 LOG_EVERY, SAVE_EVERY, HELD_EVERY = 20, 60, 200
 WARM_UP = 30
 HELD_ROWS = 16
+LESS = 0.3
 
 
 class Text:
@@ -76,15 +79,20 @@ class Training:
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
-        self.text = Text(options.out / "train.npz")
-        self.held = Text(options.out / "held.npz").rows(np.random.default_rng(1), HELD_ROWS, LONG)
-        self.model = new_model(options.seed, configuration())
+        options.out.mkdir(parents=True, exist_ok=True)
+        corpus = options.text or options.out
+        self.text = Text(corpus / "train.npz")
+        self.held = Text(corpus / "held.npz").rows(np.random.default_rng(1), HELD_ROWS, LONG)
+        self.model = new_model(options.seed, configuration(options.layers))
         self.optimizers = Optimizers(self.model, options.lr, options.other_lr)
         self.step = 0
         self.seconds = self.loss = 0.0
         self.checkpoint = options.out / "checkpoint.pt"
         if self.checkpoint.exists():
             self._restore()
+        elif options.init is not None:
+            self.model = twice(load_checkpoint(options.init))
+            self.optimizers = Optimizers(self.model, options.lr, options.other_lr)
 
     def run(self) -> None:
         budget = self.options.minutes * 60
@@ -159,15 +167,34 @@ class Training:
 
 def load_checkpoint(directory: Path) -> Qwen3_5ForCausalLM:
     """The model of a training directory."""
-    model = new_model(config=configuration())
-    state = torch.load(directory / "checkpoint.pt", weights_only=True)
-    model.load_state_dict(state["model"])
+    state = torch.load(directory / "checkpoint.pt", weights_only=True)["model"]
+    layers = 1 + max(int(name.split(".")[2]) for name in state if ".layers." in name)
+    model = new_model(config=configuration(layers))
+    model.load_state_dict(state)
     return model.eval()
+
+
+@torch.no_grad()
+def twice(model: Qwen3_5ForCausalLM, less: float = LESS) -> Qwen3_5ForCausalLM:
+    """Its layers and, behind them, the same ones with less to say."""
+    layers = len(model.model.layers)
+    made = new_model(config=configuration(2 * layers))
+    made.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
+    made.model.norm.load_state_dict(model.model.norm.state_dict())
+    for i, layer in enumerate(made.model.layers):
+        layer.load_state_dict(model.model.layers[i % layers].state_dict())
+        for name, weight in layer.named_parameters():
+            if i >= layers and any(part in name for part in ("out_proj", "o_proj", "down_proj")):
+                weight.mul_(less)
+    return made.train()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="directory of corpus, checkpoint and log")
+    parser.add_argument("out", type=Path, help="directory of checkpoint and log")
+    parser.add_argument("--text", type=Path, help="directory of the corpus, if another")
+    parser.add_argument("--init", type=Path, help="directory of a training of half as many layers")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="without --init (%(default)s)")
     parser.add_argument("--minutes", type=float, default=70, help="to train, over all calls")
     parser.add_argument("--lr", type=float, default=0.015, help="of Muon")
     parser.add_argument("--other-lr", type=float, default=3e-3, help="of AdamW")
