@@ -69,10 +69,11 @@ from sglang_pic.kernels.operators.pair import Pair
 
 SEGMENTS, LENGTH = 10, 100
 OPENING, ASKED, ANSWER = 16, 16, 32  # tokens
-PROMPTS, QUICK_PROMPTS = 80, 4
+PROMPTS, QUICK_PROMPTS = 60, 4
 NOTHING = 3  # the convolution's: a seam that repairs no edge
 ALONE, BEHIND, AMONG, ALL = "alone", "opening", "guests", "all"
 GROUPS = {"groups of 3": 3, "groups of 5": 5, ALL: None}
+FURTHER = (0, 4, 32)  # seams of segments compiled alone, beside ``NOTHING`` and 16
 IN_PARTS = ("groups of 3", ALL)
 TODAY, BARE = "alone, seam 16", "no passages"
 GUESTS = 3
@@ -338,7 +339,7 @@ def score(
     model: Qwen3_5ForCausalLM, prompt: Prompt, quick: bool, rng: np.random.Generator
 ) -> dict[str, Score]:
     """Every method at one prompt."""
-    seams, edges = ((NOTHING, 16), ()) if quick else ((NOTHING, 4, 16), (0, 32))
+    seams = (NOTHING, 16)
     asked = Asked(model, prompt)
     scores = {BARE: asked.bare()}
 
@@ -346,9 +347,10 @@ def score(
         for seam, held in zip(seams, found, strict=True):
             scores[label_of(way, seam)] = asked.linked(held, seam)
 
-    ask(ALONE, edges, Compiler(model, prompt, edges).alone())
+    if not quick:
+        ask(ALONE, FURTHER, Compiler(model, prompt, FURTHER).alone())
     for way, found in Compiler(model, prompt, seams).all_ways(rng, quick).items():
-        few = 1 if "order" in way else len(seams)
+        few = len(seams) if way in (ALONE, BEHIND, AMONG, *GROUPS) else 1
         ask(way, seams[:few], found[:few])
     return scores
 

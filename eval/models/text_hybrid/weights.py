@@ -1,6 +1,6 @@
 """The shipped text hybrid as a Hugging Face directory.
 
-    python -m eval.models.text_hybrid.weights TRAINING_DIR OUT
+    python -m eval.models.text_hybrid.weights CORPUS_DIR TRAINING_DIR OUT
 
 writes such a directory from a training: model, configuration, tokenizer. It leaves OUT's
 model card alone.
@@ -23,7 +23,7 @@ def text_hybrid_path() -> Path:
     return Path(__file__).parent / "weights"
 
 
-def export(training: Path, out: Path) -> None:
+def export(corpus: Path, training: Path, out: Path) -> None:
     """Write a training's last checkpoint as a Hugging Face directory."""
     out.mkdir(parents=True, exist_ok=True)
     model = load_checkpoint(training)
@@ -33,7 +33,7 @@ def export(training: Path, out: Path) -> None:
     model.save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)
     PreTrainedTokenizerFast(
-        tokenizer_file=str(training / "tokenizer.json"),
+        tokenizer_file=str(corpus / "tokenizer.json"),
         bos_token=END,
         eos_token=END,
         pad_token=END,
@@ -47,10 +47,11 @@ def export(training: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("corpus", type=Path)
     parser.add_argument("training", type=Path)
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
-    export(options.training, options.out)
+    export(options.corpus, options.training, options.out)
 
 
 if __name__ == "__main__":
