@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from sglang_pic.eval.hybrid_company import (
     NOTHING,
@@ -15,13 +16,16 @@ from sglang_pic.eval.hybrid_company import (
     Compiler,
     Prompt,
     combine,
+    of_passages,
     run,
     score,
 )
 from sglang_pic.eval.models.hybrid import model as parts
+from sglang_pic.eval.models.hybrid.evaluate import load
 from sglang_pic.eval.models.text_hybrid.corpus import VOCABULARY
 from sglang_pic.eval.models.text_hybrid.model import configuration, forward
 from sglang_pic.eval.models.text_hybrid.train import twice
+from sglang_pic.eval.models.text_hybrid.weights import text_hybrid_path
 from sglang_pic.eval.oracle.company import first_order
 
 SEAMS = (0, NOTHING, 16)
@@ -114,3 +118,15 @@ def test_layers_twice_over_say_what_they_said(model):
     ids = torch.randint(VOCABULARY, (1, 64))
     assert len(made.model.layers) == 2 * len(model.model.layers)
     torch.testing.assert_close(forward(made, ids), forward(model, ids))
+
+
+def test_shipped_weights_link_better_in_company():
+    """The other hybrid that ships links exactly; of this one it can be asked."""
+    path = text_hybrid_path()
+    made = of_passages(Tokenizer.from_file(str(path / "tokenizer.json")), 1, 0)
+    shipped = load(path)
+    scores = score(shipped, made[0], True, np.random.default_rng(0))
+    worth = scores["no passages"].kl
+    assert worth > 0.01
+    assert scores["the prompt's own order, nothing"].kl < 1e-5
+    assert 1e-5 < scores["all, nothing"].kl < scores["alone, nothing"].kl < worth
