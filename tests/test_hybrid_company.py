@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
+from sglang_pic.eval import pareto
 from sglang_pic.eval.hybrid_company import (
     NOTHING,
     TODAY,
@@ -26,7 +28,9 @@ from sglang_pic.eval.models.text_hybrid.corpus import VOCABULARY
 from sglang_pic.eval.models.text_hybrid.model import configuration, forward
 from sglang_pic.eval.models.text_hybrid.train import twice
 from sglang_pic.eval.models.text_hybrid.weights import text_hybrid_path
+from sglang_pic.eval.multihop import own_examples
 from sglang_pic.eval.oracle.company import first_order
+from sglang_pic.eval.text_quality import prepare
 
 SEAMS = (0, NOTHING, 16)
 
@@ -130,3 +134,18 @@ def test_shipped_weights_link_better_in_company():
     assert worth > 0.01
     assert scores["the prompt's own order, nothing"].kl < 1e-5
     assert 1e-5 < scores["all, nothing"].kl < scores["alone, nothing"].kl < worth
+
+
+def test_the_front_of_a_hybrid_is_of_segments_compiled_alone():
+    methods = pareto.methods_of(text_hybrid_path(), False)
+    assert {method.compiled for method in methods} == {pareto.ALONE}
+    assert pareto.TODAY in {method.label for method in methods}
+
+
+def test_a_model_without_chat_is_asked_in_plain_text():
+    tokenizer = AutoTokenizer.from_pretrained(text_hybrid_path())
+    (example,) = own_examples()[:1]
+    asked = prepare(tokenizer, example)
+    assert "<|im_start|>" not in tokenizer.decode(asked.ids)
+    for one, document in zip(asked.segments, example.documents, strict=True):
+        assert tokenizer.decode(asked.ids[one["start"] : one["end"]]) == document.document
