@@ -450,8 +450,8 @@ def plot(rows: Sequence[dict[str, Any]]) -> Any:
         points.sort()
         (line,) = axis.plot(*zip(*points, strict=True), marker="o")
         axis.annotate(
-            way, points[-1], textcoords="offset points", xytext=(6, 0), va="center",
-            color=line.get_color(),
+            way, points[-1], textcoords="offset points", color=line.get_color(),
+            xytext=(8, 0), va="top" if way == ALL else "center",
         )  # fmt: skip
     axis.set(xlabel="segment tokens computed, %", ylabel="KL(full || method), nats a token")
     axis.set(ylim=(0, None), xlim=(0, 42))
