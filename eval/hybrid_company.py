@@ -226,7 +226,7 @@ class Compiler:
     def guests(self) -> list[Held]:
         return self.alone(self._prompt.opening, *self._prompt.guests)
 
-    def together(self, members: Sequence[list[int]]) -> list[Held]:
+    def together(self, members: Sequence[Sequence[int]]) -> list[Held]:
         """One prefill of some of them behind the opening, in that order."""
         opening, length = self._prompt.opening, len(members[0])
         ids = torch.tensor([[*opening, *(token for one in members for token in one)]])
