@@ -33,9 +33,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from sglang_pic.eval.bench import Bench, bench
+from sglang_pic.eval.bench import Bench, bench, linear_layers
 from sglang_pic.eval.command import Outcome, deliver, new_figure, parser_of
 from sglang_pic.eval.intervals import interval, ratio_interval
 from sglang_pic.eval.kept import Kept
@@ -115,6 +115,16 @@ def _methods() -> Iterator[Method]:
 
 
 METHODS = tuple(_methods())
+
+
+def methods_of(model: pathlib.Path, quick: bool) -> list[Method]:
+    """Those that a model's segments may be linked by: a hybrid's are compiled alone."""
+    alone = linear_layers(AutoConfig.from_pretrained(model)) > 0
+    return [
+        method
+        for method in METHODS
+        if (method.quick or not quick) and (method.compiled == ALONE or not alone)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +269,7 @@ def run(
     source = source_of(data, words)
     examples = load_examples(data, words, count, seed, documents)
     asked = [prepare(tokenizer, one) for one in examples]
-    methods = [method for method in METHODS if method.quick or not quick]
+    methods = methods_of(pair.model, quick)
     settled = {
         "model": pair.name,
         "data": source.name,
@@ -400,7 +410,9 @@ def main() -> None:
         help="MuSiQue, or `docstrings`: Python's own documentation (%(default)s)",
     )
     parser.add_argument(
-        "--model", default="smollm2", help="a directory; prompts are in ChatML (SmolLM2-135M)"
+        "--model",
+        default="smollm2",
+        help="a directory; a hybrid's segments are compiled alone (SmolLM2-135M)",
     )
     parser.add_argument("--questions", type=int, help="how many, at least 2 (all)")
     parser.add_argument("--words", type=int, default=WORDS, help="of a passage (%(default)s)")

@@ -81,11 +81,20 @@ def prompt_pieces(passages: Sequence[Passage], question: str) -> list[tuple[str,
 
     Joined, they are what the chat template makes of ``chat_messages``.
     """
-    pieces = [(OPENING, False)]
+    return _pieces(OPENING, passages, f"Question: {question}{CLOSING}")
+
+
+def plain_pieces(passages: Sequence[Passage], question: str) -> list[tuple[str, bool]]:
+    """The same for a model that knows no chat."""
+    return _pieces(INSTRUCTION, passages, f"Question: {question}\nAnswer:")
+
+
+def _pieces(opening: str, passages: Sequence[Passage], closing: str) -> list[tuple[str, bool]]:
+    pieces = [(opening, False)]
     for passage in passages:
         pieces += [(passage.document, True), (GAP + JOIN, False)]
     text, _ = pieces.pop()
-    return [*pieces, (f"{text}Question: {question}{CLOSING}", False)]
+    return [*pieces, (text + closing, False)]
 
 
 @dataclasses.dataclass(frozen=True)

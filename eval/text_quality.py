@@ -43,7 +43,7 @@ from sglang_pic.eval.bench import Bench, bench, further
 from sglang_pic.eval.command import Outcome, deliver, new_figure, parser_of
 from sglang_pic.eval.intervals import interval
 from sglang_pic.eval.multihop import MUSIQUE, Example, load_examples, source_of
-from sglang_pic.eval.passages import OPENING, prompt_pieces, tokenize
+from sglang_pic.eval.passages import OPENING, plain_pieces, prompt_pieces, tokenize
 from sglang_pic.eval.scored import score as score_answer
 from sglang_pic.eval.serving import Server
 from sglang_pic.eval.tables import Table
@@ -56,6 +56,7 @@ GOLD_TOKENS = 4  # of the gold answer, at most
 WORDS = 64
 QUICK_QUESTIONS = 6
 PAGE = 16
+CHAT = "<|im_start|>"
 # Servers that only the full form needs, beside stock SGLang and ours.
 FURTHER = {
     "context": ("--pic-compile-context", OPENING),
@@ -153,8 +154,10 @@ def best(answer: str, golds: Sequence[str]) -> tuple[float, float]:
 
 
 def prepare(tokenizer: Any, example: Example) -> Asked:
-    """Token ids of an example, each piece tokenised alone."""
-    prompt = tokenize(tokenizer, prompt_pieces(example.documents, example.question))
+    """Token ids of an example, each piece tokenised alone: in ChatML, or as plain text for a
+    tokenizer that does not know it."""
+    pieces = prompt_pieces if CHAT in tokenizer.get_vocab() else plain_pieces
+    prompt = tokenize(tokenizer, pieces(example.documents, example.question))
     gold = tokenizer(next(iter(example.answers), ""), add_special_tokens=False)["input_ids"]
     return Asked(example, prompt.ids, prompt.segments, gold[:GOLD_TOKENS])
 

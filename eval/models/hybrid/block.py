@@ -14,6 +14,7 @@ stand.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -77,27 +78,53 @@ Compiled = CompiledAttention | CompiledLinear
 
 def compile_segments(model: Qwen3_5ForCausalLM, ids: Tensor, core: slice) -> list[Compiled]:
     """What every layer keeps of segments [rows, length], each computed alone."""
+    return compile_in(model, ids, [0], [core])[0]
+
+
+def compile_in(
+    model: Qwen3_5ForCausalLM, ids: Tensor, starts: Sequence[int], cores: Sequence[slice]
+) -> list[list[Compiled]]:
+    """What every layer keeps of segments that stand in longer sequences.
+
+    Args:
+        ids: [rows, tokens].
+        starts: where a segment starts, in all rows alike.
+        cores: of a segment; several may be wanted of one prefill.
+
+    Returns:
+        One list of layers for each core. Its rows are those of ``ids``, each with its
+        segments in the order of ``starts``.
+    """
     x = model.model.embed_tokens(ids)
     positions = torch.arange(ids.shape[1])
-    kept: list[Compiled] = []
+    kept: list[list[Compiled]] = [[] for _ in cores]
     for layer in model.model.layers:
         h = parts.norm(layer.input_layernorm, x)
         if parts.is_linear(layer):
             module = layer.linear_attn
             mixed = module.in_proj_qkv(h)
             q, writes = parts.reads_and_writes(module, h, parts.convolve(module, mixed))
-            inside = writes.at(core)
-            pair = gated_delta.capture(*inside.packed(), [inside.g.shape[1]] * len(ids))
-            kept.append(CompiledLinear(pair, mixed[:, core.stop - 3 : core.stop]))
+            for own, core in zip(kept, cores, strict=True):
+                inside = parts.Writes(*(_at(x, starts, core) for x in writes))
+                pair = gated_delta.capture(*inside.packed(), [inside.g.shape[1]] * len(inside.g))
+                own.append(CompiledLinear(pair, _at(mixed, starts, core)[:, -3:]))
             x = x + parts.linear_output(module, h, parts.recur(q, writes)[0])
         else:
             module = layer.self_attn
             q, k, v, gate = parts.queries_keys_values(module, h)
-            kept.append(CompiledAttention(k[:, :, core], v[:, :, core]))
+            for own, core in zip(kept, cores, strict=True):
+                pages = (_at(x.transpose(1, 2), starts, core).transpose(1, 2) for x in (k, v))
+                own.append(CompiledAttention(*pages))
             out = parts.attend(parts.rotate(q, positions), parts.rotate(k, positions), v)
             x = x + parts.attention_output(module, out, gate)
         x = parts.feed_forward(layer, x)
     return kept
+
+
+def _at(x: Tensor, starts: Sequence[int], core: slice) -> Tensor:
+    """Cores of [rows, tokens, ...], [rows * segments, core, ...]."""
+    found = [x[:, start + core.start : start + core.stop] for start in starts]
+    return torch.stack(found, 1).flatten(0, 1)
 
 
 def linked(
@@ -107,6 +134,7 @@ def linked(
     where: Tensor,
     policy: Policy = "compose",
     keep: list[parts.Memory] | None = None,
+    compiled: Sequence[Compiled] | None = None,
 ) -> Tensor:
     """Logits at ``where``, a mask [rows, tokens] that holds only behind the segments.
 
@@ -115,13 +143,16 @@ def linked(
         keep: gets what ``ask`` needs to go on behind these tokens.
         policy: what a core does to the state; ``add`` and ``last`` are wrong
             on purpose, with the identity and with zero in place of A.
+        compiled: what every layer keeps of the segments; by default each is compiled
+            alone.
     """
     rows = ids.shape[0]
     live, reused = layout.live(), layout.reused()
     positions = torch.cat([live, reused])
     visible = live[:, None] >= positions
-    segments = ids[:, layout.prefix : layout.prefix + layout.segments * layout.length]
-    compiled = compile_segments(model, segments.reshape(-1, layout.length), layout.core)
+    if compiled is None:
+        segments = ids[:, layout.prefix : layout.prefix + layout.segments * layout.length]
+        compiled = compile_segments(model, segments.reshape(-1, layout.length), layout.core)
     x = model.model.embed_tokens(ids[:, live])
     for layer, kept in zip(model.model.layers, compiled, strict=True):
         h = parts.norm(layer.input_layernorm, x)

@@ -57,15 +57,15 @@ def configuration() -> Qwen3_5TextConfig:
     return config
 
 
-def new_model(seed: int = 0) -> Qwen3_5ForCausalLM:
-    """First weights that can remember.
+def new_model(seed: int = 0, config: Qwen3_5TextConfig | None = None) -> Qwen3_5ForCausalLM:
+    """First weights that can remember, by default of the shipped shape.
 
     The library draws gates that forget within a few tokens, and a model that
     starts so never learns to bind. Here a token's decay is between e^-0.4 and
     e^-0.0001 and hardly depends on the token.
     """
     torch.manual_seed(seed)
-    model = Qwen3_5ForCausalLM(configuration())
+    model = Qwen3_5ForCausalLM(config or configuration())
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("A_log"):
