@@ -65,9 +65,13 @@ def flat(prompt: Prompt, question: int) -> tuple[list[int], list[tuple[int, int]
     return [*ids, *prompt.questions[question]], spans
 
 
-def along(model: Any, prompt: Prompt, way: Way, policy: Any, question: int, answer: list[int]) -> Any:
+def along(
+    model: Any, prompt: Prompt, way: Way, policy: Any, question: int, answer: list[int]
+) -> Any:
     """What the linked forward says along an answer: float32 [answer, vocab]."""
-    walk = begin(model, prompt, compile_segments(model, prompt, way), cores_of(prompt, policy, way.company))
+    walk = begin(
+        model, prompt, compile_segments(model, prompt, way), cores_of(prompt, policy, way.company)
+    )
     asked = [*prompt.questions[question], *answer[:-1]]
     rows = rows_of(asked, range(prompt.length, prompt.length + len(asked)), 1)
     last = len(prompt.questions[question]) - 1
@@ -134,7 +138,9 @@ def test_the_reference_is_full_recompute(model: Any) -> None:
     assert float(divergence(reference, same).max()) < 1e-5
 
 
-def learning_in(folder: pathlib.Path, prompts: list[Prompt], steps: int = 30, **shape: int) -> Learning:
+def learning_in(
+    folder: pathlib.Path, prompts: list[Prompt], steps: int = 30, **shape: int
+) -> Learning:
     model = tiny_llama_model().requires_grad_(False)
     # At random weights the two hardly differ: what a token says is made to matter.
     for name, weight in model.named_parameters():
@@ -155,7 +161,9 @@ def test_it_learns(tmp_path: pathlib.Path) -> None:
 
     def loss() -> float:
         with torch.no_grad(), learning.adapter.on(model):
-            return float(divergence(reference, linked(model, prompt, way, policy, reference)).mean())
+            return float(
+                divergence(reference, linked(model, prompt, way, policy, reference)).mean()
+            )
 
     before = loss()
     learning.run(5)

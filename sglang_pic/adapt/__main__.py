@@ -89,9 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         texts = json.loads(GUESTS.read_text(encoding="utf-8"))["encyclopaedia"]
         guests = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         adapter = Adapter(model, Shape(args.rank, args.alpha), args.seed)
-        settings = Settings(
-            steps=args.steps, rate=args.rate, answer=args.answer, seed=args.seed
-        )
+        settings = Settings(steps=args.steps, rate=args.rate, answer=args.answer, seed=args.seed)
         learning = Learning(
             model, adapter, prompts, settings, args.out, base=args.model_path, guests=guests
         )

@@ -21,7 +21,16 @@ import torch
 from torch import Tensor
 
 from sglang_pic.adapt.data import AdaptError, Ids, Prompt
-from sglang_pic.adapt.linked import Rows, Walk, Way, begin, compile_segments, cores_of, joined, rows_of
+from sglang_pic.adapt.linked import (
+    Rows,
+    Walk,
+    Way,
+    begin,
+    compile_segments,
+    cores_of,
+    joined,
+    rows_of,
+)
 from sglang_pic.adapt.lora import Adapter
 from sglang_pic.link.policy import Graded, RecomputePolicy, Seam
 

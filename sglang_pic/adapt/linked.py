@@ -215,9 +215,7 @@ def begin(model: Any, prompt: Prompt, kept: Sequence[Layers], cores: Sequence[Co
         zip(prompt.segments, prompt.starts, cores, strict=True)
     ):
         if a < b:
-            held.append(
-                [(turned(model, k[:, :, a:b], start), v[:, :, a:b]) for k, v in kept[i]]
-            )
+            held.append([(turned(model, k[:, :, a:b], start), v[:, :, a:b]) for k, v in kept[i]])
             places += range(start + a, start + b)
         live = [*range(a), *range(max(a, b), len(segment))]
         computed.append(rows_of([segment[t] for t in live], [start + t for t in live]))
