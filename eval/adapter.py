@@ -8,7 +8,7 @@ behind the 50th and of the project's own passages. The second asks the first que
 MuSiQue, none of whose passages are among those: linked without an adapter and with one,
 compiled alone, among guests, in companies of three and all in one, against full recompute
 of the frozen model along its greedy answer. Nothing is served: the forward is
-``sglang_pic.adapt.linked``'s; the control, of segments that are computed whole, shows its
+``sglang_pic.adapt.linked``'s; the control, of segments computed where they stand, shows its
 rounding. It takes minutes a question on two cores: ``--kept`` holds what is done.
 """
 
@@ -29,7 +29,15 @@ from transformers import AutoTokenizer
 from sglang_pic.adapt.__main__ import DTYPES, load_model
 from sglang_pic.adapt.data import Ids, Prompt, prompt_of
 from sglang_pic.adapt.learning import CURVE, answers_of, divergence, refer
-from sglang_pic.adapt.linked import Layers, Way, begin, compile_segments, cores_of
+from sglang_pic.adapt.linked import (
+    Layers,
+    Way,
+    begin,
+    compile_segments,
+    cores_of,
+    local,
+    prefill,
+)
 from sglang_pic.adapt.lora import Adapter
 from sglang_pic.eval.command import Outcome, deliver, parser_of
 from sglang_pic.eval.intervals import interval, ratio_interval
@@ -39,7 +47,7 @@ from sglang_pic.eval.multihop import MUSIQUE, Example, own_examples, read_musiqu
 from sglang_pic.eval.passages import CLOSING, GAP, JOIN, OPENING, Passage
 from sglang_pic.eval.results import versions
 from sglang_pic.eval.tables import Table
-from sglang_pic.link.policy import Full, Graded, RecomputePolicy, Seam
+from sglang_pic.link.policy import Graded, RecomputePolicy, Seam
 from sglang_pic.server.guests import Shipped
 
 WORDS, ANSWER_TOKENS = 64, 32
@@ -55,6 +63,7 @@ CONTROL = "control"
 WAYS = ("alone", "guests", "groups of 3", "all")
 TODAY = "alone, seam 16"
 PLAIN, ADAPTED = "without", "with"
+ALONE = Way(())
 
 
 def line_of(documents: Sequence[Passage], questions: Sequence[str]) -> dict[str, Any]:
@@ -68,30 +77,30 @@ def line_of(documents: Sequence[Passage], questions: Sequence[str]) -> dict[str,
 
 
 def lines_to_learn(examples: Sequence[Example], count: int, seed: int) -> list[dict[str, Any]]:
-    """Prompts of 3 or 4 passages. Four fifths are of MuSiQue: an example's question over
-    passages of its own, and what the documents say of words of three of them; the others
-    the project's, with what is asked of three of them."""
+    """Prompts of three passages. Four fifths are of MuSiQue: an example's question over
+    passages of its own, and what the documents say of words of two of them; the others
+    the project's, with what is asked of them."""
     rng = random.Random(seed)
     banned = {one.text for example in examples[:HELD_OUT] for one in example.documents}
     pools = []
     for example in examples[HELD_OUT:]:
         left = {one.text: one for one in example.documents if one.text not in banned}
-        if len(left) >= 4:
+        if len(left) >= 3:
             pools.append((example.question, list(left.values())))
     own = list({one.documents[0].title: one.documents[0] for one in own_examples()}.values())
     lines = []
     for i in range(count):
         if i % 5:
             question, pool = rng.choice(pools)
-            documents = rng.sample(pool, rng.choice((3, 4)))
+            documents = rng.sample(pool, 3)
             questions = [question]
-            for one in documents[:3]:
+            for one in documents[:2]:
                 words = one.text.split()
                 at = rng.randrange(max(1, len(words) - 6))
                 questions.append(ABOUT.format(" ".join(words[at : at + 6])))
         else:
-            documents = rng.sample(own, rng.choice((3, 4)))
-            questions = [rng.choice(one.questions).text for one in documents[:3]]
+            documents = rng.sample(own, 3)
+            questions = [rng.choice(one.questions).text for one in documents]
         lines.append(line_of(rng.sample(documents, len(documents)), questions))
     return lines
 
@@ -109,6 +118,16 @@ def way_of(name: str, prompt: Prompt, shipped: Shipped, rng: random.Random) -> W
         kinds = [shipped.of(b"", segment).texts for segment in prompt.segments]
         guests = max(set(kinds), key=kinds.count)
     return Way(tuple(groups), guests)
+
+
+def in_place(model: Any, prompt: Prompt) -> list[Layers]:
+    """What is kept of each segment if it is computed where it stands."""
+    ids = list(prompt.opening)
+    for segment in prompt.segments:
+        ids += [*segment, *prompt.gap]
+    layers = prefill(model, ids, range(len(ids)))
+    spans = zip(prompt.starts, prompt.segments, strict=True)
+    return [local(model, layers, start, start + len(one), start) for start, one in spans]
 
 
 @torch.no_grad()
@@ -141,9 +160,8 @@ def score(
             kept = compile_segments(model, prompt, way)
             for policy in POLICIES:
                 scores[f"{name}, {policy}"] = judge(way, POLICIES[policy], kept)
-        if not adapter:
-            # Rows in two passes, as links have it.
-            scores[CONTROL] = judge(way, Full(), [])
+    if not adapter:
+        scores[CONTROL] = judge(ALONE, Seam(0), in_place(model, prompt))
     return scores
 
 

@@ -10,6 +10,7 @@ differ (block distillation, arXiv 2605.15913, weighs so).
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import random
@@ -23,7 +24,6 @@ from torch import Tensor
 from sglang_pic.adapt.data import AdaptError, Ids, Prompt
 from sglang_pic.adapt.linked import (
     Rows,
-    Walk,
     Way,
     begin,
     compile_segments,
@@ -176,7 +176,7 @@ class Learning:
         guests: texts to put in front of segments, not of the data.
 
     Raises:
-        AdaptError: the folder is of a run with other settings.
+        AdaptError: the folder is of a run with other settings, or over other data.
     """
 
     def __init__(
@@ -196,7 +196,11 @@ class Learning:
         # To each prompt's questions, its segments as they stand in the data.
         self._answers: dict[int, tuple[Ids, ...]] = {}
         self._optimizer = torch.optim.AdamW(adapter.parameters, lr=settings.rate, weight_decay=0.0)
-        self._known = {**dataclasses.asdict(settings), **dataclasses.asdict(adapter.shape)}
+        self._known = {
+            **dataclasses.asdict(settings),
+            **dataclasses.asdict(adapter.shape),
+            "data": hashlib.blake2b(repr(list(prompts)).encode(), digest_size=8).hexdigest(),
+        }
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / STATE).exists():
             self._resume()
@@ -229,10 +233,13 @@ class Learning:
         self.adapter.save(self.folder, self.base)
 
     def advance(self) -> dict[str, Any]:
-        """One step; what it was, for the curve."""
-        begun = time.monotonic()
+        """The next step; what it was, for the curve."""
         rng = random.Random(f"{self.settings.seed} {self.step}")
-        drawn = draw(self.prompts, self.guests, rng)
+        return self.learn(draw(self.prompts, self.guests, rng))
+
+    def learn(self, drawn: Drawn) -> dict[str, Any]:
+        """A step of one's own choice."""
+        begun = time.monotonic()
         if drawn.number not in self._answers:
             answers = answers_of(self.model, self.prompts[drawn.number], self.settings.answer)
             self._answers[drawn.number] = answers

@@ -86,15 +86,14 @@ def check(model: Any) -> None:
     """Raises:
     AdaptError: this module does not know how to link such a model.
     """
-    name = type(model).__name__
-    if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
-        raise AdaptError(f"{name} has sliding windows")
+    name, ids = type(model).__name__, [1, 2, 3, 4]
     try:
+        if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
+            raise AdaptError(f"{name} has sliding windows")
         with torch.no_grad():
-            ids = [1, 2, 3, 4]
-            # Of the first layer, whose inputs are the same.
-            there = _prefill(model, ids, [7, 8, 9, 10])[0][0]
-            here = turned(model, _prefill(model, ids, range(4))[0][0], 7)
+            # Of the first layer, whose inputs are the same wherever they stand.
+            there = prefill(model, ids, [7, 8, 9, 10])[0][0]
+            here = turned(model, prefill(model, ids, range(4))[0][0], 7)
             far = float((here - there).abs().max() / there.abs().max())
     except (AttributeError, TypeError, RuntimeError) as error:
         raise AdaptError(f"{name} is not built like Llama: {error}") from error
@@ -102,7 +101,7 @@ def check(model: Any) -> None:
         raise AdaptError(f"the keys of {name} do not turn with their position")
 
 
-def _prefill(
+def prefill(
     model: Any, ids: Sequence[int], position: Sequence[int], past: Layers | None = None
 ) -> Layers:
     """K and V of tokens, each of which sees those before it and all of ``past``."""
@@ -120,7 +119,7 @@ def _prefill(
     return [(one.keys[:, :, -n:], one.values[:, :, -n:]) for one in cache.layers]
 
 
-def _local(model: Any, layers: Layers, start: int, end: int, place: int) -> Layers:
+def local(model: Any, layers: Layers, start: int, end: int, place: int) -> Layers:
     """Some tokens' K and V, as of a segment that starts at 0; ``place`` is where it stood."""
     return [
         (turned(model, keys[:, :, start:end], -place), values[:, :, start:end])
@@ -132,16 +131,16 @@ def _mean(one: Layers, other: Layers) -> Layers:
     def half(x: Tensor, y: Tensor) -> Tensor:
         return ((x.float() + y.float()) / 2).to(x.dtype)
 
-    return [(half(k, l), half(v, w)) for (k, v), (l, w) in zip(one, other, strict=True)]
+    return [(half(*keys), half(*values)) for keys, values in map(zip, one, other)]
 
 
 def _order(model: Any, opening: Ids, order: Sequence[Ids]) -> list[Layers]:
     """One prefill of opening and segments: what each segment keeps of it."""
     ids = [*opening, *(token for segment in order for token in segment)]
-    layers = _prefill(model, ids, range(len(ids)))
+    layers = prefill(model, ids, range(len(ids)))
     made, at = [], len(opening)
     for segment in order:
-        made.append(_local(model, layers, at, at + len(segment), at))
+        made.append(local(model, layers, at, at + len(segment), at))
         at += len(segment)
     return made
 
@@ -151,7 +150,7 @@ def compile_segments(model: Any, prompt: Prompt, way: Way) -> list[Layers]:
     texts = prompt.segments
     made: dict[int, Layers] = {}
     front = [*prompt.opening, *(t for one in sorted(way.guests, key=order_key) for t in one)]
-    past = _prefill(model, front, range(len(front))) if way.guests else None
+    past = prefill(model, front, range(len(front))) if way.guests else None
     for group in way.groups:
         if len(group) > 1:
             order = sorted(group, key=lambda i: order_key(texts[i]))
@@ -162,8 +161,8 @@ def compile_segments(model: Any, prompt: Prompt, way: Way) -> list[Layers]:
         else:
             (i,) = group
             at, n = len(front) if way.guests else 0, len(texts[i])
-            layers = _prefill(model, texts[i], range(at, at + n), past)
-            made[i] = _local(model, layers, 0, n, at)
+            layers = prefill(model, texts[i], range(at, at + n), past)
+            made[i] = local(model, layers, 0, n, at)
     return [made[i] for i in range(len(texts))]
 
 

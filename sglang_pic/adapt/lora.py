@@ -58,7 +58,7 @@ class Adapter:
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
         for name, module in model.named_modules():
             if name.rsplit(".", 1)[-1] in shape.modules and isinstance(module, torch.nn.Linear):
-                out, into = module.weight.shape
+                into = module.in_features
                 a = torch.randn(shape.rank, into, generator=generator) / into**0.5
                 made = a.to(module.weight.device), torch.zeros_like(module.weight[:, : shape.rank])
                 self.factors[name] = made[0].requires_grad_(), made[1].float().requires_grad_()
