@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from sglang_pic.adapt.__main__ import load_model, main
 from sglang_pic.adapt.data import AdaptError, Prompt, prompt_of, read_prompts
@@ -28,7 +29,8 @@ from sglang_pic.adapt.learning import (
 )
 from sglang_pic.adapt.linked import Way, begin, check, compile_segments, cores_of, rows_of
 from sglang_pic.adapt.lora import MODULES, PREFIX, WEIGHTS, Adapter, Shape
-from sglang_pic.eval.models.tiny import tiny_llama_model
+from sglang_pic.eval import adapter
+from sglang_pic.eval.models.tiny import randomize, tiny_llama, tiny_llama_model
 from sglang_pic.eval.oracle.company import company_logprobs
 from sglang_pic.eval.oracle.dense import full_logprobs, linked_logprobs
 from sglang_pic.link.policy import Graded, Seam
@@ -43,9 +45,27 @@ class Letters:
         return [ord(letter) % VOCAB for letter in text]
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_llama_model().requires_grad_(False)
+def tiny_qwen3_model() -> Any:
+    """Random Qwen 3, which normalises keys before they are turned."""
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=4096,
+        attn_implementation="eager",
+    )
+    return randomize(Qwen3ForCausalLM(config), 0)
+
+
+@pytest.fixture(scope="module", params=[tiny_llama_model, tiny_qwen3_model], ids=["llama", "qwen3"])
+def model(request: pytest.FixtureRequest) -> Any:
+    made = request.param().requires_grad_(False)
+    check(made)
+    return made
 
 
 def prompt_for(lengths: list[int], opening: int = 3, gap: int = 2, seed: int = 0) -> Prompt:
@@ -79,7 +99,7 @@ def along(
     return walk.compute(rows, torch.arange(last, len(asked))).log_softmax(-1)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5),
     opening=st.integers(1, 5),
@@ -94,8 +114,7 @@ def test_alone_it_is_the_dense_oracle(
     ids, spans = flat(prompt, 1)
     wanted = linked_logprobs(model, ids, spans, seam=seam, page=1, n_new=4)
     way = Way(tuple((i,) for i in range(len(lengths))))
-    adapter = Adapter(model, Shape(4, 8))
-    with adapter.on(model):
+    with Adapter(model, Shape(4, 8)).on(model):
         found = along(model, prompt, way, Seam(seam), 1, wanted.tokens)
     assert torch.allclose(found, wanted.full_logprobs, atol=1e-4)
 
@@ -144,8 +163,8 @@ def learning_in(
 ) -> Learning:
     model = tiny_llama_model().requires_grad_(False)
     asked = Settings(steps=steps, rate=1e-2, warmup=2, answer=4, every=5)
-    adapter = Adapter(model, Shape(**{"rank": 4, "alpha": 8, **shape}))
-    return Learning(model, adapter, prompts, asked, folder, base="tiny", guests=((1, 2), (3, 4)))
+    made = Adapter(model, Shape(**{"rank": 4, "alpha": 8, **shape}))
+    return Learning(model, made, prompts, asked, folder, base="tiny", guests=((1, 2), (3, 4)))
 
 
 @pytest.mark.parametrize("groups", [((0,), (1,), (2,)), ((0, 1, 2),)], ids=["alone", "company"])
@@ -301,8 +320,6 @@ def test_the_command(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str])
     """Learns, goes on, and says what is wrong."""
     from test_lora import save_tokenizer
 
-    from sglang_pic.eval.models.tiny import tiny_llama
-
     folder = tiny_llama(tmp_path)
     save_tokenizer(folder)
     data = tmp_path / "data.jsonl"
@@ -318,3 +335,62 @@ def test_the_command(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str])
         main([*args, "--rate=0"])
     with pytest.raises(SystemExit, match=r"adapt: .*no\.jsonl"):
         main([*args, f"--data={tmp_path / 'no.jsonl'}"])
+
+
+def musique(folder: pathlib.Path) -> pathlib.Path:
+    """52 questions over passages of a few letters, some of which stand in two."""
+    items = [
+        {
+            "question": f"Who is {i}?",
+            "answers": ["x"],
+            "ctxs": [
+                {"title": "", "text": f"{letter} {i + i % 2 * j}"}
+                for j, letter in enumerate("abcde")
+            ],
+        }
+        for i in range(52)
+    ]
+    items[51]["ctxs"][:2] = items[3]["ctxs"][:2]
+    path = folder / "musique.json"
+    path.write_text(json.dumps(items))
+    return path
+
+
+def test_nothing_is_learnt_from_what_is_asked(tmp_path: pathlib.Path) -> None:
+    examples = adapter.read_musique(musique(tmp_path), adapter.WORDS)
+    lines = adapter.lines_to_learn(examples, 40, 0)
+    assert len(lines) == 40 and lines == adapter.lines_to_learn(examples, 40, 0)
+    asked = {one.document for example in examples[:50] for one in example.documents}
+    learnt = {segment for line in lines for segment in line["segments"]}
+    assert len(learnt) > 5 and not learnt & asked
+    for line in lines:
+        assert len(prompt_of(line, Letters()).segments) == 3
+
+
+def test_an_evaluation(tmp_path: pathlib.Path) -> None:
+    """One that was cut off goes on, an adapter of zeros changes nothing, and what is
+    computed in its place is what full recompute has."""
+    from test_lora import save_tokenizer
+
+    folder = tiny_llama(tmp_path)
+    save_tokenizer(folder)
+    zero = tmp_path / "adapter"
+    Adapter(tiny_llama_model(), Shape(4, 8)).save(zero, "tiny")
+    (zero / "curve.jsonl").write_text("{}\n" * 7)
+    given: dict[str, Any] = {
+        "count": 2, "data": musique(tmp_path), "answer": 3, "dtype": "float32",
+        "path": tmp_path / "kept",
+    }  # fmt: skip
+    plain = adapter.run(str(folder), None, **given)
+    assert len(plain.rows) == 13 and not any(row["adapter"] for row in plain.rows)
+    control = next(row for row in plain.rows if row["method"] == adapter.CONTROL)
+    assert control["kl"] < 1e-6 and control["top1"] == 1
+    before = (tmp_path / "kept" / "without.jsonl").read_bytes()
+    both = adapter.run(str(folder), zero, **given)
+    assert (tmp_path / "kept" / "without.jsonl").read_bytes() == before
+    assert both.config["steps"] == 7
+    adapted = [row for row in both.rows if row["adapter"]]
+    assert len(adapted) == 12
+    for row in adapted:
+        assert row["kl"] > 1e-6 and row["of_plain"] == pytest.approx(1, abs=1e-6)
+    both.tables[0].print()
