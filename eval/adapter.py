@@ -238,7 +238,7 @@ def row_of(arm: str, method: str, found: dict[str, list[Any]]) -> dict[str, Any]
     kl = kl_of(arm, method)
     row: dict[str, Any] = {"method": method, "adapter": arm == ADAPTED, "kl": statistics.fmean(kl)}
     row["kl_low"], row["kl_high"] = interval(kl)
-    bases = {"plain": method, "today": TODAY}
+    bases = {} if method == CONTROL else {"plain": method, "today": TODAY}
     for name, base in bases.items():
         plain = kl_of(PLAIN, base)
         row[f"of_{name}"] = row["kl"] / statistics.fmean(plain)
@@ -251,6 +251,8 @@ def row_of(arm: str, method: str, found: dict[str, list[Any]]) -> dict[str, Any]
 
 def table_of(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> Table:
     def between(row: dict[str, Any], name: str) -> str:
+        if name not in row:
+            return ""
         return f"{row[name]:.2g} [{row[f'{name}_low']:.2g}, {row[f'{name}_high']:.2g}]"
 
     return Table(

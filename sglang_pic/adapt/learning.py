@@ -54,7 +54,7 @@ class Settings:
     """
 
     steps: int = 1000
-    rate: float = 1e-3
+    rate: float = 5e-4
     warmup: int = 20
     answer: int = 32
     seed: int = 0
