@@ -241,6 +241,8 @@ def row_of(arm: str, method: str, found: dict[str, list[Any]]) -> dict[str, Any]
     bases = {} if method == CONTROL else {"plain": method, "today": TODAY}
     for name, base in bases.items():
         plain = kl_of(PLAIN, base)
+        if not any(plain):
+            continue  # nothing was reused
         row[f"of_{name}"] = row["kl"] / statistics.fmean(plain)
         row[f"of_{name}_low"], row[f"of_{name}_high"] = ratio_interval(kl, plain)
     row["top1"] = statistics.fmean(one[method][1] for one in found[arm])

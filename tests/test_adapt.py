@@ -338,13 +338,13 @@ def test_the_command(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str])
 
 
 def musique(folder: pathlib.Path) -> pathlib.Path:
-    """52 questions over passages of a few letters, some of which stand in two."""
+    """52 questions over passages longer than a seam, some of which stand in two."""
     items = [
         {
             "question": f"Who is {i}?",
             "answers": ["x"],
             "ctxs": [
-                {"title": "", "text": f"{letter} {i + i % 2 * j}"}
+                {"title": "", "text": f"{letter * 30} {i + i % 2 * j}"}
                 for j, letter in enumerate("abcde")
             ],
         }
