@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from sglang_pic.adapt.lora import Adapter, Shape
 from sglang_pic.eval.models.tiny import tiny_llama, tiny_llama_model
 from sglang_pic.eval.serving import Server
 
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.server
 
 RANK, ALPHA = 4, 8
 ADAPTERS = {"a": 1, "b": 2}
+LEARNT = "learnt"
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 DOCUMENT = "The ferry leaves from the stone pier at seven in the morning. "
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -59,11 +61,23 @@ def save_adapter(folder: pathlib.Path, seed: int) -> pathlib.Path:
     return folder
 
 
+def learnt() -> Adapter:
+    """One of ``sglang_pic.adapt``, of all its layers."""
+    adapter = Adapter(tiny_llama_model(), Shape(RANK, ALPHA))
+    generator = torch.Generator().manual_seed(3)
+    for _, b in adapter.factors.values():
+        b.data.normal_(std=0.2, generator=generator)
+    return adapter
+
+
 def merged(adapter: str | None) -> Any:
     """The tiny model with an adapter's change in its weights."""
     model = tiny_llama_model()
+    if adapter is None:
+        return model
+    changes = learnt().factors if adapter == LEARNT else deltas(ADAPTERS[adapter])
     with torch.no_grad():
-        for name, (a, b) in deltas(ADAPTERS[adapter]).items() if adapter else ():
+        for name, (a, b) in changes.items():
             model.get_submodule(name).weight += ALPHA / RANK * b @ a
     return model
 
@@ -84,6 +98,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, logs: pathlib.Path) -> Iter
     model = tiny_llama(folder)
     save_tokenizer(model)
     paths = [f"{name}={save_adapter(folder / name, seed)}" for name, seed in ADAPTERS.items()]
+    learnt().save(folder / LEARNT, "tiny")
+    paths.append(f"{LEARNT}={folder / LEARNT}")
     flags = ("--pic-min-segment=1", "--max-total-tokens=8192", "--served-model-name=tiny")
     flags += ("--pic-company-when=asked", "--pic-cold=link")
     # No backend is named: the default, which is made of Triton kernels, gives way.
@@ -99,7 +115,7 @@ def test_every_adapter_links_as_its_own_model(server: Server) -> None:
     )
     salt = fresh_salt()
     seen: dict[str, str | None] = {}
-    for adapter in ("a", None, "b"):
+    for adapter in ("a", None, "b", LEARNT):
         model = merged(adapter)
         request = {**body(*prompt, 6, salt, seam=4), "lora_path": adapter}
         # The opening of one token counts: here no segment is too short.
@@ -114,14 +130,14 @@ def test_every_adapter_links_as_its_own_model(server: Server) -> None:
         check_exact(server.generate(**exact), prompt[0], 6, of=model)
         full = {**body(*prompt, 6, salt, policy="full"), "lora_path": adapter}
         check_exact(server.generate(**full), prompt[0], 6, of=model)
-    assert len(seen) == 9
+    assert len(seen) == 12
     server.forest()
 
 
 def test_adapters_decode_together(server: Server) -> None:
     """Rows of both adapters and of none in one batch."""
     prompt = assemble([("text", [8]), ("segment", ids_of(710, 80)), ("text", [3])])
-    adapters = ["a", "b", None, "b"]
+    adapters = ["a", "b", None, LEARNT]
     one = body(*prompt, 12, fresh_salt(), seam=4)
     count = len(adapters)
     batch = {
