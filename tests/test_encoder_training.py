@@ -46,8 +46,10 @@ def test_only_encoder_and_cross_blocks_are_trained(
     assert run.step >= 1
     for name, weight in run.model.state_dict().items():
         assert torch.equal(weight, frozen[name])
-    moved = [n for n, w in run.modules.state_dict().items() if not torch.equal(w, before[n])]
-    assert {*moved} == {*before}
+    moved = {n for n, w in run.modules.state_dict().items() if not torch.equal(w, before[n])}
+    # An MLP whose last matrix starts at zero has no gradient but there, at first.
+    waiting = {n for n in before if "cross" in n and ".mlp" in n and first == "decoder"}
+    assert moved | waiting == {*before}
     assert set(run.running) >= {"loss", "kl", "masked", "single"}
 
 
@@ -67,7 +69,12 @@ def test_batches_accumulate(decoder: pathlib.Path, tmp_path: pathlib.Path) -> No
     run = training(decoder, tmp_path, "--accumulate", "3")
     drawn: list[int] = []
     draw = run.source.draw
-    run.source.draw = lambda rng: (drawn.append(1), draw(rng))[1]  # type: ignore[method-assign]
+
+    def counted(rng: np.random.Generator) -> sources.Drawn:
+        drawn.append(1)
+        return draw(rng)
+
+    run.source.draw = counted  # type: ignore[method-assign]
     run.run()
     assert len(drawn) == 3 * run.step
 
