@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from sglang_pic.encoder import weights
 from sglang_pic.encoder.weights import EncoderModules
@@ -38,15 +39,17 @@ def training(decoder: pathlib.Path, out: pathlib.Path, *flags: str) -> Training:
 def test_only_encoder_and_cross_blocks_are_trained(
     decoder: pathlib.Path, tmp_path: pathlib.Path, first: str
 ) -> None:
-    run = training(decoder, tmp_path, "--first", first)
+    run = training(decoder, tmp_path, "--first", first, "--distil", "1", "--masked", "0.1")
     frozen = {name: weight.clone() for name, weight in run.model.state_dict().items()}
     before = {name: weight.clone() for name, weight in run.modules.state_dict().items()}
     run.run()
     assert run.step >= 1
     for name, weight in run.model.state_dict().items():
         assert torch.equal(weight, frozen[name])
-    moved = [n for n, w in run.modules.state_dict().items() if not torch.equal(w, before[n])]
-    assert {*moved} == {*before}
+    moved = {n for n, w in run.modules.state_dict().items() if not torch.equal(w, before[n])}
+    # An MLP whose last matrix starts at zero has no gradient but there, at first.
+    waiting = {n for n in before if "cross" in n and ".mlp" in n and first == "decoder"}
+    assert moved | waiting == {*before}
     assert set(run.running) >= {"loss", "kl", "masked", "single"}
 
 
@@ -63,10 +66,15 @@ def test_a_run_goes_on_from_its_checkpoint(decoder: pathlib.Path, tmp_path: path
 
 
 def test_batches_accumulate(decoder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    run = training(decoder, tmp_path, "--accumulate", "3", "--masked", "0", "--distil", "0")
+    run = training(decoder, tmp_path, "--accumulate", "3")
     drawn: list[int] = []
     draw = run.source.draw
-    run.source.draw = lambda rng: (drawn.append(1), draw(rng))[1]  # type: ignore[method-assign]
+
+    def counted(rng: np.random.Generator) -> sources.Drawn:
+        drawn.append(1)
+        return draw(rng)
+
+    run.source.draw = counted  # type: ignore[method-assign]
     run.run()
     assert len(drawn) == 3 * run.step
 
@@ -138,3 +146,14 @@ def test_quality_is_right_about_closed_gates(decoder: pathlib.Path) -> None:
     ]
     # Two layers of keys and values where the decoder has four.
     assert by_method["full"][0]["kv_bytes"] == 2 * by_method["encoded"][0]["kv_bytes"]
+
+
+def test_the_shipped_encoder_answers_what_a_set_of_documents_can() -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        quality.MODEL, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    modules = weights.load(quality.ENCODER, shape_of(model))
+    rows = quality.run(model, modules, ["2x32"], 20).rows
+    exact = {(row["method"], row["category"]): row["exact_match"] for row in rows}
+    for category in ("single", "copy"):
+        assert exact["encoded", category] >= 0.9 * exact["full", category] > 0.8

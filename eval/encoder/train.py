@@ -6,7 +6,8 @@
 Without --data: the synthetic task of eval/models/hybrid, from one document of 32
 tokens upwards. The encoded answers are held to the right ones (of texts: to what the
 frozen model says greedily) by cross entropy, and to the frozen model's distribution over
-the same documents as text; the encoder also restores masked tokens. DIR gets ``checkpoint.pt`` (a second call goes on from it),
+the same documents as text (``--distil``); the encoder may also restore masked tokens
+(``--masked``). DIR gets ``checkpoint.pt`` (a second call goes on from it),
 ``curve.jsonl`` and the weights as they are served.
 """
 
@@ -214,11 +215,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60, help="to train in this call")
     parser.add_argument("--layers", type=int, default=2, help="of the encoder")
     parser.add_argument("--cross", type=int, nargs="+", help="decoder layers, not the even ones")
-    parser.add_argument("--conv", type=int, default=7, help="width, 0 for none (%(default)s)")
-    parser.add_argument("--first", choices=("fresh", "decoder"), default="fresh")
+    parser.add_argument("--conv", type=int, default=0, help="width, 0 for none (%(default)s)")
+    parser.add_argument("--first", choices=("fresh", "decoder"), default="decoder")
     parser.add_argument("--gate", type=float, default=0.5, help="at first (%(default)s)")
-    parser.add_argument("--distil", type=float, default=1.0, help="weight (%(default)s)")
-    parser.add_argument("--masked", type=float, default=0.1, help="weight (%(default)s)")
+    parser.add_argument("--distil", type=float, default=0.0, help="weight (%(default)s)")
+    parser.add_argument("--masked", type=float, default=0.0, help="weight (%(default)s)")
     parser.add_argument("--rung", type=int, help=f"to begin at, 0 to {len(RUNGS) - 1}")
     parser.add_argument("--highest", type=int, default=len(RUNGS) - 1, help="rung to stop at")
     parser.add_argument("--lr", type=float, default=0.015, help="of Muon")
