@@ -65,7 +65,7 @@ TODAY = "alone, seam 16"
 # Ways to link that are the default, and where the plot names them.
 DEFAULTS = (
     (TODAY, "default, alone", (10, 9)),
-    (f"{ALL}, nothing", "default, in company", (-8, -20)),
+    (f"{ALL}, nothing", "default, in company", (-8, -28)),
 )
 
 

@@ -27,6 +27,10 @@ from linking import (
     model,
 )
 
+from sglang_pic.eval.bench import Bench
+from sglang_pic.eval.encoder import served
+from sglang_pic.eval.encoder.quality import ENCODER
+from sglang_pic.eval.models.dense.weights import dense_path
 from sglang_pic.eval.oracle.encoder import encoded_logprobs
 from sglang_pic.eval.serving import Server
 
@@ -367,3 +371,18 @@ def test_a_hybrid_reads_documents(page: int, tmp_path: pathlib.Path, logs: pathl
                 found = family.plain(documents[2], plain.result()["output_ids"])
                 assert (distributions(plain.result()) - found).abs().max() < TOLERANCE
         assert server.forest()["encoded"]["documents"] == 3
+
+
+@pytest.mark.long
+def test_the_shipped_encoder_answers_on_a_server(logs: pathlib.Path) -> None:
+    """As full text does, with no token of a document in the row. Ours stands in for stock
+    SGLang, which it is for a request without ``pic``."""
+    log = logs / "shipped-encoder.log"
+    with serve(dense_path(), log, "--max-total-tokens=8192", f"--pic-encoder={ENCODER}") as made:
+        pair = Bench(dense_path(), "dense", made, made, range(8, 200), 1024, 8192)
+        rows = {row["method"]: row for row in served.run(pair, ENCODER, ("2x32",), 4).rows}
+    assert rows["encoded"]["questions"] > 20
+    assert min(row["exact_match"] for row in rows.values()) > 0.85
+    full, linked, encoded = (rows[name] for name in ("full", "linked", "encoded"))
+    assert encoded["tokens_of_a_row"] < linked["tokens_of_a_row"] < full["tokens_of_a_row"]
+    assert encoded["kv_bytes"] < linked["kv_bytes"] < full["kv_bytes"]
