@@ -26,10 +26,11 @@ from linking import (
     ids_of,
     model,
 )
+from transformers import AutoTokenizer
 
 from sglang_pic.eval.bench import Bench
 from sglang_pic.eval.encoder import served
-from sglang_pic.eval.encoder.quality import ENCODER
+from sglang_pic.eval.encoder.quality import ENCODER, held_out
 from sglang_pic.eval.models.dense.weights import dense_path
 from sglang_pic.eval.oracle.encoder import encoded_logprobs
 from sglang_pic.eval.serving import Server
@@ -373,16 +374,52 @@ def test_a_hybrid_reads_documents(page: int, tmp_path: pathlib.Path, logs: pathl
         assert server.forest()["encoded"]["documents"] == 3
 
 
-@pytest.mark.long
-def test_the_shipped_encoder_answers_on_a_server(logs: pathlib.Path) -> None:
-    """As full text does, with no token of a document in the row. Ours stands in for stock
-    SGLang, which it is for a request without ``pic``."""
+@pytest.fixture(scope="module")
+def shipped(logs: pathlib.Path) -> Iterator[Server]:
     log = logs / "shipped-encoder.log"
     with serve(dense_path(), log, "--max-total-tokens=8192", f"--pic-encoder={ENCODER}") as made:
-        pair = Bench(dense_path(), "dense", made, made, range(8, 200), 1024, 8192)
-        rows = {row["method"]: row for row in served.run(pair, ENCODER, ("2x32",), 4).rows}
+        yield made
+
+
+@pytest.mark.long
+def test_the_shipped_encoder_answers_on_a_server(shipped: Server) -> None:
+    """As full text does, with no token of a document in the row. Ours stands in for stock
+    SGLang, which it is for a request without ``pic``."""
+    pair = Bench(dense_path(), "dense", shipped, shipped, range(8, 200), 1024, 8192)
+    rows = {row["method"]: row for row in served.run(pair, ENCODER, ("2x32",), 4).rows}
     assert rows["encoded"]["questions"] > 20
     assert min(row["exact_match"] for row in rows.values()) > 0.85
     full, linked, encoded = (rows[name] for name in ("full", "linked", "encoded"))
     assert encoded["tokens_of_a_row"] < linked["tokens_of_a_row"] < full["tokens_of_a_row"]
     assert encoded["kv_bytes"] < linked["kv_bytes"] < full["kv_bytes"]
+
+
+@pytest.mark.long
+def test_documents_are_named_in_texts_too(shipped: Server) -> None:
+    """By ranges of characters, in parts, and on OpenAI's route: the answer of token ids."""
+    tokenizer = AutoTokenizer.from_pretrained(dense_path())
+    (row,) = held_out(2, 32, 1)
+    before, asked = tokenizer.decode(row.before) + " ", tokenizer.decode(row.asked[0].prompt)
+    documents = [tokenizer.decode(document) + " " for document in row.documents]
+    # What the tokenizer makes of a text alone is what it was.
+    assert [tokenizer.encode(one) for one in documents] == row.documents
+    ids = served.body_of(row, row.asked[0], (0, 1), {"mode": "encode"}, "ids")
+    expected = shipped.generate(**ids)["output_ids"]
+    sampling = ids["sampling_params"]
+    parts = [before, *({"segment": one} for one in documents), asked]
+    told = shipped.generate(pic={"mode": "encode", "parts": parts}, sampling_params=sampling)
+    text, segments = before, []
+    for document in documents:
+        segments.append({"start": len(text), "end": len(text) + len(document)})
+        text += document
+    pic = {"mode": "encode", "segments": segments}
+    ranged = shipped.generate(text=text + asked, pic=pic, sampling_params=sampling)
+    assert told["output_ids"] == ranged["output_ids"] == expected
+    assert {one["meta_info"]["pic"]["tokens_outside"] for one in (told, ranged)} == {
+        sum(map(len, row.documents))
+    }
+    body = {"model": "default", "prompt": text + asked, "pic": pic, "temperature": 0}
+    body |= {"max_tokens": sampling["max_new_tokens"], "ignore_eos": True}
+    answer = shipped.post("/v1/completions", body).json()
+    assert answer["choices"][0]["text"] == told["text"]
+    assert answer["usage"]["pic"]["exactness"] == "encoded"
