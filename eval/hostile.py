@@ -55,6 +55,10 @@ COMMANDS: tuple[dict[str, Any], ...] = (
     {"do": "fetched", "segments": ["0" * 32], "drop": False},
     {"do": "fetched", "segments": ["0" * 32], "drop": True},
     {"do": "publish", "segments": ["0" * 32], "begin": True},
+    {
+        "do": "encode",
+        "leases": [{"id": "x", "tenant": None, "held": ["0" * 32], "lengths": [8]}],
+    },
     {"do": "timer", "on": True},
     {"do": "reserve", "tokens": [4]},
     {"do": "selfcheck", "at": 0, "seam": 8},

@@ -260,13 +260,7 @@ RELIED_ON = {
         "query_start_loc",
         "seq_lens_cpu",
     ),
-    # An encoder beside the model: where its class is found, and what its cross blocks add to.
-    _SRT + "models.registry._ModelRegistry.register": (
-        "self",
-        "package_name",
-        "overwrite",
-        "strict",
-    ),
+    # An encoder beside the model: what its cross blocks add to.
     **{
         _SRT + f"layers.layer_boundary.residual.batch.{name}": ("hidden_states", "forward_batch")
         for name in ("complete_output", "snapshot")

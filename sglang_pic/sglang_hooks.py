@@ -435,8 +435,8 @@ def install() -> None:
     if engine:
         check_contract()
         _register_backends()
-        _register_models()
         _install_cpu_kernels()
+        _register_models()
     for hook in hooks:
         HookRegistry.register(hook.target, hook.function, hook.type)
 
@@ -539,6 +539,11 @@ def _register_models() -> None:
 
     if PicConfig.from_env().encoder is None:
         return
+    # Not with the contract: the registry imports every model, and some need the CPU's kernels.
+    check_shape(
+        _SRT + "models.registry._ModelRegistry.register",
+        ("self", "package_name", "overwrite", "strict"),
+    )
     from sglang.srt.models.registry import ModelRegistry
 
     ModelRegistry.register("sglang_pic.encoder.models", overwrite=True, strict=True)

@@ -568,7 +568,9 @@ def test_select_scores_linked_choices(smollm: Server) -> None:
         "turns": False,
     }
     for scored in meta["input_token_logprobs"]:
-        first = scored[-1] if len(scored) == 1 else scored[0]
+        # The prompt's last two tokens, of which nothing is said of the first.
+        assert scored[0][0] is None
+        first = scored[2]
         out = smollm.generate(
             pic=behind, cache_salt=salt, sampling_params=greedy(1), return_logprob=True,
             token_ids_logprob=[first[1]],

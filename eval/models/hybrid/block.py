@@ -107,7 +107,8 @@ def compile_in(
             for own, core in zip(kept, cores, strict=True):
                 inside = parts.Writes(*(_at(x, starts, core) for x in writes))
                 pair = gated_delta.capture(*inside.packed(), [inside.g.shape[1]] * len(inside.g))
-                own.append(CompiledLinear(pair, _at(mixed, starts, core)[:, -3:]))
+                tail = slice(core.stop - 3, core.stop)
+                own.append(CompiledLinear(pair, _at(mixed, starts, tail)))
             x = x + parts.linear_output(module, h, parts.recur(q, writes)[0])
         else:
             module = layer.self_attn
