@@ -387,7 +387,7 @@ def test_the_shipped_encoder_answers_on_a_server(shipped: Server) -> None:
     SGLang, which it is for a request without ``pic``."""
     pair = Bench(dense_path(), "dense", shipped, shipped, range(8, 200), 1024, 8192)
     rows = {row["method"]: row for row in served.run(pair, ENCODER, ("2x32",), 4).rows}
-    assert rows["encoded"]["questions"] > 20
+    assert rows["encoded"]["questions"] >= 20
     assert min(row["exact_match"] for row in rows.values()) > 0.85
     full, linked, encoded = (rows[name] for name in ("full", "linked", "encoded"))
     assert encoded["tokens_of_a_row"] < linked["tokens_of_a_row"] < full["tokens_of_a_row"]

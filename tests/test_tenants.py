@@ -526,7 +526,7 @@ def test_sessions_and_ids_are_refused_on_a_server(tenanted: Server) -> None:
 @pytest.mark.server
 def test_what_a_tenant_sees_of_a_server(tenanted: Server, tiny_path: pathlib.Path) -> None:
     info = ask(tenanted, A, "GET", "/pic/info").json()
-    assert set(info) == {"version", "config", "linking"}
+    assert set(info) == {"version", "config", "linking", "encoder"}
     assert "compile_context" not in info["config"] and "tenants" not in info["config"]
     assert "compile_context" in ask(tenanted, ROOT, "GET", "/pic/info").json()["config"]
     model = ask(tenanted, A, "GET", "/get_model_info").json()
