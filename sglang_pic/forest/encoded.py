@@ -255,7 +255,8 @@ class Encoded:
         names = [*prompt.held, *(document_id(prompt.tenant, one) for one in prompt.documents)]
         _, kept = self._leases.get(prompt.lease, (0.0, []))
         self._leases[prompt.lease] = until, kept
-        names = [name for name in dict.fromkeys(names) if name not in kept]
+        already = set(kept)
+        names = [name for name in dict.fromkeys(names) if name not in already]
         names.sort(key=lambda name: self._store.held(name, owner) is None)
         for name in names:
             if self._store.held(name, owner) is None and not self._put(name, fresh):
@@ -375,7 +376,7 @@ class Encoded:
                 "max_tokens": config.max_tokens,
                 "bytes_per_token": self._beside.bytes_per_token,
             },
-            "documents": len(self._store.names(DOCUMENT)),
+            "documents": self._store.count(DOCUMENT),
             "bytes": self._store.bytes_of_group(DOCUMENT),
             "in_use": len(self._users),
             "budget": self._store.budget,

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -255,8 +256,12 @@ class StateStore:
         self._states: dict[str, Any] = {}
         self._order: EvictionOrder[str] = EvictionOrder()
         self._pinned: set[str] = set()
+        # What each group holds; kept, since clients pin, and all of it is read at every step.
+        self._groups: dict[str, dict[str, None]] = {}
+        self._bytes_of_group: Counter[str] = Counter()
         self.budget = config.state_mib << 20
         self.nbytes = 0
+        self.pinned_bytes = 0
         self.evicted = 0
 
     def find(self, segment: str, owner: tuple[str, ...]) -> SegmentState | None:
@@ -279,9 +284,12 @@ class StateStore:
         return self._put(name, value, cost, 1, group)
 
     def names(self, group: str) -> list[str]:
-        """Of all of a group. O(n)."""
-        entries = ((name, self._order.get(name)) for name in self._states)
-        return [name for name, one in entries if one is not None and one.group == group]
+        """Of all of a group."""
+        return list(self._groups.get(group, ()))
+
+    def count(self, group: str) -> int:
+        """How many a group holds."""
+        return len(self._groups.get(group, ()))
 
     def use(self, segment: str) -> None:
         """One link uses it."""
@@ -340,11 +348,11 @@ class StateStore:
         held = self._states.get(segment)
         if held is not None:
             # What it replaces must not go to make room for it, and stays if none is.
-            self._pinned.add(segment)
+            self._pin(segment, on=True)
         nbytes = self._counted(state)
         fits = self._make_room(nbytes - (self._counted(held) if held is not None else 0))
         if not pinned:
-            self._pinned.discard(segment)
+            self._pin(segment, on=False)
         if not fits:
             logger.warning(
                 "sglang_pic: a segment's state of %d bytes does not fit and is not kept",
@@ -356,9 +364,11 @@ class StateStore:
         self.drop(segment)
         self._states[segment] = state
         self.nbytes += nbytes
+        self._groups.setdefault(group, {})[segment] = None
+        self._bytes_of_group[group] += nbytes
         self._order.add(segment, group, cost=cost, nbytes=nbytes, uses=uses)
         if pinned:
-            self._pinned.add(segment)
+            self._pin(segment, on=True)
         elif offer:
             self._order.offer(segment)
         return True
@@ -447,8 +457,8 @@ class StateStore:
                 return False
             if victim in self._pinned:
                 continue
+            self._forget(victim)
             self._order.evicted(victim)
-            self.nbytes -= self._counted(self._states.pop(victim))
             self.evicted += 1
             self._on_evict(victim)
         return True
@@ -467,26 +477,43 @@ class StateStore:
     def pin(self, segment: str) -> None:
         """Keep a segment's state, if it has one, until ``unpin``."""
         if segment in self._states:
-            self._pinned.add(segment)
+            self._pin(segment, on=True)
 
     def unpin(self, segment: str) -> None:
         """It may go again."""
-        self._pinned.discard(segment)
+        self._pin(segment, on=False)
         self._order.offer(segment)
+
+    def _pin(self, segment: str, *, on: bool) -> None:
+        if on and segment not in self._pinned:
+            self._pinned.add(segment)
+            self.pinned_bytes += self.nbytes_of(segment)
+        elif not on and segment in self._pinned:
+            self._pinned.remove(segment)
+            self.pinned_bytes -= self.nbytes_of(segment)
 
     def drop(self, segment: str) -> None:
         """Forget a segment, whose pages are gone."""
-        state = self._states.pop(segment, None)
-        if state is not None:
-            self.nbytes -= self._counted(state)
+        if segment in self._states:
+            self._forget(segment)
             self._order.remove(segment)
-            self._pinned.discard(segment)
+
+    def _forget(self, segment: str) -> None:
+        self._pin(segment, on=False)
+        nbytes = self._counted(self._states.pop(segment))
+        self.nbytes -= nbytes
+        entry = self._order.get(segment)
+        assert entry is not None
+        del self._groups[entry.group][segment]
+        self._bytes_of_group[entry.group] -= nbytes
 
     def clear(self) -> None:
         self._states.clear()
         self._order.clear()
         self._pinned.clear()
-        self.nbytes = 0
+        self._groups.clear()
+        self._bytes_of_group.clear()
+        self.nbytes = self.pinned_bytes = 0
 
     def nbytes_of(self, segment: str) -> int:
         """Bytes that what is held of a segment counts for."""
@@ -494,18 +521,13 @@ class StateStore:
         return self._counted(state) if state is not None else 0
 
     def bytes_of_group(self, group: str) -> int:
-        """Bytes held for all of a group. O(n)."""
-        entries = ((name, self._order.get(name)) for name in self._states)
-        return sum(self.nbytes_of(n) for n, e in entries if e is not None and e.group == group)
+        """Bytes held for all of a group."""
+        return self._bytes_of_group[group]
 
     @property
     def packed_bytes(self) -> int:
         """Bytes that all of it takes, at most ``nbytes``. O(n)."""
         return sum(state.nbytes for state in self._states.values())
-
-    @property
-    def pinned_bytes(self) -> int:
-        return sum(self.nbytes_of(segment) for segment in self._pinned)
 
     def check(self) -> None:
         """Raise ``PicIntegrityError`` unless sums, order and budget hold."""
@@ -513,5 +535,12 @@ class StateStore:
             raise PicIntegrityError("the states and their eviction order differ")
         if self.nbytes != sum(map(self._counted, self._states.values())):
             raise PicIntegrityError("the bytes of states do not add up")
+        if self.pinned_bytes != sum(map(self.nbytes_of, self._pinned)):
+            raise PicIntegrityError("the bytes of pinned states do not add up")
+        if sorted(self._states) != sorted(name for one in self._groups.values() for name in one):
+            raise PicIntegrityError("the states and their groups differ")
+        for group, names in self._groups.items():
+            if self._bytes_of_group[group] != sum(map(self.nbytes_of, names)):
+                raise PicIntegrityError(f"the bytes of {group} do not add up")
         if self.nbytes > self.budget:
             raise PicIntegrityError(f"states of {self.nbytes} bytes exceed {self.budget}")
