@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import start_log
+import torch
 from conftest import CHECKS, TINY, serve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -155,6 +156,26 @@ def test_any_layout_matches_the_oracle(
         else:
             assert answer["meta_info"]["pic"]["exactness"] == "exact"
             check_exact(answer, ids, page)
+
+
+@pytest.mark.parametrize("behind", [1, 90])
+def test_an_answer_behind_segments_is_scored(paged: tuple[Server, int], behind: int) -> None:
+    """Log-probabilities of prompt tokens behind the last segment, in short chunks too: the
+    oracle's along that continuation."""
+    server, page = paged
+    parts = [("segment", ids_of(11, 90)), ("text", [7]), ("segment", ids_of(12, 97))]
+    ids, segments = assemble([*parts, ("text", ids_of(13, behind))])
+    answer = ids_of(14, 33)
+    asked = body(ids + answer, segments, 2, fresh_salt(), seam=4, state="compose")
+    scored = server.generate(**{**asked, "logprob_start_len": len(ids) - 1})["meta_info"]
+    assert scored["pic"]["exactness"] == "composed"
+    # The first stands for the token before ``logprob_start_len``.
+    rows = scored["input_token_ids_logprobs"][1:]
+    told = torch.tensor([[value for value, *_ in row] for row in rows])
+    where = {"seam": 4, "page": page, "policy": "seam", "state": "compose"}
+    expected = hybrid.linked_logprobs(model(page), ids, segments, forced=answer, **where)
+    assert told.shape == expected.shape
+    assert (told - expected).abs().max() < TOLERANCE
 
 
 def test_concurrent_requests_of_every_kind(paged: tuple[Server, int]) -> None:
