@@ -288,12 +288,18 @@ def run(
     count: int | None = None,
     seed: int = 0,
 ) -> Outcome:
-    """Ask everything; in its quick form on the two servers alone."""
-    pair.flush()
-    tokenizer = AutoTokenizer.from_pretrained(pair.model)
+    """Ask everything; in its quick form on the two servers alone.
+
+    Raises:
+        ValueError: a question has no gold answer.
+    """
     count = count or (QUICK_QUESTIONS if quick else None)
     source = source_of(data, WORDS)
     examples = load_examples(data, WORDS, count, seed)
+    if not all(example.answers for example in examples):
+        raise ValueError(f"{source.name}: questions without answers, which eval.pareto takes")
+    pair.flush()
+    tokenizer = AutoTokenizer.from_pretrained(pair.model)
     asked = [prepare(tokenizer, example) for example in examples]
     scores: dict[Method, list[Scores]] = {FULL: []}
     references = []

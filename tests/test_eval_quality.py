@@ -134,6 +134,9 @@ def test_documentation_is_asked_about_by_name() -> None:
         assert all(len(document.text.split()) == 256 for document in one.documents)
     with pytest.raises(ValueError, match="docstrings have 2000 words"):
         multihop.load_examples(multihop.DOCSTRINGS, 2000, None, 0)
+    pair: Any = None  # no server is asked
+    with pytest.raises(ValueError, match="without answers"):
+        text_quality.run(pair, quick=True, data=multihop.DOCSTRINGS, count=2)
     source = multihop.source_of(multihop.DOCSTRINGS, 256)
     assert source.name.startswith("docstrings of Python")
     assert source.sha256 != multihop.source_of(multihop.DOCSTRINGS, 257).sha256

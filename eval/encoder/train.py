@@ -31,7 +31,7 @@ from sglang_pic.eval.encoder import data, initial
 from sglang_pic.eval.encoder.decoder import looking, seen_by, shape_of
 from sglang_pic.eval.encoder.sources import RUNGS, Curriculum, Source, Texts
 from sglang_pic.eval.models.hybrid import task
-from sglang_pic.eval.models.hybrid.train import Optimizers, kl
+from sglang_pic.eval.models.hybrid.train import Optimizers, kl, save_whole
 
 LOG_EVERY = 20
 SAVE_SECONDS = 120
@@ -185,9 +185,7 @@ class Training:
             "stage": self.source.stage,
             **{name: getattr(self, name) for name in self._counted},
         }
-        partial = self.checkpoint.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.rename(self.checkpoint)
+        save_whole(state, self.checkpoint)
         save(self.modules, self.out)
 
     _counted = ("step", "seconds", "on_stage", "running")

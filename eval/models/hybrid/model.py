@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,33 +24,38 @@ FULL_ATTENTION_INTERVAL = 4
 ROTARY_FACTOR = 0.25
 
 
-def configuration() -> Qwen3_5TextConfig:
-    """Three linear layers, then one full attention; 1.1 million parameters."""
-    config = Qwen3_5TextConfig(
-        architectures=["Qwen3_5ForCausalLM"],
-        vocab_size=256,  # the words of ``task`` and some that stay unused
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        linear_num_key_heads=4,
-        linear_num_value_heads=4,
-        linear_key_head_dim=64,
-        linear_value_head_dim=64,
-        linear_conv_kernel_dim=4,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        rope_parameters={
+def configuration(**others: Any) -> Qwen3_5TextConfig:
+    """Three linear layers, then one full attention; 1.1 million parameters.
+
+    Args:
+        others: fields that another model has otherwise.
+    """
+    fields = {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "vocab_size": 256,  # the words of ``task`` and some that stay unused
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "linear_conv_kernel_dim": 4,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 10000.0,
             "partial_rotary_factor": ROTARY_FACTOR,
         },
-        pad_token_id=task.PAD,
-        bos_token_id=task.BOS,
-        eos_token_id=task.END,
-    )
+        "pad_token_id": task.PAD,
+        "bos_token_id": task.BOS,
+        "eos_token_id": task.END,
+    }
+    config = Qwen3_5TextConfig(**{**fields, **others})
     # Both are read by SGLang; transformers derives its own fields from them and drops them.
     config.full_attention_interval = FULL_ATTENTION_INTERVAL
     config.partial_rotary_factor = ROTARY_FACTOR

@@ -51,6 +51,13 @@ def kl(full: Tensor, other: Tensor) -> Tensor:
     ).sum(-1)
 
 
+def save_whole(state: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint whole or not at all."""
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.rename(path)
+
+
 class Optimizers:
     """Muon for the matrices, AdamW for all else; one schedule over both."""
 
@@ -195,9 +202,7 @@ class Training:
             "on_rung": self.on_rung,
             "running": self.running,
         }
-        partial = self.checkpoint.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.rename(self.checkpoint)
+        save_whole(state, self.checkpoint)
 
     def _restore(self) -> None:
         state = torch.load(self.checkpoint, weights_only=True)

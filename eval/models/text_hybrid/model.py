@@ -7,44 +7,26 @@ from torch import Tensor
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from sglang_pic.eval.models.hybrid import model as parts
-from sglang_pic.eval.models.hybrid.model import FULL_ATTENTION_INTERVAL, ROTARY_FACTOR
-from sglang_pic.eval.models.text_hybrid.corpus import VOCABULARY
+from sglang_pic.eval.models.text_hybrid.corpus import END_ID, VOCABULARY
 from sglang_pic.kernels.operators.chunks import CHUNK
 
 LAYERS = 8
 
 
 def configuration(layers: int = LAYERS) -> Qwen3_5TextConfig:
-    """Three linear layers, then one full attention, over and over."""
-    config = Qwen3_5TextConfig(
-        architectures=["Qwen3_5ForCausalLM"],
+    """The shipped hybrid's pattern, with fewer heads and a vocabulary of text."""
+    return parts.configuration(
         vocab_size=VOCABULARY,
-        hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=64,
         linear_num_key_heads=2,
         linear_num_value_heads=2,
-        linear_key_head_dim=64,
-        linear_value_head_dim=64,
-        linear_conv_kernel_dim=4,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": ROTARY_FACTOR,
-        },
-        pad_token_id=0,
-        bos_token_id=0,
-        eos_token_id=0,
+        pad_token_id=END_ID,
+        bos_token_id=END_ID,
+        eos_token_id=END_ID,
     )
-    # Both are read by SGLang; transformers derives its own fields from them and drops them.
-    config.full_attention_interval = FULL_ATTENTION_INTERVAL
-    config.partial_rotary_factor = ROTARY_FACTOR
-    return config
 
 
 def forward(model: Qwen3_5ForCausalLM, ids: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import Qwen3_5ForCausalLM
 
 from sglang_pic.eval.models.hybrid.model import new_model
-from sglang_pic.eval.models.hybrid.train import Optimizers
+from sglang_pic.eval.models.hybrid.train import Optimizers, save_whole
 from sglang_pic.eval.models.text_hybrid.corpus import END_ID, SEPARATOR_ID
 from sglang_pic.eval.models.text_hybrid.model import LAYERS, configuration, forward
 
@@ -153,9 +153,7 @@ class Training:
             "seconds": self.seconds,
             "loss": self.loss,
         }
-        partial = self.checkpoint.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.rename(self.checkpoint)
+        save_whole(state, self.checkpoint)
 
     def _restore(self) -> None:
         state = torch.load(self.checkpoint, weights_only=True)
