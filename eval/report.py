@@ -35,6 +35,7 @@ from sglang_pic.eval import (
 )
 from sglang_pic.eval.bench import Bench, bench
 from sglang_pic.eval.command import Outcome, save
+from sglang_pic.eval.encoder import served, speed
 from sglang_pic.eval.results import machine, versions, write_json
 
 DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
@@ -93,6 +94,18 @@ ALONE = (
         "python -m eval.cold --quick",
         lambda _: cold.measure(quick=True),
         "cold",
+    ),
+    Part(
+        "Documents read by a trained encoder",
+        "python -m eval.encoder.served --quick",
+        lambda _: served.measure(quick=True),
+        "encoder_served",
+    ),
+    Part(
+        "Time to first token over encoded documents",
+        "python -m eval.encoder.speed --quick",
+        lambda _: speed.measure(quick=True),
+        "encoder_speed",
     ),
 )
 _HYBRID = f" --hybrid --seam {HYBRID_SEAM}"

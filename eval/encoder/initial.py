@@ -1,16 +1,40 @@
-"""First weights of an encoder: fresh ones, or the decoder's own where shapes allow."""
+"""Sizes and first weights of an encoder: fresh ones, or the decoder's own where shapes allow."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sglang_pic.encoder.config import EncoderConfig
 from sglang_pic.encoder.weights import EncoderModules
+from sglang_pic.eval.encoder.decoder import shape_of
 
 WRITES = ("o_proj", "down_proj")
 GAIN = 2.0  # of normalised queries and keys: logits of up to GAIN^2 sqrt(head_dim)
+
+
+def sizes_beside(model: Any, places: Sequence[int], conv: int = 0) -> EncoderConfig:
+    """Of an encoder whose layers are like those of ``model``, which transformers has loaded.
+
+    Args:
+        places: decoder layers with a cross block in front.
+        conv: width of the convolutions; 0 is none.
+    """
+    config, shape = model.config, shape_of(model)
+    names = [name for name, _ in model.named_parameters()]
+    return EncoderConfig(
+        decoder=shape,
+        cross_layers=tuple(places),
+        intermediate_size=config.intermediate_size,
+        rope_theta=config.rope_parameters["rope_theta"],
+        rotary_dim=int(shape.head_dim * getattr(config, "partial_rotary_factor", 1.0)),
+        head_norm=any("q_norm" in name for name in names),
+        bias=any(name.endswith("q_proj.bias") for name in names),
+        conv=conv,
+    )
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ from sglang_pic.eval.tables import Table
 # What can be asked of documents in any order.
 CATEGORIES = ("single", "copy", "twohop")
 RUNGS = ("2x32", "4x32")
-SETS, QUICK_SETS = 12, 2
+SETS, QUICK_SETS = 12, 6
 PIC: dict[str, dict[str, Any] | None] = {
     "full": None,
     "linked": {"turns": False},
@@ -142,6 +142,19 @@ def table_of(rows: Sequence[dict[str, Any]]) -> Table:
     )
 
 
+def measure(
+    *,
+    quick: bool,
+    model: Path = MODEL,
+    encoder: Path = ENCODER,
+    rungs: Sequence[str] = RUNGS,
+    sets: int = SETS,
+) -> Outcome:
+    """Start both servers and run."""
+    with bench(str(model), ours=(f"--pic-encoder={encoder}",)) as pair:
+        return run(pair, encoder, rungs, QUICK_SETS if quick else sets)
+
+
 def main() -> None:
     parser = parser_of(__doc__, f"{QUICK_SETS} sets of documents of each size")
     parser.add_argument("--model", type=Path, default=MODEL, help="the frozen decoder")
@@ -149,9 +162,16 @@ def main() -> None:
     parser.add_argument("--rungs", nargs="+", default=RUNGS, help="documents x tokens")
     parser.add_argument("--sets", type=int, default=SETS, help="of documents (%(default)s)")
     args = parser.parse_args()
-    with bench(str(args.model), ours=(f"--pic-encoder={args.encoder}",)) as pair:
-        sets = QUICK_SETS if args.quick else args.sets
-        deliver(run(pair, args.encoder, args.rungs, sets), args)
+    deliver(
+        measure(
+            quick=args.quick,
+            model=args.model,
+            encoder=args.encoder,
+            rungs=args.rungs,
+            sets=args.sets,
+        ),
+        args,
+    )
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sglang_pic.encoder.config import EncoderConfig, evenly
+from sglang_pic.encoder.config import evenly
 from sglang_pic.encoder.weights import EncoderModules, save
 from sglang_pic.eval.encoder import data, initial
-from sglang_pic.eval.encoder.decoder import looking, seen_by, shape_of
+from sglang_pic.eval.encoder.decoder import looking, seen_by
 from sglang_pic.eval.encoder.sources import RUNGS, Curriculum, Source, Texts
 from sglang_pic.eval.models.hybrid import task
 from sglang_pic.eval.models.hybrid.train import Optimizers, kl, save_whole
@@ -77,21 +77,8 @@ class Training:
     def _first_modules(self) -> EncoderModules:
         options, config = self.options, self.model.config
         torch.manual_seed(options.seed)
-        shape = shape_of(self.model)
-        names = [name for name, _ in self.model.named_parameters()]
-        places = options.cross or evenly(shape.layers, options.layers)
-        modules = EncoderModules(
-            EncoderConfig(
-                decoder=shape,
-                cross_layers=tuple(places),
-                intermediate_size=config.intermediate_size,
-                rope_theta=config.rope_parameters["rope_theta"],
-                rotary_dim=int(shape.head_dim * getattr(config, "partial_rotary_factor", 1.0)),
-                head_norm=any("q_norm" in name for name in names),
-                bias=any(name.endswith("q_proj.bias") for name in names),
-                conv=options.conv,
-            )
-        )
+        places = options.cross or evenly(config.num_hidden_layers, options.layers)
+        modules = EncoderModules(initial.sizes_beside(self.model, places, options.conv))
         if options.first == "decoder":
             initial.from_decoder(modules, self.model, options.gate)
         else:
