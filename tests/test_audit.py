@@ -37,9 +37,10 @@ from sglang_pic.request.internal import read_internal
 from sglang_pic.server import audit as audit_module
 from sglang_pic.server import gate as gate_module
 from sglang_pic.server.audit import POSITIONS, QUEUE, WINDOW, Audit, is_chosen
-from sglang_pic.server.canary import FAILED, PASSED, UNTESTED, Canary, Model
+from sglang_pic.server.canary import Canary, Model
 from sglang_pic.server.compare import TOP, Prompt
 from sglang_pic.server.gate import AUDIT_FAILED, CANARY_FAILED, Gate
+from sglang_pic.server.verdict import FAILED, PASSED, UNTESTED
 
 # -- without a server ---------------------------------------------------------------
 

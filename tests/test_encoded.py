@@ -26,8 +26,10 @@ from linking import (
     ids_of,
     model,
 )
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from sglang_pic.encoder.weights import FILE
 from sglang_pic.eval.bench import Bench
 from sglang_pic.eval.encoder import served
 from sglang_pic.eval.encoder.quality import ENCODER, held_out
@@ -295,7 +297,10 @@ def test_what_is_not_foretold_is_refused(server: Server) -> None:
 
 def test_it_says_what_it_holds(server: Server) -> None:
     info = server.get("/pic/info").json()
+    canary = info["encoder"].pop("canary")
     assert info["encoder"] == {"max_tokens": MAX_TOKENS, "cross_layers": [0, 1]}
+    assert canary["result"] == "passed", canary
+    assert all(check["found"] < 1e-6 for check in canary["checks"].values())
     stats = server.get("/pic/stats").json()
     assert stats["front"]["documents_encoded"] >= stats["ranks"][0]["encoded"]["documents"] > 0
     assert stats["front"]["tokens_outside"] > 0
@@ -306,6 +311,30 @@ def test_it_says_what_it_holds(server: Server) -> None:
 
 
 # -- other servers ------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_an_encoder_of_no_numbers_is_not_served(
+    tiny_path: pathlib.Path, tmp_path: pathlib.Path, logs: pathlib.Path
+) -> None:
+    broken = save_encoder(tmp_path, tiny_path, model().config)
+    weights = load_file(broken / FILE)
+    weights["encoder.layers.0.v_proj.weight"].fill_(torch.nan)
+    save_file(weights, broken / FILE)
+    with serve(tiny_path, logs / "nan.log", *TINY, f"--pic-encoder={broken}", env=CHECKS) as server:
+        info = server.get("/pic/info").json()
+        assert info["canary"]["result"] == "passed" and info["linking"]["on"]
+        assert info["encoder"]["canary"]["result"] == "failed"
+        parts = [("segment", ids_of(2, 40)), ("text", ids_of(3, 7))]
+        made = encoded_body(parts, 2, fresh_salt())
+        refused = server.post("/generate", made)
+        assert refused.status_code == 503, refused.text
+        assert "failed its canary" in refused.text
+        assert "failed its canary" in server.post("/generate", {**made, "stream": True}).text
+        ids, segments = assemble([*parts, ("text", ids_of(4, 20))])
+        linked = server.generate(**body(ids, segments, 2, fresh_salt(), turns=False))
+        assert linked["meta_info"]["pic"]["exactness"] == "composed"
+        assert server.forest()["encoded"]["documents"] == 0
 
 
 @pytest.mark.long

@@ -18,7 +18,6 @@ from typing import Any
 
 from sglang_pic.checks import Check
 from sglang_pic.config import PicConfig
-from sglang_pic.errors import PicRefused
 from sglang_pic.forest.keys import namespace
 from sglang_pic.link.policy import LinkOptions, ceil_to
 from sglang_pic.request.base import LinkRequest, TokenSpan
@@ -26,6 +25,7 @@ from sglang_pic.server.compare import Distribution, Generate, Prompt, fresh_salt
 from sglang_pic.server.compiler import Caller, compile_request
 from sglang_pic.server.gate import CANARY_FAILED, Gate
 from sglang_pic.server.items import CompileItem
+from sglang_pic.server.verdict import Once, UntestedError, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -39,23 +39,7 @@ TAILS = 4
 # What is computed twice in another order, in nats.
 EXACT_KL = 0.01
 
-PENDING, PASSED, FAILED, UNTESTED = "pending", "passed", "failed", "untested"
-
 Tell = Callable[..., Awaitable[list[Any]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What the canary found: ``result`` is one of the constants above."""
-
-    result: str = PENDING
-    why: str | None = None
-    checks: dict[str, Check] = dataclasses.field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """``{"result", "why", "checks": {name: {"found", "bound"}}}``."""
-        checks = {name: check.to_json() for name, check in self.checks.items()}
-        return {"result": self.result, "why": self.why, "checks": checks}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +59,6 @@ class Model:
     page: int
     context: tuple[int, ...]
     rank: int | None = None
-
-
-class UntestedError(Exception):
-    """This server cannot hold what the canary needs."""
 
 
 class Canary:
@@ -101,55 +81,30 @@ class Canary:
         self._tell = tell
         self._model = model
         self._config = config
-        self._gate = gate
-        self._task: asyncio.Task[None] | None = None
-        self._judging: asyncio.Future[Verdict] | None = None
-        self.verdict = Verdict()
+        self._once = Once(
+            "the canary",
+            self._judge,
+            config.canary_timeout_s,
+            lambda why: gate.close(CANARY_FAILED, why),
+        )
+
+    @property
+    def verdict(self) -> Verdict:
+        return self._once.verdict
 
     async def settle(self) -> None:
         """Wait for the verdict; who comes first has it found."""
-        if self.verdict.result == PENDING:
-            if self._task is None:
-                self._task = asyncio.get_running_loop().create_task(self._run())
-            await asyncio.shield(self._task)
+        await self._once.settle()
 
-    async def _run(self) -> None:
+    async def _judge(self) -> dict[str, Check]:
         salt = fresh_salt("canary")
-        limit_s = self._config.canary_timeout_s
-        judging = self._judging = asyncio.ensure_future(self._judge(salt))
-        try:
-            await asyncio.wait({judging}, timeout=limit_s)
-            if not judging.done():
-                # It tidies up by itself, if it ever can.
-                judging.cancel()
-                raise UntestedError(f"took longer than {limit_s:g} s")
-            verdict = judging.result()
-        except (UntestedError, PicRefused) as error:
-            verdict = Verdict(UNTESTED, str(error))
-            logger.warning("sglang_pic: the canary tested nothing: %s", error)
-        except Exception as error:
-            logger.exception("sglang_pic: the canary failed")
-            verdict = Verdict(FAILED, f"it could not be computed: {error!r}")
-        if verdict.result == FAILED:
-            self._gate.close(CANARY_FAILED, str(verdict.why))
-        elif verdict.result == PASSED:
-            logger.info("sglang_pic: the canary passed: %s", verdict.to_json()["checks"])
-        self.verdict = verdict
-
-    async def _judge(self, salt: str) -> Verdict:
         if any(rank["refusal"] is not None for rank in await self._tell("stats")):
             raise UntestedError("this server does not link")
         try:
-            checks = await self._checks(salt)
+            return await self._checks(salt)
         finally:
             for used in (salt, _stock(salt)):
                 await self._tell("flush", cache_salt=used)
-        failed = [name for name, check in checks.items() if not check.passed]
-        why = ", ".join(
-            f"{name} is {checks[name].found:.3g}, at most {checks[name].bound:.3g} is sound"
-            for name in failed
-        )
-        return Verdict(FAILED, why, checks) if failed else Verdict(PASSED, None, checks)
 
     async def _checks(self, salt: str) -> dict[str, Check]:
         model = self._model()

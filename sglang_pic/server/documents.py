@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
@@ -31,12 +32,16 @@ from sglang_pic.request.internal import EncodedRequest
 from sglang_pic.server.answers import handed_back, samples_of
 from sglang_pic.server.asking import Generate
 from sglang_pic.server.compiler import COMPILED, Made
+from sglang_pic.server.encoded_canary import EncodedCanary
+from sglang_pic.server.guards import Guards
 from sglang_pic.server.life import Prompt
 from sglang_pic.server.queue import FairQueue
 from sglang_pic.server.send import set_encoded
 from sglang_pic.server.waited import Waited
 from sglang_pic.server.waiting import EndedError, Waiting, ended
 from sglang_pic.server.wanted import caller_of
+
+logger = logging.getLogger(__name__)
 
 NO_ENCODER = "this server has no encoder: --pic-encoder"
 # Between two tries of a prompt whose documents find no room.
@@ -159,15 +164,24 @@ class Encoder:
             self._running = asyncio.get_running_loop().create_task(self._run())
         return await asyncio.shield(result)
 
+    async def send(self, pieces: Sequence[Piece]) -> list[bool]:
+        """Have these encoded now, in one go; which of their prompts' documents are kept.
+
+        Raises:
+            PicRefused: as the command does.
+        """
+        documents = [one for _, some in pieces for one in some]
+        (told,) = await self._send(
+            "encode",
+            ids=[token for ids in documents for token in ids],
+            leases=[job.piece(some) for job, some in pieces],
+        )
+        return told["kept"]
+
     async def _run(self) -> None:
         while pieces := self._batch():
-            documents = [one for _, some in pieces for one in some]
             try:
-                (told,) = await self._send(
-                    "encode",
-                    ids=[token for ids in documents for token in ids],
-                    leases=[job.piece(some) for job, some in pieces],
-                )
+                told = await self.send(pieces)
             except Exception as error:
                 for job, _ in pieces:
                     self._end(job)
@@ -175,8 +189,8 @@ class Encoder:
                     # Consumed here: a client that left will not ask for it.
                     job.result.exception()
                 continue
-            counts.observe_encode([len(ids) for ids in documents])
-            for (job, some), kept in zip(pieces, told["kept"], strict=True):
+            counts.observe_encode([len(ids) for _, some in pieces for ids in some])
+            for (job, some), kept in zip(pieces, told, strict=True):
                 job.sent += len(some)
                 if not kept or job.sent == len(job.documents):
                     self._end(job)
@@ -212,6 +226,10 @@ class Encoder:
 class Documents(Protocol):
     """Prompts with encoded documents of one tokenizer manager."""
 
+    async def settle(self) -> None:
+        """Wait until it is known whether the encoder may be served."""
+        ...
+
     def check(self, prompt: Prompt) -> None:
         """Raise ``PicRequestError`` for one that cannot be answered."""
         ...
@@ -235,6 +253,9 @@ class Documents(Protocol):
 
 class NoDocuments:
     """Of a server without an encoder."""
+
+    async def settle(self) -> None:
+        pass
 
     def check(self, prompt: Prompt) -> None:
         raise PicRequestError("pic.mode", NO_ENCODER)
@@ -262,6 +283,7 @@ class WithEncoder:
         manager: SGLang's.
         queue: of documents.
         send: as of ``Encoder``.
+        guards: of the server.
     """
 
     def __init__(
@@ -272,6 +294,7 @@ class WithEncoder:
         urgency: Callable[[int | None], int],
         queue: FairQueue[Job],
         send: Send,
+        guards: Guards,
     ):
         assert config.encoder is not None
         self._manager = manager
@@ -283,6 +306,32 @@ class WithEncoder:
         self._encoder = Encoder(
             send, queue, self._config.max_tokens, lambda: manager.max_req_input_len - 1
         )
+        self._refusal: str | None = None
+        self._canary = EncodedCanary(
+            self._encode_uncounted,
+            guards.generate,
+            guards.flush,
+            lambda: manager.model_config.vocab_size,
+            lambda: (self._encoder.max_tokens, manager.max_req_input_len),
+            config.canary_timeout_s,
+            self._refuse_all,
+        )
+
+    async def _encode_uncounted(
+        self, lease: str, tenant: str, documents: Sequence[tuple[int, ...]]
+    ) -> bool:
+        """Have documents of ours encoded, which are nobody's."""
+        result = asyncio.get_running_loop().create_future()
+        job = Job(lease, tenant, [], list(documents), result)
+        (kept,) = await self._encoder.send([(job, job.documents)])
+        return kept
+
+    def _refuse_all(self, why: str) -> None:
+        self._refusal = f"the encoder failed its canary: {why}"
+        logger.error("sglang_pic: encoded documents are refused: %s", self._refusal)
+
+    async def settle(self) -> None:
+        await self._canary.settle()
 
     def check(self, prompt: Prompt) -> None:
         made = cut(prompt)
@@ -309,6 +358,7 @@ class WithEncoder:
         return {
             "max_tokens": self._encoder.max_tokens,
             "cross_layers": list(self._config.cross_layers),
+            "canary": self._canary.verdict.to_json(),
         }
 
     async def live(
@@ -328,10 +378,13 @@ class WithEncoder:
             outputs: AsyncGenerator[Any, None] | None = None
             missing: Sequence[int] = range(len(names))
             start = time.monotonic()
-            if samples == 1:
-                outputs, missing = await self._ask(generate, obj, request, made.row, asked)
             told: dict[int, Made] = {}
             try:
+                if self._refusal is not None:
+                    refusal = self._waiting.refuse(stay, self._refusal)
+                    await self._waiting.until(stay, obj, request, refusal)
+                if samples == 1:
+                    outputs, missing = await self._ask(generate, obj, request, made.row, asked)
                 while missing or outputs is None:
                     work = self._encode(obj, lease, made, names, missing)
                     kept = await self._waiting.until(stay, obj, request, work)

@@ -242,7 +242,9 @@ class Funnel:
             config.compiles, config.tenant_compiles, config.compile_queue
         )
         send = functools.partial(command, self._manager)
-        return WithEncoder(self._manager, config, self.waiting, urgency_of, queue, send)
+        return WithEncoder(
+            self._manager, config, self.waiting, urgency_of, queue, send, self.guards
+        )
 
     def _inviting(self) -> Inviting:
         """Nothing is touched by what a prompt does not contain, but where a tenant is one
@@ -278,6 +280,7 @@ class Funnel:
         prompts = [self.guards.settled(*one) for one in asked]
         for prompt in prompts:
             if prompt[1].options.mode == ENCODE:
+                await self.documents.settle()
                 self.documents.check(prompt)
         watching = self.guards.watching(obj, asked, prompts)
         waited = [NOTHING] * len(prompts)

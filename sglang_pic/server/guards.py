@@ -26,6 +26,10 @@ from sglang_pic.server.gate import Gate
 class Guards:
     """Of one tokenizer manager.
 
+    Attributes:
+        generate: runs one internal request and returns its last output.
+        flush: forgets all that a namespace holds.
+
     Args:
         context: the compile context, whole pages.
         unhooked: SGLang's ``generate_request``, which no hook of ours is around.
@@ -49,6 +53,7 @@ class Guards:
                 rank=0 if get_parallel().dp_size > 1 else None,
             )
 
+        self.generate, self.flush = generate, flush
         self._is_hybrid = mambaish_config(manager.model_config) is not None
         self.gate = Gate()
         self.calibration = Calibration(generate)

@@ -43,7 +43,9 @@ def canary_first(lifespan: Lifespan) -> Lifespan:
 async def _settle() -> None:
     """Without its weights a model says nothing; its first link waits instead."""
     if not get_model().checkpoint_engine_wait_weights_before_ready:
-        await funnel_of(get_global_state().tokenizer_manager).guards.canary.settle()
+        funnel = funnel_of(get_global_state().tokenizer_manager)
+        await funnel.guards.canary.settle()
+        await funnel.documents.settle()
 
 
 def wait_until_it_listens(url: str) -> None:
