@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from sglang_pic.config import PicConfig
 from sglang_pic.forest.consensus import EVERY, AllRanks
+from sglang_pic.forest.kept import Kept
 from sglang_pic.kernels.operators.pair import Pair
-from sglang_pic.linear.state import LinearShape, StateStore
+from sglang_pic.linear.shape import LinearShape
+from sglang_pic.linear.states import PackedStates
 
 Event = tuple[str, str]
 events = st.lists(
@@ -92,16 +94,17 @@ SHAPE = LinearShape(layers=2, heads=3, dk=4, dv=5, channels=6, history=3, scalar
 def test_what_is_kept_counts_by_its_shape(
     forgets: list[bool], large: bool, widths: int, dtype: str
 ) -> None:
-    store = StateStore(PicConfig(state_dtype=dtype), by_shape=SHAPE)
+    kept = Kept(1 << 30)
+    packed = PackedStates(PicConfig(state_dtype=dtype), kept, by_shape=SHAPE)
     operators = torch.eye(4).repeat(2, 3, 1, 1)
     operators[torch.tensor(forgets).view(2, 3)] = 0
     states = torch.full((2, 3, 4, 5), 1e9 if large else 1.0)
     pairs = {first: Pair(operators, states) for first in range(widths)}
-    assert store.add(
+    assert packed.add(
         "a", ("t",), core_end=8, conv_tail=torch.zeros(2, 6, 3), end=states, pairs=pairs
     )
-    assert store.nbytes == store.nbytes_of("a") == SHAPE.state_nbytes(widths, 4)
-    assert store.packed_bytes <= store.nbytes
-    store.check()
-    store.drop("a")
-    assert store.nbytes == 0
+    assert kept.nbytes == kept.nbytes_of("a") == SHAPE.state_nbytes(widths, 4)
+    assert kept.packed_bytes <= kept.nbytes
+    kept.check()
+    kept.drop("a")
+    assert kept.nbytes == 0

@@ -31,9 +31,10 @@ from sglang_pic.eval.models.smollm2 import ensure_model
 from sglang_pic.eval.serving import Server
 from sglang_pic.forest import build
 from sglang_pic.forest import state as forest_state
+from sglang_pic.forest.kept import Kept
 from sglang_pic.kernels.operators.pair import Pair
 from sglang_pic.launch_server import pic_parser, read_config
-from sglang_pic.linear.state import StateStore
+from sglang_pic.linear.states import PackedStates
 from sglang_pic.link import report
 from sglang_pic.request.fields import MAX_SEGMENTS
 from sglang_pic.server import gate
@@ -380,8 +381,8 @@ def test_the_size_of_linear_states(matrix: bool, dtype: str) -> None:
     exec(source, formulas)
     layers, heads, dk, dv, channels, width = 2, 3, 4, 8, 40, 4
     operator = (layers, heads, dk, dk) if matrix else (layers, heads)
-    store = StateStore(PicConfig(state_dtype=dtype))
-    store.add(
+    kept = Kept(1 << 20)
+    PackedStates(PicConfig(state_dtype=dtype), kept).add(
         "a segment",
         ("tenant", ""),
         core_end=10,
@@ -390,7 +391,7 @@ def test_the_size_of_linear_states(matrix: bool, dtype: str) -> None:
         pairs={4: Pair(torch.randn(operator), torch.randn(layers, heads, dk, dv))},
     )
     size = {"float32": 4, "float16": 2}[dtype]
-    assert store.nbytes == formulas["state_bytes"](
+    assert kept.nbytes == formulas["state_bytes"](
         layers, heads, dk, dv, channels, width, matrix=matrix, bytes_a_number=size
     )
 

@@ -25,8 +25,8 @@ from sglang_pic.encoder.step import Steps
 from sglang_pic.errors import PicActionError, PicIntegrityError, PicRefused, PicRequestError
 from sglang_pic.forest.cost import PrefillCost
 from sglang_pic.forest.encoded import DOCUMENT, LEASE_S, Encoded, Wanted
+from sglang_pic.forest.kept import Kept
 from sglang_pic.forest.keys import document_id
-from sglang_pic.linear.state import StateStore
 from sglang_pic.link.policy import LinkOptions
 from sglang_pic.request.base import LinkRequest, TokenSpan
 from sglang_pic.request.fields import parse_fields
@@ -72,14 +72,13 @@ clock = Clock()
 _leases = itertools.count()
 
 
-def held_by(tokens: int) -> tuple[Encoded, Beside, StateStore]:
+def held_by(tokens: int) -> tuple[Encoded, Beside, Kept]:
     """What holds so many tokens at most."""
-    store = StateStore(PicConfig())
-    store.budget = tokens * EACH
+    kept = Kept(tokens * EACH)
     beside = Beside()
     cost = PrefillCost(1e6, 10.0, 16)
-    made = Encoded(beside, store, cost, layers=4, clock=clock)  # type: ignore[arg-type]
-    return made, beside, store
+    made = Encoded(beside, kept, cost, layers=4, clock=clock)  # type: ignore[arg-type]
+    return made, beside, kept
 
 
 def ids(seed: int, count: int) -> array:
@@ -333,7 +332,7 @@ sizes = st.lists(st.integers(1, 30), min_size=1, max_size=12)
 def test_whatever_happens_the_sums_hold(
     driver: Driver, sizes: list[int], room: int, data: Any
 ) -> None:
-    encoded, _, store = held_by(room)
+    encoded, _, kept = held_by(room)
     running: list[Any] = []
     for i, size in enumerate(sizes):
         prompt = wanted(ids(i, size), ids(max(0, i - 2), sizes[max(0, i - 2)]))
@@ -346,14 +345,14 @@ def test_whatever_happens_the_sums_hold(
         if data.draw(st.booleans()):
             clock.now += LEASE_S + 1
         encoded.check()
-        assert store.nbytes <= store.budget
+        assert kept.nbytes <= kept.budget
     for req in running:
         encoded.end(req)
     clock.now += LEASE_S + 1
     encoded.encode([])
     assert encoded.to_json()["in_use"] == 0
-    held = len(store.names(DOCUMENT))
-    assert encoded.flush(None) == held and store.nbytes == 0
+    held = len(kept.names(DOCUMENT))
+    assert encoded.flush(None) == held and kept.nbytes == 0
     encoded.check()
 
 

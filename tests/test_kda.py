@@ -15,7 +15,7 @@ from sglang_pic.kernels.operators import kda
 from sglang_pic.kernels.operators.pair import apply
 from sglang_pic.linear import kda as wired
 from sglang_pic.linear.packed import indptr
-from sglang_pic.linear.state import LinearShape
+from sglang_pic.linear.shape import LinearShape
 from sglang_pic.platforms import linear_kernels
 
 HEADS, DK, DV = 3, 8, 6

@@ -22,7 +22,8 @@ from sglang_pic.kernels.operators.states import Cores
 from sglang_pic.kernels.operators.storage import PackedPair
 from sglang_pic.kernels.rotate import LayerRope
 from sglang_pic.linear import packed
-from sglang_pic.linear.state import CoreState, LinearShape
+from sglang_pic.linear.shape import LinearShape
+from sglang_pic.linear.state import CoreState
 from sglang_pic.linear.step import LinkRow, build_link
 from sglang_pic.link.plan import SegmentHit, make_plan, unlinked_plan
 from sglang_pic.link.policy import LinkOptions

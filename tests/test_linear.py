@@ -16,10 +16,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_pic.forest.kept import Kept
 from sglang_pic.kernels.operators.pair import Pair
 from sglang_pic.linear import delta, gdn, packed
 from sglang_pic.linear.capture import Capture, CaptureRow, build_capture
-from sglang_pic.linear.state import CoreState, LinearShape, StateStore
+from sglang_pic.linear.shape import LinearShape
+from sglang_pic.linear.state import CoreState
+from sglang_pic.linear.states import PackedStates
 from sglang_pic.linear.step import LinkRow, build_link, has_core, runs_of
 from sglang_pic.link.plan import LinkPlan, SegmentHit, make_plan
 from sglang_pic.link.policy import LinkOptions, Outline, Seam
@@ -291,46 +294,49 @@ OWNER = ("pic\x1fcontext\x1fus", "")
 def test_a_state_is_its_owners_alone() -> None:
     """Whatever names it: a hash that two shared would open no other's states."""
     config = types.SimpleNamespace(state_dtype="float32", operator_threshold=0.0, state_mib=1)
-    store = StateStore(config)
+    kept = Kept(config.state_mib << 20)
+    states = PackedStates(config, kept)
     pair = Pair(torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16))
     tail, end = torch.zeros(2, CHANNELS, 3), torch.zeros(2, 4, 16, 16)
-    store.add("s", OWNER, core_end=9, conv_tail=tail, end=end, pairs={4: pair})
+    states.add("s", OWNER, core_end=9, conv_tail=tail, end=end, pairs={4: pair})
     for other in (("pic\x1fcontext\x1fthem", ""), (OWNER[0], "adapter")):
-        assert store.find("s", other) is None
-        store.add("s", other, core_end=9, conv_tail=tail, end=end, pairs={7: pair})
-        held = store.find("s", other)
+        assert states.find("s", other) is None
+        states.add("s", other, core_end=9, conv_tail=tail, end=end, pairs={7: pair})
+        held = states.find("s", other)
         assert held is not None and list(held.pairs) == [7], "another owner's pair was kept"
-        store.add("s", OWNER, core_end=9, conv_tail=tail, end=end, pairs={4: pair})
+        states.add("s", OWNER, core_end=9, conv_tail=tail, end=end, pairs={4: pair})
 
 
 def test_the_store_stays_within_its_budget() -> None:
     config = types.SimpleNamespace(state_dtype="float32", operator_threshold=0.0, state_mib=1)
-    store = StateStore(config)
+    kept = Kept(config.state_mib << 20)
+    states = PackedStates(config, kept)
     pair = Pair(torch.randn(2, 4, 64, 64), torch.randn(2, 4, 64, 64))
     for i in range(10):
         tail, end = torch.zeros(2, CHANNELS, 3), torch.zeros(2, 4, 64, 64)
-        store.add(f"s{i}", OWNER, core_end=9, conv_tail=tail, end=end, pairs={4: pair})
-        assert store.nbytes <= store.budget == 1 << 20
-    assert store.find("s0", OWNER) is None
-    found = store.find("s9", OWNER)
+        states.add(f"s{i}", OWNER, core_end=9, conv_tail=tail, end=end, pairs={4: pair})
+        assert kept.nbytes <= kept.budget == 1 << 20
+    assert states.find("s0", OWNER) is None
+    found = states.find("s9", OWNER)
     assert found is not None and found.core(4, 9, opening=False) is not None
     assert found.core(5, 9, opening=False) is None
     assert found.core(4, 8, opening=False) is None
-    store.add("s9", OWNER, core_end=9, conv_tail=tail, end=end, pairs={7: pair})
-    both = store.find("s9", OWNER)
+    states.add("s9", OWNER, core_end=9, conv_tail=tail, end=end, pairs={7: pair})
+    both = states.find("s9", OWNER)
     assert both is not None and sorted(both.pairs) == [4, 7]
-    store.drop("s9")
-    assert store.find("s9", OWNER) is None
+    kept.drop("s9")
+    assert states.find("s9", OWNER) is None
 
 
 def test_the_store_keeps_what_it_counts() -> None:
     """No view of a step's tensor, and every state in the type that was asked for."""
     config = types.SimpleNamespace(state_dtype="float16", operator_threshold=0.0, state_mib=1)
-    store = StateStore(config)
+    kept = Kept(config.state_mib << 20)
+    states = PackedStates(config, kept)
     tails, end = torch.randn(5, 2, CHANNELS, 3), torch.randn(2, 4, 16, 16)
     pair = Pair(torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16))
-    store.add("s", OWNER, core_end=9, conv_tail=tails[1], end=end, pairs={4: pair})
-    found = store.find("s", OWNER)
+    states.add("s", OWNER, core_end=9, conv_tail=tails[1], end=end, pairs={4: pair})
+    found = states.find("s", OWNER)
     assert found is not None and found.end.dtype is torch.float16
     assert found.conv_tail.untyped_storage().nbytes() == tails[1].numel() * 4
     assert found.nbytes == tails[1].numel() * 4 + 3 * end.numel() * 2 + 2 * 4 * 8
@@ -338,23 +344,24 @@ def test_the_store_keeps_what_it_counts() -> None:
 
 def test_a_pinned_state_survives_further_seam_widths() -> None:
     config = types.SimpleNamespace(state_dtype="float32", operator_threshold=0.0, state_mib=1)
-    store = StateStore(config)
+    kept = Kept(config.state_mib << 20)
+    states = PackedStates(config, kept)
     pair = Pair(torch.randn(2, 4, 64, 64), torch.randn(2, 4, 64, 64))
     tail, end = torch.zeros(2, CHANNELS, 3), torch.zeros(2, 4, 64, 64)
 
     def add(name: str, head: int) -> bool:
-        return store.add(name, OWNER, core_end=9, conv_tail=tail, end=end, pairs={head: pair})
+        return states.add(name, OWNER, core_end=9, conv_tail=tail, end=end, pairs={head: pair})
 
     assert add("pinned", 4)
-    store.pin("pinned")
+    kept.pin("pinned")
     assert not all(add("pinned", head) for head in range(5, 15))
-    store.check()
-    held = store.find("pinned", OWNER)
+    kept.check()
+    held = states.find("pinned", OWNER)
     assert held is not None and 4 in held.pairs
     add("other", 4)
-    assert store.find("pinned", OWNER) is not None
-    store.unpin("pinned")
+    assert states.find("pinned", OWNER) is not None
+    kept.unpin("pinned")
     for i in range(5):
         add(f"s{i}", 4)
-    assert store.find("pinned", OWNER) is None
-    store.check()
+    assert states.find("pinned", OWNER) is None
+    kept.check()

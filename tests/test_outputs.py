@@ -20,9 +20,11 @@ from sglang_pic import sglang_hooks
 from sglang_pic.attention.rows import by_row, can_tell
 from sglang_pic.config import PicConfig
 from sglang_pic.forest import state
+from sglang_pic.forest.kept import Kept
 from sglang_pic.forest.state import unlinkable
 from sglang_pic.linear.checkpoints import SparseCheckpoints
-from sglang_pic.linear.state import LinearShape, StateStore
+from sglang_pic.linear.shape import LinearShape
+from sglang_pic.linear.states import PackedStates
 from sglang_pic.link.policy import LinkOptions
 from sglang_pic.request.base import LinkRequest, TokenSpan
 
@@ -179,15 +181,15 @@ def test_a_row_that_goes_on_from_a_checkpoint_is_told_apart_or_ends(can_be_told:
     """It would else run from another row's state, and leave that as a prefix."""
     cache = driver()
     shape = LinearShape(1, 1, 2, 2, 2, 1, False)
-    store = StateStore(PicConfig())
+    states = PackedStates(PicConfig(), Kept(1 << 20))
     tail, end = torch.zeros(1, 2, 1), torch.zeros(1, 1, 2, 2)
-    store.add("checkpoint:7", ("", ""), core_end=64, conv_tail=tail, end=end, pairs={})
+    states.add("checkpoint:7", ("", ""), core_end=64, conv_tail=tail, end=end, pairs={})
     node = SimpleNamespace(node_id=7, path_end=64)
     core = SimpleNamespace(collect_path_info=lambda nodes: [[node]])
     parts: Any = SimpleNamespace(tree_core=core)
     forest = cache.forest
     made = SparseCheckpoints(
-        parts, parts, forest.nodes, store, shape, forest.cost, 64,
+        parts, parts, forest.nodes, states, shape, forest.cost, 64,
         lambda req: None, forest.contained, forest.consensus,
     )  # fmt: skip
     made._steps.put(7, 64, 1.0, 1.0, None)

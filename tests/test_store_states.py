@@ -10,9 +10,10 @@ import torch
 
 from sglang_pic.config import PicConfig
 from sglang_pic.forest.cost import PrefillCost
+from sglang_pic.forest.kept import Kept
 from sglang_pic.kernels.operators.pair import Pair
 from sglang_pic.linear.carried import LinearStates
-from sglang_pic.linear.state import LinearShape
+from sglang_pic.linear.shape import LinearShape
 from sglang_pic.manage.outgoing import by_head
 from sglang_pic.store.value import BadValue, Codec, SavedSegment
 
@@ -31,10 +32,9 @@ def states_of(scalar: bool) -> LinearStates:
         rows=None,
         device="cpu",
         is_exact=False,
+        kept=Kept(4 << 20),
         by_shape=False,
         ending=lambda node, until: (),
-        on_evict=lambda name: None,
-        on_shortage=lambda: None,
     )
 
 
@@ -46,7 +46,7 @@ def compiled(scalar: bool) -> LinearStates:
     pair = Pair(operators, torch.randn(2, 4, 16, 8))
     tail, end = torch.randn(2, 6, 3), torch.randn(2, 4, 16, 8)
     for (head,) in (states.heads(100, 16), states.heads(100, 32)):
-        states.store.add(
+        states.states.add(
             "s", OWNER, core_end=96, conv_tail=tail, end=end, pairs={head: pair}, cost=1.0
         )
     return states
@@ -79,7 +79,7 @@ def test_states_come_back_seam_by_seam(scalar: bool) -> None:
         saved = CODEC.decode(memoryview(moved)[1:], name, salt="space", path=PATH)
         assert adopt(other, saved)
         moved[:] = bytes(len(moved))
-        held = other.store.find("s", OWNER)
+        held = other.states.find("s", OWNER)
         assert held is not None and len(held.pairs) == i + 1
         assert all(pair.places().any() for pair in held.pairs.values())
     for seam in (16, 32):
@@ -135,11 +135,11 @@ def test_states_take_the_place_of_others_only_if_they_may() -> None:
     states, source = states_of(False), compiled(False)
     name, value = values_of(source)[0]
     saved = CODEC.decode(value, name, salt="space")
-    states.store.budget = 2 * source.nbytes_of("s") // 2 + 100
+    states.states.kept.budget = 2 * source.nbytes_of("s") // 2 + 100
     assert adopt(states, saved, "first")
     kept = {**vars(saved)}
     again = SavedSegment(**kept)
     assert not states.adopt("second", again, cost=1.0, uses=1, offer=True, evict=False)
     assert states.adopt("second", again, cost=1.0, uses=1, offer=True, evict=True)
     assert states.nbytes_of("first") == 0
-    states.check()
+    states.states.kept.check()

@@ -31,6 +31,7 @@ from sglang.kernels.ops.attention.fla import (
 )
 from triton.runtime.autotuner import Autotuner
 
+from sglang_pic.forest.kept import Kept
 from sglang_pic.kernels.operators import gated_delta
 from sglang_pic.kernels.operators import pair as algebra
 from sglang_pic.kernels.operators import wy as torch_wy
@@ -41,7 +42,9 @@ from sglang_pic.kernels.triton import wy
 from sglang_pic.linear import gdn, step
 from sglang_pic.linear.kernels import TORCH, triton_kernels
 from sglang_pic.linear.packed import indptr
-from sglang_pic.linear.state import CoreState, LinearShape, StateStore
+from sglang_pic.linear.shape import LinearShape
+from sglang_pic.linear.state import CoreState
+from sglang_pic.linear.states import PackedStates
 from sglang_pic.link.policy import LinkOptions
 
 TRITON = triton_kernels()
@@ -187,7 +190,7 @@ def test_cores_are_read_where_the_store_keeps_them(matrix: bool, dtype: str) -> 
     """As compiled, and as loaded from a file, which has rows contiguous."""
     torch.manual_seed(0)
     config = types.SimpleNamespace(state_dtype=dtype, operator_threshold=1e-6, state_mib=9)
-    store = StateStore(config)
+    store = PackedStates(config, Kept(9 << 20))
     pair = draw_pairs(3, 32, 16, matrix=matrix)
     tail, end = torch.randn(5, 3, 8, 3)[1], torch.randn(3, HEADS, 16, 32).mT
     assert store.add("s", ("us", ""), core_end=9, conv_tail=tail, end=end, pairs={4: pair})

@@ -32,6 +32,7 @@ from sglang_pic.forest.encoded import Encoded
 from sglang_pic.forest.eviction import LINKABLE, AsSglang, BehindTier, Eviction, InOrder
 from sglang_pic.forest.forest import Forest
 from sglang_pic.forest.holder import Holder
+from sglang_pic.forest.kept import Kept
 from sglang_pic.forest.links import Links
 from sglang_pic.forest.lookups import Lookups
 from sglang_pic.forest.nodes import NodeIndex
@@ -43,7 +44,7 @@ from sglang_pic.forest.segments import Segments
 from sglang_pic.forest.tier import HostTier, NoTier, Tier
 from sglang_pic.linear.carried import LinearStates
 from sglang_pic.linear.checkpoints import SparseCheckpoints
-from sglang_pic.linear.state import LinearShape, StateStore
+from sglang_pic.linear.shape import LinearShape
 from sglang_pic.link.policy import AUTO, floor_to
 from sglang_pic.manage.store import Store
 from sglang_pic.request.seal import ENV_NAME, is_made_here
@@ -177,10 +178,8 @@ def _encoded(ctx: Any, runner: Any, forest: Forest) -> Encoded:
     for reason, holds in reasons.items():
         if holds:
             raise PicConfigError(f"--pic-encoder: {reason}")
-    carried = forest.carried
-    store = carried.store if isinstance(carried, LinearStates) else StateStore(forest.config)
     layers = ctx.model_config.num_hidden_layers
-    return Encoded(runner.model.pic, store, forest.cost, layers)
+    return Encoded(runner.model.pic, forest.kept, forest.cost, layers)
 
 
 def plant(
@@ -212,8 +211,9 @@ def plant(
     context = config.compile_context[: floor_to(len(config.compile_context), cache.page_size)]
 
     def lost(name: str) -> None:
-        """What a segment, or a turn, carries went for want of memory."""
+        """What was kept beside pages went for want of memory."""
         consensus.note("lost", name)
+        carried.lost(name)
         holder.remove(name)
         conversations.remove(name)
         checkpoints.lost(name)
@@ -237,6 +237,7 @@ def plant(
     segments = Segments(
         context, cache.page_size, int(limit * FRESH_SHARE), lambda record: holder.release(record)
     )
+    kept = Kept(config.state_mib << 20, lost, segments.release_all)
     carried: Carried = Nothing()
     checkpoints: Checkpoints = NoCheckpoints()
     if shape is not None and refusal is None:
@@ -250,14 +251,13 @@ def plant(
             device=allocator.device,
             # SGLang runs no step ahead, and pages cut nothing off.
             is_exact=cache.page_size == 1 and not cache.enable_mamba_extra_buffer,
+            kept=kept,
             by_shape=ranks.size > 1,
             ending=lambda node, until: tuple(nodes.ends_on_path(LINKABLE, node, until)),
-            on_evict=lost,
-            on_shortage=segments.release_all,
         )
         if config.checkpoints == AUTO:
             checkpoints = SparseCheckpoints(
-                cache, cache.match_as_sglang, nodes, states.store, shape, cost,
+                cache, cache.match_as_sglang, nodes, states.states, shape, cost,
                 mamba_checkpoint_grid(cache.page_size), states.begin_row, contained, consensus,
             )  # fmt: skip
 
@@ -327,6 +327,7 @@ def plant(
         companies=companies,
         assembly=assembly,
         pages=pages,
+        kept=kept,
         carried=carried,
         checkpoints=checkpoints,
         nodes=nodes,

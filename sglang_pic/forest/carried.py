@@ -38,7 +38,7 @@ class Carried(Protocol):
     """Named as segments are, and of an owner who is compared.
 
     ``budget``: bytes that all of it may take. ``usual_nbytes``: at most what one more
-    segment takes, for one seam width. ``evicted``: how much went for want of memory.
+    segment takes, for one seam width.
     """
 
     @property
@@ -46,9 +46,6 @@ class Carried(Protocol):
 
     @property
     def usual_nbytes(self) -> int: ...
-
-    @property
-    def evicted(self) -> int: ...
 
     # -- compiles
 
@@ -124,6 +121,10 @@ class Carried(Protocol):
 
     def drop(self, name: str) -> None:
         """The segment is gone."""
+        ...
+
+    def lost(self, name: str) -> None:
+        """What was kept under this name went for want of memory."""
         ...
 
     # -- earlier turns
@@ -207,10 +208,6 @@ class Carried(Protocol):
         """Of one segment."""
         ...
 
-    def check(self) -> None:
-        """Raise ``PicIntegrityError`` unless it adds up. O(n)."""
-        ...
-
     def clear(self) -> None:
         """Everything was flushed."""
         ...
@@ -219,7 +216,7 @@ class Carried(Protocol):
 class Nothing:
     """Pages are all there is: of models whose attention is full."""
 
-    budget = usual_nbytes = evicted = 0
+    budget = usual_nbytes = 0
     keeps_states = False
 
     def begin(self, req: Req, seams: Sequence[int], held: Path) -> Path:
@@ -267,6 +264,9 @@ class Nothing:
     def drop(self, name: str) -> None:
         pass
 
+    def lost(self, name: str) -> None:
+        pass
+
     def can_keep_turn(self, req: Req) -> bool:
         return True
 
@@ -310,9 +310,6 @@ class Nothing:
 
     def to_json_of(self, name: str) -> dict[str, Any]:
         return {}
-
-    def check(self) -> None:
-        pass
 
     def clear(self) -> None:
         pass

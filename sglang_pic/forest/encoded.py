@@ -22,9 +22,9 @@ from sglang_pic.encoder.limits import fits
 from sglang_pic.encoder.step import DocumentStep, make_step
 from sglang_pic.errors import PicIntegrityError, PicRefused
 from sglang_pic.forest.cost import PrefillCost
+from sglang_pic.forest.kept import Kept
 from sglang_pic.forest.keys import document_id
 from sglang_pic.forest.state import asked_for_more
-from sglang_pic.linear.state import StateStore
 from sglang_pic.request.internal import EncodedRequest
 
 if TYPE_CHECKING:
@@ -50,6 +50,10 @@ class Document:
     @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.kv)
+
+    @property
+    def counted(self) -> int:
+        return self.nbytes
 
 
 class Wanted(NamedTuple):
@@ -179,7 +183,7 @@ class Encoded:
 
     Args:
         beside: the encoder, beside the model.
-        store: of what segments carry beside pages.
+        kept: where they are kept.
         cost: of the model, whose layers the encoder's are like.
         layers: of the model.
         clock: seconds, monotonic.
@@ -188,13 +192,13 @@ class Encoded:
     def __init__(
         self,
         beside: BesideModel,
-        store: StateStore,
+        kept: Kept,
         cost: PrefillCost,
         layers: int,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._beside = beside
-        self._store = store
+        self._kept = kept
         self._cost = cost
         self._clock = clock
         self._share = beside.config.layers / layers
@@ -222,12 +226,12 @@ class Encoded:
     def _read(self, prompts: Sequence[Wanted]) -> dict[str, Document]:
         """By name what of these prompts' documents was not held, and has room."""
         wanted: dict[str, tuple[tuple[str, ...], array]] = {}
-        room = self._store.budget - self._store.pinned_bytes
+        room = self._kept.budget - self._kept.pinned_bytes
         for prompt in prompts:
             owner, fresh, need = self._owner(prompt.tenant), {}, 0
             for tokens in prompt.documents:
                 name = document_id(prompt.tenant, tokens)
-                if self._store.held(name, owner) is None and name not in wanted:
+                if self._kept.held(name, owner) is None and name not in wanted:
                     fresh[name] = (owner, tokens)
                     need += len(tokens) * self._beside.bytes_per_token
             if need > room:
@@ -257,9 +261,9 @@ class Encoded:
         self._leases[prompt.lease] = until, kept
         already = set(kept)
         names = [name for name in dict.fromkeys(names) if name not in already]
-        names.sort(key=lambda name: self._store.held(name, owner) is None)
+        names.sort(key=lambda name: self._kept.held(name, owner) is None)
         for name in names:
-            if self._store.held(name, owner) is None and not self._put(name, fresh):
+            if self._kept.held(name, owner) is None and not self._put(name, fresh):
                 self._end_lease(prompt.lease)
                 return False
             self._keep([name])
@@ -271,7 +275,7 @@ class Encoded:
         if document is None:
             return False  # it has gone meanwhile
         cost = self._cost.flops(0, document.tokens) * self._share
-        kept = self._store.put(name, document, cost=cost, group=DOCUMENT)
+        kept = self._kept.put(name, document, cost=cost, group=DOCUMENT)
         self._no_room += not kept
         return kept
 
@@ -285,13 +289,13 @@ class Encoded:
         if more is not None:
             raise PicRefused(400, f"not with encoded documents: {more}", "pic.mode")
         owner = self._owner(req.cache_salt)
-        found = [self._store.held(name, owner) for name in names]
+        found = [self._kept.held(name, owner) for name in names]
         missing = [i for i, one in enumerate(found) if one is None]
         if missing:
             return missing
         documents = {name: one.kv for name, one in zip(names, found, strict=True)}
         for name in documents:
-            self._store.use(name)
+            self._kept.use(name)
         self._keep(list(documents))
         if asked.strict:
             self._end_lease(asked.lease)
@@ -312,7 +316,7 @@ class Encoded:
     def _keep(self, names: Sequence[str]) -> None:
         for name in names:
             self._users[name] += 1
-            self._store.pin(name)
+            self._kept.pin(name)
 
     def _settle(self) -> None:
         """Let go what requests that are gone have seen."""
@@ -324,7 +328,7 @@ class Encoded:
             self._users[name] -= 1
             if self._users[name] <= 0:
                 del self._users[name]
-                self._store.unpin(name)
+                self._kept.unpin(name)
 
     def hand_over(self, batch: Any, reqs: Sequence[Req]) -> None:
         rows = [self._rows.get(req) for req in reqs]
@@ -360,10 +364,10 @@ class Encoded:
     def flush(self, tenant: str | None) -> int:
         self._settle()
         owner = self._owner(tenant)
-        names = [name for name in self._store.names(DOCUMENT) if name not in self._users]
-        mine = [name for name in names if self._store.held(name, owner) is not None]
+        names = [name for name in self._kept.names(DOCUMENT) if name not in self._users]
+        mine = [name for name in names if self._kept.held(name, owner) is not None]
         for name in mine:
-            self._store.drop(name)
+            self._kept.drop(name)
         return len(mine)
 
     def to_json(self) -> dict[str, Any]:
@@ -376,10 +380,10 @@ class Encoded:
                 "max_tokens": config.max_tokens,
                 "bytes_per_token": self._beside.bytes_per_token,
             },
-            "documents": self._store.count(DOCUMENT),
-            "bytes": self._store.bytes_of_group(DOCUMENT),
+            "documents": self._kept.count(DOCUMENT),
+            "bytes": self._kept.bytes_of_group(DOCUMENT),
             "in_use": len(self._users),
-            "budget": self._store.budget,
+            "budget": self._kept.budget,
             "encoded": self._encoded,
             "encoded_tokens": self._tokens,
             "no_room": self._no_room,
@@ -391,10 +395,9 @@ class Encoded:
         # A request that is gone may not have been collected yet, never the reverse.
         if any(self._users[name] < count for name, count in users.items()):
             raise PicIntegrityError("a document that a request sees is taken for unused")
-        self._store.check()
 
     def clear(self) -> None:
         for lease in list(self._leases):
             self._end_lease(lease)
-        for name in self._store.names(DOCUMENT):
-            self._store.drop(name)
+        for name in self._kept.names(DOCUMENT):
+            self._kept.drop(name)

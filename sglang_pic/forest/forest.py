@@ -26,6 +26,7 @@ from sglang_pic.forest.cost import PrefillCost
 from sglang_pic.forest.encoded import Documents, NoDocuments
 from sglang_pic.forest.eviction import Eviction
 from sglang_pic.forest.holder import Holder
+from sglang_pic.forest.kept import Kept
 from sglang_pic.forest.links import Links
 from sglang_pic.forest.lookups import Lookups
 from sglang_pic.forest.nodes import PREFIX, TURN, NodeIndex
@@ -43,6 +44,7 @@ class Forest:
 
     Attributes:
         cache: SGLang's tree cache, of which all this is a part.
+        kept: what lies beside pages, and is ``carried`` by segments or ``encoded``.
         store: what is done for the store, where the operator has named one.
         encoded: documents that a trained encoder has read, where there is one.
     """
@@ -58,6 +60,7 @@ class Forest:
     companies: Companies
     assembly: Assembly
     pages: Pages
+    kept: Kept
     carried: Carried
     checkpoints: Checkpoints
     nodes: NodeIndex
@@ -110,6 +113,7 @@ class Forest:
         self.conversations.clear()
         self.store.clear()
         self.encoded.clear()
+        self.kept.clear()
         self.pages.reset()
 
     def state(self) -> dict[str, Any]:
@@ -204,7 +208,7 @@ class Forest:
             if self.pages.holds(variant.node):
                 held = self.pages.slots(variant.node, variant.tokens).cpu()
                 self._check_pages(variant.name, held, owned)
-        self.carried.check()
+        self.kept.check()
         self.encoded.check()
         if not self.may_link:
             return

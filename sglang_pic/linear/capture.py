@@ -17,7 +17,8 @@ import torch
 
 from sglang_pic.attention.ship import ship
 from sglang_pic.kernels.operators.pair import Pair
-from sglang_pic.linear.state import LinearShape, SegmentState
+from sglang_pic.linear.shape import LinearShape
+from sglang_pic.linear.state import SegmentState
 
 # Key of the state at the core's end with everything before it, beside those of
 # pairs, which are the core's first token.

@@ -1,6 +1,6 @@
 """What a segment carries in a hybrid: the states of its linear layers.
 
-Segments need no state of SGLang's, since theirs are ours (``linear.state``): that is
+Segments need no state of SGLang's, since theirs are ours (``linear.states``): that is
 what lets segments of any length be shared at any page size, without taking a state
 slot from the requests that run.
 """
@@ -16,11 +16,14 @@ import torch
 from sglang_pic.config import PicConfig
 from sglang_pic.forest.carried import Owner, Path
 from sglang_pic.forest.cost import PrefillCost
+from sglang_pic.forest.kept import Kept
 from sglang_pic.forest.keys import owner_of
 from sglang_pic.forest.nodes import TURN
 from sglang_pic.forest.turns import Chain, Turn
 from sglang_pic.linear.capture import Capture
-from sglang_pic.linear.state import WIDEST, CoreState, LinearShape, StateStore
+from sglang_pic.linear.shape import LinearShape
+from sglang_pic.linear.state import CoreState
+from sglang_pic.linear.states import PackedStates
 from sglang_pic.link.plan import LinkPlan
 from sglang_pic.link.policy import LinkOptions, Outline, Seam
 from sglang_pic.link.report import NO_STATE
@@ -52,10 +55,9 @@ class LinearStates:
         shape: of the linear layers.
         rows: SGLang's table of request rows, which holds their states.
         is_exact: whether the state SGLang holds of a request is that of its last token.
-        by_shape: what is kept counts by its shape alone (``StateStore``).
+        kept: where states are kept; ``lost`` is to be told what goes from there.
+        by_shape: what is kept counts by its shape alone (``SegmentState``).
         ending: which shorter segments a path begins with.
-        on_evict: told the name of what went for want of memory.
-        on_shortage: memory is needed: release what was held back.
     """
 
     keeps_states = True
@@ -71,10 +73,9 @@ class LinearStates:
         rows: Any,
         device: Any,
         is_exact: bool,
+        kept: Kept,
         by_shape: bool,
         ending: Ending,
-        on_evict: Callable[[str], None],
-        on_shortage: Callable[[], None],
     ):
         self._context = context
         self._page = page
@@ -84,23 +85,19 @@ class LinearStates:
         self._device = device
         self._is_exact = is_exact
         self._ending = ending
-        self._on_evict = on_evict
-        self.store = StateStore(config, self._evicted, on_shortage, shape if by_shape else None)
+        self._kept = kept
+        self.states = PackedStates(config, kept, shape if by_shape else None)
         # Lengths of each turn's path behind which a state is held.
         self._turn_ends: dict[str, set[int]] = {}
         self._captures: weakref.WeakKeyDictionary[Req, Capture] = weakref.WeakKeyDictionary()
 
     @property
     def budget(self) -> int:
-        return self.store.budget
+        return self._kept.budget
 
     @property
     def usual_nbytes(self) -> int:
-        return self._shape.state_nbytes(1, WIDEST if self.store.by_shape else self.store.itemsize)
-
-    @property
-    def evicted(self) -> int:
-        return self.store.evicted
+        return self._shape.state_nbytes(1, self.states.itemsize)
 
     # -- compiles -----------------------------------------------------------------
 
@@ -116,7 +113,7 @@ class LinearStates:
         owner = owner_of(req.cache_salt or "", req.extra_key)
         for node, names in self._ending(held.node, held.tokens):
             for name in sorted(names):
-                state = self.store.find(name, owner)
+                state = self.states.find(name, owner)
                 if (
                     state is not None
                     and state.core_end < core_end
@@ -128,7 +125,7 @@ class LinearStates:
 
     def keep(self, req: Req, name: str, owner: Owner, *, uses: int, offer: bool) -> bool:
         capture = self._captures[req]
-        return not capture.complete or self.store.add(
+        return not capture.complete or self.states.add(
             name,
             owner,
             core_end=capture.core_end,
@@ -148,7 +145,7 @@ class LinearStates:
     def of_core(
         self, name: str, owner: Owner, core: tuple[int, int], *, opening: bool
     ) -> tuple[CoreState | None, str | None]:
-        held = self.store.find(name, owner)
+        held = self.states.find(name, owner)
         state = held.core(*core, opening=opening) if held is not None else None
         return state, NO_STATE if state is None else None
 
@@ -171,27 +168,26 @@ class LinearStates:
 
     def use(self, names: Collection[str]) -> None:
         for name in names:
-            self.store.use(name)
+            self._kept.use(name)
 
     def hold_back(self, name: str) -> None:
-        self.store.hold_back(name)
+        self._kept.hold_back(name)
 
     def release(self, name: str) -> None:
-        self.store.release(name)
+        self._kept.release(name)
 
     def pin(self, name: str) -> None:
-        self.store.pin(name)
+        self._kept.pin(name)
 
     def unpin(self, name: str) -> None:
-        self.store.unpin(name)
+        self._kept.unpin(name)
 
     def drop(self, name: str) -> None:
-        self.store.drop(name)
+        self._kept.drop(name)
         self._forget_turn_end(name)
 
-    def _evicted(self, name: str) -> None:
+    def lost(self, name: str) -> None:
         self._forget_turn_end(name)
-        self._on_evict(name)
 
     # -- earlier turns --------------------------------------------------------------
 
@@ -203,7 +199,7 @@ class LinearStates:
         index = req.kv.mamba_pool_idx.reshape(1)
         slot = int(self._rows.translate_mamba_indices(index)[0])
         name = _turn_end(turn, tokens)
-        kept = self.store.add(
+        kept = self.states.add(
             name,
             turn.whose,
             core_end=tokens,
@@ -222,12 +218,12 @@ class LinearStates:
         return max((n for n in self._turn_ends.get(turn.salt, ()) if n <= held), default=0)
 
     def of_turn(self, chain: Chain) -> CoreState | None:
-        held = self.store.find(_turn_end(chain.turn, len(chain.tokens)), chain.turn.whose)
+        held = self.states.find(_turn_end(chain.turn, len(chain.tokens)), chain.turn.whose)
         assert held is not None
         return CoreState(None, held.end, held.conv_tail)
 
     def use_turn(self, chain: Chain) -> None:
-        self.store.use(_turn_end(chain.turn, len(chain.tokens)))
+        self._kept.use(_turn_end(chain.turn, len(chain.tokens)))
 
     def _forget_turn_end(self, name: str) -> None:
         salt, _, tokens = name.rpartition(":")
@@ -240,10 +236,10 @@ class LinearStates:
     # -- stores, and for people ------------------------------------------------------
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        return self.store.tensors(name)
+        return self.states.tensors(name)
 
     def core_end(self, name: str, owner: Owner) -> int | None:
-        held = self.store.find(name, owner)
+        held = self.states.find(name, owner)
         return held.core_end if held is not None else None
 
     def heads(self, tokens: int, seam: int) -> tuple[int, ...]:
@@ -269,7 +265,7 @@ class LinearStates:
     ) -> bool:
         if saved.core_end is None:
             return True
-        return self.store.adopt(
+        return self.states.adopt(
             name,
             owner_of(saved.salt, saved.extra_key),
             saved.core_end,
@@ -282,24 +278,20 @@ class LinearStates:
         )
 
     def nbytes_of(self, name: str) -> int:
-        return self.store.nbytes_of(name)
+        return self._kept.nbytes_of(name)
 
     def nbytes_of_kind(self, kind: str) -> int:
-        return self.store.bytes_of_group(kind)
+        return self._kept.bytes_of_group(kind)
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "state_bytes": self.store.nbytes,
-            "state_bytes_packed": self.store.packed_bytes,
-            "state_budget": self.store.budget,
+            "state_bytes": self._kept.nbytes,
+            "state_bytes_packed": self._kept.packed_bytes,
+            "state_budget": self._kept.budget,
         }
 
     def to_json_of(self, name: str) -> dict[str, Any]:
-        return {"state_bytes": self.store.nbytes_of(name)}
-
-    def check(self) -> None:
-        self.store.check()
+        return {"state_bytes": self._kept.nbytes_of(name)}
 
     def clear(self) -> None:
-        self.store.clear()
         self._turn_ends.clear()

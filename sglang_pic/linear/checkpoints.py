@@ -37,7 +37,9 @@ from sglang_pic.forest.placement import (
 )
 from sglang_pic.forest.steps import Steps
 from sglang_pic.linear.capture import Capture
-from sglang_pic.linear.state import WIDEST, CoreState, LinearShape, Resumed, StateStore
+from sglang_pic.linear.shape import WIDEST, LinearShape
+from sglang_pic.linear.state import CoreState, Resumed
+from sglang_pic.linear.states import PackedStates
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -83,7 +85,7 @@ class SparseCheckpoints:
         tree: SGLang's tree of ordinary prefixes.
         match: its own ``match_prefix``.
         nodes: the order of its pages.
-        store: of states.
+        states: where they are kept.
         shape: of the linear layers.
         grid: tokens; states are kept behind multiples of it, where the layers' kernels have
             them between two chunks, so that what goes on from one is computed as it was.
@@ -95,7 +97,7 @@ class SparseCheckpoints:
         tree: Any,
         match: Callable[[MatchPrefixParams], MatchResult],
         nodes: NodeIndex,
-        store: StateStore,
+        states: PackedStates,
         shape: LinearShape,
         cost: PrefillCost,
         grid: int,
@@ -106,7 +108,8 @@ class SparseCheckpoints:
         self._tree = tree
         self._match = match
         self._nodes = nodes
-        self._store = store
+        self._states = states
+        self._kept = states.kept
         self._shape = shape
         self._cost = cost
         self._grid = grid
@@ -159,7 +162,7 @@ class SparseCheckpoints:
             if end.depth <= stock:
                 break
             if end.depth <= shared and end.node in self._steps:
-                held = self._store.find(_name(end.node), _tenant(req))
+                held = self._states.find(_name(end.node), _tenant(req))
                 if held is not None:
                     return end, CoreState(None, held.end, held.conv_tail)
         return nothing, None
@@ -203,7 +206,7 @@ class SparseCheckpoints:
         for end in on_path:
             self._put(end.node, end.depth, passes_at(expected, end.depth), before)
             before = end.node
-        held = Held({end.depth for end in on_path}, stock, self._store.price(self._nbytes))
+        held = Held({end.depth for end in on_path}, stock, self._kept.price(self._nbytes))
         chosen = worth_keeping(places(expected, held, self._grid, self._work))
         first = req.prefix_len
         passed = range(first + 1, len(req.origin_input_ids))
@@ -265,7 +268,7 @@ class SparseCheckpoints:
         capture = wanted.capture
         if node in self._steps:
             return True
-        kept = self._store.add(
+        kept = self._states.add(
             _name(node),
             _tenant(req),
             core_end=wanted.depth,
@@ -297,12 +300,12 @@ class SparseCheckpoints:
 
     def _value(self, nodes: Sequence[int]) -> None:
         for node in nodes:
-            self._store.appraise(_name(node), self._steps.cost(node))
+            self._kept.appraise(_name(node), self._steps.cost(node))
 
     def gone(self, name: str) -> None:
         node = _node(name)
         if node is not None and node in self._steps:
-            self._store.drop(name)
+            self._kept.drop(name)
             self._value(self._steps.drop(node))
 
     def lost(self, name: str) -> None:

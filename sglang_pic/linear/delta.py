@@ -17,7 +17,7 @@ from sglang_pic.kernels.operators.pair import Pair
 from sglang_pic.linear.capture import CaptureStep
 from sglang_pic.linear.packed import convolve
 from sglang_pic.linear.rows import PicLinearBackend
-from sglang_pic.linear.state import LinearShape
+from sglang_pic.linear.shape import LinearShape
 from sglang_pic.linear.step import LinkStep
 
 

@@ -9,7 +9,8 @@ from sglang.srt.layers.attention.hybrid_linear_attn_backend import HybridLinearA
 
 from sglang_pic.kernels.rotate import LayerRope
 from sglang_pic.linear.capture import Capture
-from sglang_pic.linear.state import LinearShape, Resumed
+from sglang_pic.linear.shape import LinearShape
+from sglang_pic.linear.state import Resumed
 from sglang_pic.link.plan import LinkPlan
 from sglang_pic.link.policy import LinkOptions
 

@@ -19,7 +19,8 @@ from sglang_pic.attention.ship import to_device
 from sglang_pic.kernels.operators.states import used_here
 from sglang_pic.kernels.rotate import LayerRope
 from sglang_pic.linear.capture import Capture, CaptureRow, CaptureStep, build_capture
-from sglang_pic.linear.state import LinearShape, Resumed
+from sglang_pic.linear.shape import LinearShape
+from sglang_pic.linear.state import Resumed
 from sglang_pic.linear.step import LinkRow, LinkStep, build_link, has_core
 from sglang_pic.link.plan import LinkPlan
 from sglang_pic.link.policy import LinkOptions

@@ -27,7 +27,8 @@ from sglang_pic.kernels.operators.states import Cores, Walk
 from sglang_pic.kernels.operators.storage import PackedPair, pack
 from sglang_pic.kernels.rotate import LayerRope, angles, rotate
 from sglang_pic.linear.kernels import kernels_for
-from sglang_pic.linear.state import CoreState, LinearShape
+from sglang_pic.linear.shape import LinearShape
+from sglang_pic.linear.state import CoreState
 from sglang_pic.link.plan import LinkPlan
 from sglang_pic.link.policy import LinkOptions
 

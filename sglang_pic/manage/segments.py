@@ -209,7 +209,7 @@ def stats(forest: Forest) -> dict[str, Any]:
         **budgets(forest),
         "evicted": {
             **{kind: nodes.evicted[kind] for kind in (SEGMENT, PREFIX, TURN)},
-            "state": forest.carried.evicted,
+            "state": forest.kept.evicted,
         },
         "refused": {
             "admission": forest.segments.on_probation_evicted,

@@ -67,7 +67,7 @@ def _slots(forest: Forest, req: Any, ids: Any) -> Any:
 def _states(forest: Forest, carried: LinearStates, req: Any, ids: Any) -> Any:
     space = forest.segments.namespace(req.cache_salt)
     name = segment_id(space, req.extra_key, ids)
-    held = carried.store.find(name, owner_of(space, req.extra_key))
+    held = carried.states.find(name, owner_of(space, req.extra_key))
     if held is None:
         raise PicRefused(404, "a state of the canary is not held", "ids")
     return held

@@ -67,7 +67,7 @@ class SavedSegment:
         salt: the namespace it lives in.
         hits: links that had used it.
         tensors: ``k.<layer>``, ``v.<layer>`` [held, heads, head dim], and what the
-            linear layers keep (``StateStore.tensors``).
+            linear layers keep (``PackedStates.tensors``).
         core_end: where its cores end; ``None`` without linear states.
         heads: first tokens of the cores whose linear states it holds.
     """
