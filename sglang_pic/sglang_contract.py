@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+from typing import Any
 
 from sglang_pic.errors import PicConfigError
 
@@ -281,6 +282,14 @@ def check_shape(target: str, parameters: tuple[str, ...]) -> None:
         names = ("cls", *names) if names[:1] != ("cls",) else names
     if names[: len(parameters)] != parameters:
         raise PicConfigError(f"{target} takes {names}, expected {parameters} first")
+
+
+def check_value(module: Any, name: str, kind: type) -> None:
+    """Raise ``PicConfigError`` unless a module of SGLang has a value of this kind."""
+    found = getattr(module, name, None)
+    if not isinstance(found, kind):
+        where = f"{module.__name__}.{name}"
+        raise PicConfigError(f"SGLang's {where} is {found!r:.80}, expected {kind.__name__}")
 
 
 def check_contract() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import pathlib
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from sglang_pic.config import ENV_NAME, PicConfig
 from sglang_pic.errors import PicConfigError, PicRequestError
 from sglang_pic.forest.keys import is_reserved, namespace, segment_id
 from sglang_pic.launch_server import pic_parser, read_config
+from sglang_pic.platforms import host_tier
 from sglang_pic.server import funnel as funnel_module
 from sglang_pic.sglang_contract import check_shape
 from sglang_pic.sglang_hooks import (
@@ -45,6 +47,19 @@ def test_every_hook_fits_the_pinned_sglang(hook) -> None:
 def test_another_shape_is_refused(target: str, parameters: tuple[str, ...]) -> None:
     with pytest.raises(PicConfigError):
         check_shape(target, parameters)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "other"),
+    [("base", "HICACHE_HOST_MEMORY_RESERVE_BYTES", None), ("common", "ALLOC_MEMORY_FUNCS", [])],
+)
+def test_a_host_tier_of_another_shape_is_refused(
+    module: str, name: str, other: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = importlib.import_module(f"sglang.srt.mem_cache.pool_host.{module}")
+    monkeypatch.setattr(of, name, other)
+    with pytest.raises(PicConfigError, match=name):
+        host_tier.bind()
 
 
 def test_without_hooks_the_cache_refuses_to_plan() -> None:

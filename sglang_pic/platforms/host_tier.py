@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from sglang_pic.sglang_contract import check_value
+
 # Memory to leave free beside a host pool. SGLang's own is 10 GiB, as hosts of GPUs have it.
 RESERVE = 1 << 30
 
@@ -43,9 +45,15 @@ def allocate(
 
 def bind() -> None:
     """Name the copy in the modules of the pools, which leave it out on a CPU, and say how
-    those beside a CPU's pool allocate."""
+    those beside a CPU's pool allocate.
+
+    Raises:
+        PicConfigError: this SGLang's are of another shape.
+    """
     from sglang.srt.mem_cache.pool_host import base, common, mha, mla
 
+    check_value(base, "HICACHE_HOST_MEMORY_RESERVE_BYTES", int)
+    check_value(common, "ALLOC_MEMORY_FUNCS", dict)
     for module in (mha, mla):
         if not hasattr(module, "transfer_kv_direct"):
             module.transfer_kv_direct = transfer_kv_direct
