@@ -133,7 +133,7 @@ class Front:
         self.compiler = Compiler()
         self.is_idle = True
         compiler: Any = self.compiler
-        maker = Maker(compiler, lambda: 1000, inviting or Nobody())
+        maker = Maker(compiler, lambda: 1000, inviting or Nobody(), 0)
         self.companions = WhenIdle(maker, 16, lambda: self.is_idle)
 
     def see(
@@ -312,9 +312,9 @@ def test_guests_stand_in_front() -> None:
 def test_there_is_room_for_guests_or_there_are_none() -> None:
     compiler: Any = Compiler()
     for most, fits in ((2 + 30 + 20, True), (2 + 30 + 19, False)):
-        maker = Maker(compiler, lambda most=most: most, Three())  # type: ignore[misc]
+        maker = Maker(compiler, lambda most=most: most, Three(), 0)  # type: ignore[misc]
         assert (maker.among_guests(KIND, A) is not None) == fits
-    assert Maker(compiler, lambda: 1000, Nobody()).among_guests(KIND, A) is None
+    assert Maker(compiler, lambda: 1000, Nobody(), 0).among_guests(KIND, A) is None
 
 
 def test_the_projects_guests_are_of_the_nearest_kind() -> None:
@@ -355,7 +355,7 @@ def test_a_tenants_own_guests_are_fixed_once_and_its_own() -> None:
 
 
 def test_a_server_that_makes_none_says_so() -> None:
-    maker = Maker(None, lambda: 1000, Nobody())
+    maker = Maker(None, lambda: 1000, Nobody(), 0)
     with pytest.raises(PicRefused) as refused:
         asyncio.run(maker.make(Company(KIND, (A, B))))
     assert refused.value.status == 409

@@ -198,6 +198,11 @@ def test_a_link_equals_a_single_pass(
             )
             captures = dict(zip(segments, found, strict=True))
         made.append(plan_prompt(parts, captures, seam=seam, page=page))
+    check_links(layer, made, link_chunk)
+
+
+def check_links(layer: Any, made: Sequence[tuple[list[int], LinkPlan]], link_chunk: int) -> None:
+    """Linked in chunks, all in one batch, they leave what a single pass over each leaves."""
     conv, states = pools(len(made))
     outputs: list[list[torch.Tensor]] = [[] for _ in made]
     done = [plan.reused for _, plan in made]
@@ -249,6 +254,67 @@ def test_a_link_equals_a_single_pass(
         torch.testing.assert_close(torch.cat(outputs[i]), expected[live], atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(states[i], state, atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(conv[i], history)
+
+
+def compile_company(
+    layer: Any,
+    opening: list[int],
+    members: Sequence[list[int]],
+    *,
+    seam: int,
+    page: int,
+    chunk: int,
+) -> list[Capture]:
+    """Captures of all members, read off one prefill behind the opening."""
+    captures, row = [], list(opening)
+    for member in members:
+        first, last = Seam(seam).core(Outline(len(member)), page=page)
+        heads = [first] if first < last else []
+        where = {"start": len(row), "heads": heads, "core_end": max(0, last)}
+        captures.append(Capture(SHAPE, opens=False, **where))
+        row += member
+    conv, states = pools(1)
+    for prefix in range(0, len(row), chunk):
+        part = row[prefix : prefix + chunk]
+        x, a, b = inputs_of(part)
+        rows = [CaptureRow(capture, 0, prefix, len(part), 0) for capture in captures]
+        step = build_capture(rows, torch.arange(1))
+        if step is not None:
+            delta.capture(gdn.RULE, step, 0, layer, x, a, b, conv, states)
+        q, k, v = delta.split_convolved(layer, x, conv, [len(part)])
+        g, beta = gdn.gating.fused_gdn_gating(layer.A_log, a, b, layer.dt_bias)
+        gdn._walk(layer, q, k, v, g, beta, states, [len(part)])
+    return captures
+
+
+member = st.lists(st.integers(0, 63), min_size=1, max_size=40)
+
+
+@settings(max_examples=60)
+@given(
+    opening=st.lists(st.integers(0, 63), min_size=1, max_size=20),
+    members=st.lists(member, min_size=1, max_size=5),
+    seam=st.sampled_from([0, 3, 7]),
+    page=st.sampled_from([1, 4]),
+    compile_chunk=st.sampled_from([5, 64]),
+    link_chunk=st.sampled_from([1, 3, 64]),
+)
+def test_what_is_read_off_a_company_is_what_its_members_do(
+    opening: list[int],
+    members: list[list[int]],
+    seam: int,
+    page: int,
+    compile_chunk: int,
+    link_chunk: int,
+) -> None:
+    """Linked in the order in which they were computed they are a single pass, with nothing
+    recomputed at their beginnings."""
+    layer = make_layer()
+    sizes = {"seam": seam, "page": page}
+    captures = compile_company(layer, opening, members, chunk=compile_chunk, **sizes)
+    parts = [("text", opening), *(("segment", one) for one in members), ("text", [1, 2])]
+    made = plan_prompt(parts, dict(enumerate(captures, 1)), **sizes)
+    check_links(layer, [made], link_chunk)
 
 
 @pytest.mark.parametrize("requests", [1, 5])

@@ -35,6 +35,7 @@ def states_of(scalar: bool) -> LinearStates:
         kept=Kept(4 << 20),
         by_shape=False,
         ending=lambda node, until: (),
+        turn=lambda states, offset: states,
     )
 
 
@@ -50,6 +51,87 @@ def compiled(scalar: bool) -> LinearStates:
             "s", OWNER, core_end=96, conv_tail=tail, end=end, pairs={head: pair}, cost=1.0
         )
     return states
+
+
+class Rows:
+    """A request whose row's running states are read off by hand."""
+
+
+def company_of(
+    states: LinearStates, members: list[tuple[int, int]], seed: int, seams: tuple[int, ...] = (0,)
+) -> Rows:
+    req = Rows()
+    states.begin_company(req, members, seams)  # type: ignore[arg-type]
+    draw = torch.Generator().manual_seed(seed)
+    for capture in states._captures[req]:  # type: ignore[index]
+        capture.restart(torch.device("cpu"))
+        for head, running in capture.running.items():
+            capture.running[head] = torch.randn(running.shape, generator=draw)
+        capture.conv_tail = torch.randn(2, 6, 3, generator=draw)
+    return req
+
+
+def pairs_of(states: LinearStates, req: Rows) -> list[Pair]:
+    return [capture.pairs()[0] for capture in states._captures[req]]  # type: ignore[index]
+
+
+MEMBERS = [(5, 105), (105, 155), (155, 160)]
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+def test_of_a_company_the_mean_of_both_orders_is_kept(scalar: bool) -> None:
+    states = states_of(scalar)
+    forth = company_of(states, MEMBERS, 1)
+    back = company_of(states, MEMBERS, 2)
+    # The last is shorter than a page: it has no core.
+    assert states.keep_members(forth, ["a", "b", "c"], OWNER, offer=False)  # type: ignore[arg-type]
+    assert states.keep_members(  # type: ignore[arg-type]
+        back, ["A", "B", "C"], OWNER, others=["a", "b", "c"], offer=True
+    )
+    for name, one, other in zip(
+        "AB", pairs_of(states, forth), pairs_of(states, back), strict=False
+    ):
+        held = states.states.find(name, OWNER)
+        assert held is not None and not held.end.numel()
+        mean = held.pairs[0].unpack()
+        torch.testing.assert_close(mean.A, (one.A + other.A) / 2)
+        torch.testing.assert_close(mean.B, (one.B + other.B) / 2)
+    assert states.states.find("C", OWNER) is None
+    states.states.kept.check()
+
+
+def test_a_company_without_its_other_order_or_of_another_width_is_not_kept() -> None:
+    states = states_of(False)
+    forth, back = company_of(states, MEMBERS, 1), company_of(states, MEMBERS, 2, (16,))
+    assert states.keep_members(forth, ["a", "b", "c"], OWNER, offer=True)  # type: ignore[arg-type]
+    for others in (["a", "x", "c"], ["a", "b", "c"]):
+        assert not states.keep_members(  # type: ignore[arg-type]
+            back, ["A", "B", "C"], OWNER, others=others, offer=True
+        )
+        assert states.nbytes_of("A") == states.nbytes_of("B") == 0
+
+
+def test_of_a_company_all_fit_or_none_is_kept() -> None:
+    states = states_of(False)
+    req = company_of(states, MEMBERS, 1)
+    assert states.keep_members(req, ["a", "b", "c"], OWNER, offer=True)  # type: ignore[arg-type]
+    each = states.nbytes_of("a")
+    states.states.kept.clear()
+    states.states.kept.budget = each + 10
+    assert not states.keep_members(req, ["a", "b", "c"], OWNER, offer=False)  # type: ignore[arg-type]
+    assert states.states.kept.nbytes == 0
+
+
+def test_what_a_member_wrote_is_turned_back_to_positions_of_its_own() -> None:
+    turns: list[int] = []
+    states = states_of(True)
+    states._turn = lambda one, offset: turns.append(offset) or one * 2
+    req = company_of(states, MEMBERS, 1)
+    assert states.keep_members(req, ["a", "b", "c"], OWNER, offer=True)  # type: ignore[arg-type]
+    assert turns == [-5, -105]
+    held = states.states.find("a", OWNER)
+    assert held is not None
+    torch.testing.assert_close(held.pairs[0].unpack().B, pairs_of(states, req)[0].B * 2)
 
 
 def values_of(states: LinearStates) -> list[tuple[str, Any]]:

@@ -49,17 +49,19 @@ def slopes(heads: int, layer: int, layers: int) -> Tensor:
     return of_heads * (1 - layer / (layers - 1) + 1e-5)
 
 
-def _recur(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, resets: frozenset[int]) -> Tensor:
-    """[n, heads, d] each, float64; the state is forgotten in front of ``resets``."""
+def _recur(
+    q: Tensor, k: Tensor, v: Tensor, slope: Tensor, state: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """[n, heads, d] each, float64, and the state behind each token."""
     q, k, v = (t.double() for t in (q, k, v))
-    state = k.new_zeros((k.shape[1], k.shape[2], v.shape[2]))
-    outputs = []
+    if state is None:
+        state = k.new_zeros((k.shape[1], k.shape[2], v.shape[2]))
+    outputs, states = [], []
     for t in range(len(k)):
-        if t in resets:
-            state = torch.zeros_like(state)
         state = state * (-slope).exp()[:, None, None] + k[t][:, :, None] * v[t][:, None, :]
         outputs.append(torch.einsum("hk,hkv->hv", q[t], state))
-    return torch.stack(outputs).float().flatten(1)
+        states.append(state)
+    return torch.stack(outputs).float().flatten(1), states
 
 
 def _linear(model: Bailing, layer: int, x: Tensor, walked: Walk) -> Tensor:
@@ -72,12 +74,12 @@ def _linear(model: Bailing, layer: int, x: Tensor, walked: Walk) -> Tensor:
     q, k = (_turn(t, walked.rows.position, **rotary, pairs=False) for t in (q, k))
     slope = slopes(heads, layer, config["num_hidden_layers"])
 
-    def recur(inputs: Tensor, at: Tensor, resets: frozenset[int]) -> Tensor:
+    def recur(inputs: Tensor, at: Tensor, state: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         q, k, v = (t.unflatten(-1, (heads, dim)) for t in inputs.chunk(3, -1))
-        return _recur(q, k, v, slope, resets)
+        return _recur(q, k, v, slope, state)
 
     inputs = torch.cat([(q * dim**-0.5).flatten(1), k.flatten(1), v.flatten(1)], -1)
-    found = over_rows(walked, inputs, lambda one: one, recur)
+    found, _ = over_rows(walked, inputs, lambda one: one, recur)
     groups = (config["group_norm_size"], -1)
     weight = of["g_norm"].unflatten(-1, groups)
     normed = _norm(found.unflatten(-1, groups), weight, eps).flatten(1)
@@ -98,8 +100,17 @@ def _full(model: Bailing, layer: int, x: Tensor, walked: Walk) -> Tensor:
     q_turned = _turn(q[..., plain:], position, **rotary)
     k_turned = _turn(compressed[:, None, latent:], position, **rotary).expand(-1, heads, -1)
     q, k = torch.cat([q[..., :plain], q_turned], -1), torch.cat([k, k_turned], -1)
-    scores = torch.einsum("nhd,mhd->hnm", q, k) * (plain + turned) ** -0.5 + walked.mask
-    return torch.einsum("hnm,mhd->nhd", scores.softmax(-1), v).flatten(1) @ of["dense"].T
+    scale = (plain + turned) ** -0.5
+    scores = torch.einsum("nhd,mhd->hnm", q, k) * scale + walked.mask
+    out = torch.einsum("hnm,mhd->nhd", scores.softmax(-1), v)
+    if len(walked.sources) > 1:
+        k, v, live = walked.mean(k), walked.mean(v), walked.live
+        own = live[walked.sources[0]].nonzero().squeeze(1)
+        scores = torch.einsum("nhd,mhd->hnm", q[live], k) * scale
+        unseen = torch.arange(len(k))[None, :] > own[:, None]
+        scores = scores.masked_fill(unseen, float("-inf"))
+        out = out.index_put((live,), torch.einsum("hnm,mhd->nhd", scores.softmax(-1), v))
+    return out.flatten(1) @ of["dense"].T
 
 
 def _names(model: Bailing, layer: int) -> dict[str, Tensor]:

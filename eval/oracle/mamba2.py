@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sglang_pic.eval.oracle.dense import Segment
-from sglang_pic.eval.oracle.hybrid import Walk, over_rows, walk
+from sglang_pic.eval.oracle.hybrid import Walk, attended, over_rows, walk
 
 
 def _convolve(mixer: Any, x: Tensor) -> Tensor:
@@ -26,9 +26,8 @@ def _convolve(mixer: Any, x: Tensor) -> Tensor:
     return F.silu(sum(taps) + mixer.conv1d.bias)
 
 
-def _recur(mixer: Any, y: Tensor, dt: Tensor, resets: frozenset[int]) -> Tensor:
-    """State space, float64, [n, heads * head_dim]; the state is forgotten in
-    front of ``resets``."""
+def _recur(mixer: Any, y: Tensor, dt: Tensor, state: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """State space, float64, [n, heads * head_dim], and the state behind each token."""
     groups = mixer.n_groups * mixer.ssm_state_size
     x, key, query = y.double().split([mixer.intermediate_size, groups, groups], -1)
     x = x.unflatten(-1, (mixer.num_heads, mixer.head_dim))
@@ -38,16 +37,16 @@ def _recur(mixer: Any, y: Tensor, dt: Tensor, resets: frozenset[int]) -> Tensor:
     )
     step = F.softplus(dt.double() + mixer.dt_bias.double())
     decay = (-step * mixer.A_log.double().exp()).exp()
-    state = x.new_zeros((mixer.num_heads, mixer.head_dim, mixer.ssm_state_size))
-    outputs = []
+    if state is None:
+        state = x.new_zeros((mixer.num_heads, mixer.head_dim, mixer.ssm_state_size))
+    outputs, states = [], []
     for t in range(len(y)):
-        if t in resets:
-            state = torch.zeros_like(state)
         written = (step[t][:, None] * x[t])[:, :, None] * key[t][:, None, :]
         state = state * decay[t][:, None, None] + written
         read = (state @ query[t][:, :, None]).squeeze(-1)
         outputs.append(read + mixer.D.double()[:, None] * x[t])
-    return torch.stack(outputs).float().flatten(1)
+        states.append(state)
+    return torch.stack(outputs).float().flatten(1), states
 
 
 def _mix(mixer: Any, x: Tensor, walked: Walk) -> Tensor:
@@ -58,10 +57,10 @@ def _mix(mixer: Any, x: Tensor, walked: Walk) -> Tensor:
         projected = mixer.in_proj(x * mixer.ssm_in_multiplier) * mixer.mup_vector[0]
     gate, inputs, dt = projected.split(sizes, -1)
 
-    def recur(y: Tensor, at: Tensor, resets: frozenset[int]) -> Tensor:
-        return _recur(mixer, y, dt[at], resets)
+    def recur(y: Tensor, at: Tensor, state: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        return _recur(mixer, y, dt[at], state)
 
-    core = over_rows(walked, inputs, lambda part: _convolve(mixer, part), recur)
+    core, _ = over_rows(walked, inputs, lambda part: _convolve(mixer, part), recur)
     if isinstance(mixer.norm, torch.nn.Identity):
         return mixer.out_proj(core * F.silu(gate))
     return mixer.out_proj(mixer.norm(core, gate))
@@ -76,7 +75,7 @@ def _granite(model: Any, walked: Walk, last: int) -> Tensor:
         if layer.mamba is not None:
             out = _mix(layer.mamba, h, walked)
         else:
-            out = layer.self_attn(h[None], attention_mask=walked.mask[None, None])[0][0]
+            out = attended(walked, layer.self_attn, h)
         x = x + out * config.residual_multiplier
         out = layer.shared_mlp(layer.post_attention_layernorm(x)[None])[0]
         x = x + out * config.residual_multiplier
@@ -89,13 +88,10 @@ def _falcon(model: Any, walked: Walk, last: int) -> Tensor:
     rotary = model.model.rotary_emb(x[None], walked.rows.position[None])
     for layer in model.model.layers:
         h = layer.input_layernorm(x)
-        attended, _ = layer.self_attn(
-            h[None] * layer.attention_in_multiplier,
-            position_embeddings=rotary,
-            attention_mask=walked.mask[None, None],
-        )
+        read = h * layer.attention_in_multiplier
+        out = attended(walked, layer.self_attn, read, position_embeddings=rotary)
         mixed = _mix(layer.mamba, h, walked) * layer.ssm_out_multiplier
-        x = x + mixed + attended[0] * layer.attn_out_multiplier
+        x = x + mixed + out * layer.attn_out_multiplier
         x = x + layer.feed_forward(layer.pre_ff_layernorm(x)[None])[0]
     return model.lm_head(model.model.final_layernorm(x[-last:])) * model.model.lm_head_multiplier
 
@@ -108,7 +104,7 @@ def _nemotron(model: Any, walked: Walk, last: int) -> Tensor:
         if layer.block_type == "linear_attention":
             x = x + _mix(layer.mixer, h, walked)
         elif layer.block_type == "full_attention":
-            x = x + layer.mixer(h[None], attention_mask=walked.mask[None, None])[0][0]
+            x = x + attended(walked, layer.mixer, h)
         else:
             x = x + layer.mixer(h[None])[0]
     return model.lm_head(model.model.norm_f(x[-last:]))

@@ -1,6 +1,7 @@
 """``Assembly``: a company was computed in one order, then in the other; what is kept.
 
-Of each segment the mean of both: V, and K turned back to the segment's own positions.
+Of each segment the mean of both: V, K turned back to the segment's own positions, and in
+hybrids what its cores do to the linear layers.
 It has then seen every other member once in front of it, and stands in a third order. The
 first order waits as pages of its own for the second, which is on its way: they go
 meanwhile when nothing else may. Behind guests one order is enough: all of them stand in
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from sglang_pic.errors import PicIntegrityError
+from sglang_pic.forest.carried import Carried
 from sglang_pic.forest.companies import Companies, Company, Owner, Variant
 from sglang_pic.forest.consensus import Consensus
 from sglang_pic.forest.eviction import LINKABLE, InOrder
@@ -49,10 +51,12 @@ class Copies(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class _Half:
-    """One order of a company: its owner, and where its pages end."""
+    """One order of a company: its owner, where its pages end, and under which names lies
+    what it carries."""
 
     owner: Owner
     nodes: tuple[int, ...]
+    names: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +107,10 @@ class Assembly(Protocol):
         """Memory is needed: what waits for its second order may go."""
         ...
 
+    def lost(self, name: str) -> None:
+        """What was carried under this name went for want of memory."""
+        ...
+
     def forget_segment(self, segment: str) -> int:
         """A segment was deleted: what has seen it goes too, as far as nothing runs on
         it; the tokens freed."""
@@ -132,6 +140,9 @@ class NoAssembly:
     def release(self) -> None:
         pass
 
+    def lost(self, name: str) -> None:
+        pass
+
     def forget_segment(self, segment: str) -> int:
         return 0
 
@@ -156,6 +167,7 @@ class BothOrders:
         self,
         companies: Companies,
         pages: Pages,
+        carried: Carried,
         nodes: NodeIndex,
         eviction: InOrder,
         copies: Copies,
@@ -166,6 +178,7 @@ class BothOrders:
     ):
         self._companies = companies
         self._pages = pages
+        self._carried = carried
         self._nodes = nodes
         self._eviction = eviction
         self._copies = copies
@@ -212,6 +225,10 @@ class BothOrders:
         if made is None:
             return False
         self._forget(company.id)
+        names = self._names(req, company, members, whole=True)
+        if not self._carried.keep_members(req, names, company.owner, offer=True):
+            self._allocator.free(torch.cat(made))
+            return False
         nodes = self._insert(req, company, members, made, whole=True)
         self._publish(req, company, members, guests, nodes)
         return True
@@ -221,8 +238,12 @@ class BothOrders:
         if made is None:
             return False
         self._drop_half(company.id)
+        names = self._names(req, company, members, whole=False)
+        if not self._carried.keep_members(req, names, company.owner, offer=False):
+            self._allocator.free(torch.cat(made))
+            return False
         nodes = self._insert(req, company, members, made, whole=False)
-        self._halves[company.id] = _Half(company.owner, tuple(nodes))
+        self._halves[company.id] = _Half(company.owner, tuple(nodes), tuple(names))
         while len(self._halves) > MAX_HALF:
             self._drop_half(next(iter(self._halves)))
         return True
@@ -255,11 +276,30 @@ class BothOrders:
             self._pages.unlock(locked)
             for node in locked:
                 self._nodes.unlocked(LINKABLE, node)
-        self._drop_half(company.id)
         self._forget(company.id)
+        names = self._names(req, company, members, whole=True)
+        others = self._names(req, company, members, whole=False)
+        kept = self._carried.keep_members(req, names, company.owner, others=others, offer=True)
+        self._drop_half(company.id)
+        if not kept:
+            self._allocator.free(fresh)
+            return False
         nodes = self._insert(req, company, members, made, whole=True)
         self._publish(req, company, members, 0, nodes)
         return True
+
+    def _names(
+        self, req: Req, company: Company, members: Sequence[_Member], *, whole: bool
+    ) -> list[str]:
+        """Under which each member's pages, and what it carries, are known."""
+        spaces = [
+            company_space(req.cache_salt, company.id, member.segment, whole=whole)
+            for member in members
+        ]
+        return [
+            segment_id(space, req.extra_key, member.ids)
+            for space, member in zip(spaces, members, strict=True)
+        ]
 
     def _copied(self, req: Req, members: Sequence[_Member]) -> list[torch.Tensor] | None:
         """int64 slots of each member's whole pages, copied out of its company's row;
@@ -316,9 +356,9 @@ class BothOrders:
         nodes: Sequence[int],
     ) -> None:
         variants = []
-        for member, node in zip(members, nodes, strict=True):
+        names = self._names(req, company, members, whole=True)
+        for member, name, node in zip(members, names, nodes, strict=True):
             space = company_space(req.cache_salt, company.id, member.segment, whole=True)
-            name = segment_id(space, req.extra_key, member.ids)
             size, tokens = guests + len(members), len(member.whole)
             variants.append(
                 Variant(name, member.segment, company.id, size, guests, space, tokens, node)
@@ -339,12 +379,22 @@ class BothOrders:
         for half in self._halves.values():
             self._offer(half)
 
+    def lost(self, name: str) -> None:
+        variant = self._companies.variant(name)
+        if variant is not None:
+            self._remove(variant)
+        for company in [one for one, half in self._halves.items() if name in half.names]:
+            self._drop_half(company)
+
     def _offer(self, half: _Half) -> None:
         for node in half.nodes:
             self._nodes.release(LINKABLE, node)
+        for name in half.names:
+            self._carried.release(name)
 
     def _remove(self, variant: Variant) -> int:
         self._companies.gone(variant.name)
+        self._carried.drop(variant.name)
         self._nodes.unend_segment(LINKABLE, variant.node, variant.name)
         return self._nodes.remove_path(LINKABLE, variant.node)
 
@@ -356,6 +406,8 @@ class BothOrders:
         if half is None:
             return 0
         self._offer(half)
+        for name in half.names:
+            self._carried.drop(name)
         return sum(self._nodes.remove_path(LINKABLE, node) for node in half.nodes)
 
     def forget_segment(self, segment: str) -> int:

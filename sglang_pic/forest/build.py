@@ -42,9 +42,11 @@ from sglang_pic.forest.planning import Ordinary, Planning
 from sglang_pic.forest.relocation import Relocation
 from sglang_pic.forest.segments import Segments
 from sglang_pic.forest.tier import HostTier, NoTier, Tier
+from sglang_pic.kernels.rotate import LayerRope
 from sglang_pic.linear.carried import LinearStates
 from sglang_pic.linear.checkpoints import SparseCheckpoints
 from sglang_pic.linear.shape import LinearShape
+from sglang_pic.linear.step import turning
 from sglang_pic.link.policy import AUTO, floor_to
 from sglang_pic.manage.store import Store
 from sglang_pic.request.seal import ENV_NAME, is_made_here
@@ -140,7 +142,8 @@ def build_cache(ctx: Any, *, unhooked: str | None) -> PicCache:
         return cache
     shape = backend.shape if ctx.is_hybrid_ssm else None
     copies = Relocator(runner.token_to_kv_pool, backend.ropes)
-    plant(cache, config, cost, shape=shape, copies=copies, ranks=ranks)
+    rope = backend.linear_rope if ctx.is_hybrid_ssm else None
+    plant(cache, config, cost, shape=shape, rope=rope, copies=copies, ranks=ranks)
     if config.encoder is not None:
         cache.forest.encoded = _encoded(ctx, runner, cache.forest)
     logger.info("sglang_pic links: %s", config)
@@ -189,6 +192,7 @@ def plant(
     *,
     refusal: str | None = None,
     shape: LinearShape | None = None,
+    rope: LayerRope | None = None,
     copies: Relocator | None = None,
     ranks: Group = ALONE,
 ) -> Forest:
@@ -199,6 +203,7 @@ def plant(
         cost: of the model.
         refusal: why this server must not link at all, or ``None``.
         shape: of a hybrid's linear layers; ``None`` in models without.
+        rope: what turns the linear layers' keys, if anything does.
         copies: of pages; without it nothing is relocated, and no company is kept.
         ranks: of tensor parallelism.
     """
@@ -216,6 +221,7 @@ def plant(
         carried.lost(name)
         holder.remove(name)
         conversations.remove(name)
+        assembly.lost(name)
         checkpoints.lost(name)
 
     def gone(names: Collection[str]) -> None:
@@ -237,7 +243,7 @@ def plant(
     segments = Segments(
         context, cache.page_size, int(limit * FRESH_SHARE), lambda record: holder.release(record)
     )
-    kept = Kept(config.state_mib << 20, lost, segments.release_all)
+    kept = Kept(config.state_mib << 20, lost, lambda: release_all())
     carried: Carried = Nothing()
     checkpoints: Checkpoints = NoCheckpoints()
     if shape is not None and refusal is None:
@@ -254,6 +260,7 @@ def plant(
             kept=kept,
             by_shape=ranks.size > 1,
             ending=lambda node, until: tuple(nodes.ends_on_path(LINKABLE, node, until)),
+            turn=turning(rope),
         )
         if config.checkpoints == AUTO:
             checkpoints = SparseCheckpoints(
@@ -280,9 +287,9 @@ def plant(
     )
     companies = Companies()
     assembly: Assembly = NoAssembly()
-    if copies is not None and shape is None and config.company != "off":
+    if copies is not None and config.company != "off":
         assembly = BothOrders(
-            companies, pages, nodes, in_order, copies, table, allocator, evict, consensus,
+            companies, pages, carried, nodes, in_order, copies, table, allocator, evict, consensus,
         )  # fmt: skip
     conversations = Conversations(segments, pages, carried, nodes, in_order, table)
     lookups = Lookups(segments, companies, pages, carried, config.min_segment)

@@ -127,6 +127,35 @@ class Carried(Protocol):
         """What was kept under this name went for want of memory."""
         ...
 
+    # -- companies
+
+    def begin_company(
+        self, req: Req, members: Sequence[tuple[int, int]], seams: Sequence[int]
+    ) -> None:
+        """The prefill of a company begins: of each member, [start, end) of its row, what
+        links of these seam widths need is read off."""
+        ...
+
+    def keep_members(
+        self,
+        req: Req,
+        names: Sequence[str],
+        owner: Owner,
+        *,
+        others: Sequence[str] = (),
+        offer: bool,
+    ) -> bool:
+        """It is complete: keep what each member carries under a name of its own.
+
+        Args:
+            others: names under which the other order is kept: the mean of both is.
+            offer: it may go at once, or from ``release`` on.
+
+        Returns:
+            Whether there was room for all; if not, none is kept.
+        """
+        ...
+
     # -- earlier turns
 
     @property
@@ -266,6 +295,22 @@ class Nothing:
 
     def lost(self, name: str) -> None:
         pass
+
+    def begin_company(
+        self, req: Req, members: Sequence[tuple[int, int]], seams: Sequence[int]
+    ) -> None:
+        pass
+
+    def keep_members(
+        self,
+        req: Req,
+        names: Sequence[str],
+        owner: Owner,
+        *,
+        others: Sequence[str] = (),
+        offer: bool,
+    ) -> bool:
+        return True
 
     def can_keep_turn(self, req: Req) -> bool:
         return True

@@ -197,6 +197,10 @@ class Companies:
         known = self._companies.get(company)
         return list(known.held.values()) if known is not None else []
 
+    def variant(self, name: str) -> Variant | None:
+        """What is held under a variant's name."""
+        return self._variants.get(name)
+
     def is_whole(self, company: str) -> bool:
         """Whether all of its segments are held."""
         known = self._companies.get(company)

@@ -104,6 +104,9 @@ class Links:
                 return self._match_link(req, params)
             if asked.compile is not None and asked.compile.company:
                 # An ordinary prefill, from nothing: of it copies are kept.
+                members = asked.compile.company[asked.compile.guests :]
+                where = [(span.start, span.end) for span in members]
+                self._carried.begin_company(req, where, asked.compile.seams)
                 req.skip_radix_cache_insert = True
                 return self._ordinary.nothing(req.extra_key)
             if asked.compile is not None and self._contained.refusal is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -113,6 +113,30 @@ class Lookups:
         owner = owner_of(self._segments.namespace(tenant), extra_key)
         texts = [ids[span.start : span.end] for span in spans]
         chosen = self._in_company(texts, owner, ids[: spans[0].start] if spans else ids, options)
+        found = self._each(spans, texts, owner, tenant, options, opens_at, chosen)
+        # In company, but without what this width of seam needs: as compiled alone.
+        lacking = [
+            text.tobytes()
+            for text, one in zip(texts, found, strict=True)
+            if one is not None and one.company and one.miss is not None
+        ]
+        if not lacking:
+            return found
+        left = {text: variant for text, variant in chosen.items() if text not in lacking}
+        return self._each(spans, texts, owner, tenant, options, opens_at, left)
+
+    def _each(
+        self,
+        spans: Sequence[TokenSpan],
+        texts: Sequence[array],
+        owner: tuple[str, str],
+        tenant: str | None,
+        options: LinkOptions,
+        opens_at: int,
+        chosen: Mapping[bytes, Variant],
+    ) -> list[Lookup | None]:
+        """Look each up, some as a company's variant."""
+        extra_key = owner[1] or None
         found: list[Lookup | None] = []
         outlines = []
         for span, text in zip(spans, texts, strict=True):
@@ -169,7 +193,7 @@ class Lookups:
         lookup = dataclasses.replace(lookup, core=core)
         if core[0] >= core[1]:
             return lookup
-        state, miss = self._carried.of_core(lookup.id, owner, core, opening=opening)
+        state, miss = self._carried.of_core(lookup.copy, owner, core, opening=opening)
         if miss is not None:
             # Without it a page is of no use.
             return dataclasses.replace(lookup, held=0, miss=lookup.miss or miss)

@@ -36,6 +36,7 @@ class Capture:
         first: the prompt's first token that is computed, unless it is ``grown_from`` the
             states of a shorter segment that this one begins with; its cores are gone on
             from.
+        opens: the state behind all that precedes the cores' end is wanted too.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Capture:
         core_end: int,
         first: int = 0,
         grown_from: SegmentState | None = None,
+        opens: bool = True,
     ):
         self.shape = shape
         self.start = start
@@ -54,6 +56,7 @@ class Capture:
         self.core_end = core_end
         self._first = first
         self.grown_from = grown_from
+        self.opens = opens
         self.conv_tail: torch.Tensor | None = None
         self.running: dict[int, torch.Tensor] = {}
 
@@ -68,7 +71,8 @@ class Capture:
         """Begin with the first token."""
         begun = self.shape.begun(self.shape.layers, device)
         self.running = dict.fromkeys(self.heads, begun)
-        self.running[END] = torch.zeros_like(begun)
+        if self.opens:
+            self.running[END] = torch.zeros_like(begun)
         self.conv_tail = None
         if self.grown_from is not None:
             for head in self.heads:
@@ -151,25 +155,32 @@ def build_capture(rows: Sequence[CaptureRow], slots: torch.Tensor) -> CaptureSte
     device = slots.device
     stretches: list[tuple[Capture, int, int, int, int]] = []  # capture, key, row, from, to
     ending: list[tuple[Capture, int, int]] = []  # capture, row, core end within the chunk
+    taken: list[CaptureRow] = []
     starts, at = [], 0
-    for i, row in enumerate(rows):
-        starts.append(at)
-        at += row.extend
+    for row in rows:
         capture = row.capture
         if row.prefix == capture.first:
             capture.restart(device)
         begin, stop = row.prefix, row.prefix + row.extend
         core_end = capture.start + capture.core_end
+        here = []
         for key in capture.running:
             first = capture.start + key if key != END else 0
             low, high = max(begin, first), min(stop, core_end)
             # The end state is the request's own until the last chunk with core tokens.
             if low < high and (key != END or core_end <= stop):
-                stretches.append((capture, key, i, low - begin, high - begin))
-        if begin < core_end <= stop:
-            ending.append((capture, i, core_end - begin))
+                here.append((capture, key, len(taken), low - begin, high - begin))
+        if not here:
+            continue
+        stretches += here
+        if core_end <= stop:
+            ending.append((capture, len(taken), core_end - begin))
+        taken.append(row)
+        starts.append(at)
+        at += row.extend
     if not stretches:
         return None
+    rows = taken
     running = torch.stack([capture.running[key] for capture, key, *_ in stretches])
     for i, (capture, key, *_) in enumerate(stretches):
         capture.running[key] = running[i]

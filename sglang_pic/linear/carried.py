@@ -19,10 +19,12 @@ from sglang_pic.forest.cost import PrefillCost
 from sglang_pic.forest.kept import Kept
 from sglang_pic.forest.keys import owner_of
 from sglang_pic.forest.nodes import TURN
+from sglang_pic.forest.segments import NAMED_USES
 from sglang_pic.forest.turns import Chain, Turn
+from sglang_pic.kernels.operators.pair import Pair
 from sglang_pic.linear.capture import Capture
 from sglang_pic.linear.shape import LinearShape
-from sglang_pic.linear.state import CoreState
+from sglang_pic.linear.state import CoreState, SegmentState
 from sglang_pic.linear.states import PackedStates
 from sglang_pic.link.plan import LinkPlan
 from sglang_pic.link.policy import LinkOptions, Outline, Seam
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 # Segments that end on the path to a node, up to a position: of each node the names, and
 # the deepest first.
 Ending = Callable[[int, int], Sequence[tuple[int, Collection[str]]]]
+Turning = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 def core_end_of(tokens: int, page: int) -> int:
@@ -58,6 +61,8 @@ class LinearStates:
         kept: where states are kept; ``lost`` is to be told what goes from there.
         by_shape: what is kept counts by its shape alone (``SegmentState``).
         ending: which shorter segments a path begins with.
+        turn: states [layers, heads, dk, dv] of tokens that stand so many positions further
+            on, where keys are turned to their positions.
     """
 
     keeps_states = True
@@ -76,6 +81,7 @@ class LinearStates:
         kept: Kept,
         by_shape: bool,
         ending: Ending,
+        turn: Turning,
     ):
         self._context = context
         self._page = page
@@ -85,11 +91,15 @@ class LinearStates:
         self._device = device
         self._is_exact = is_exact
         self._ending = ending
+        self._turn = turn
         self._kept = kept
         self.states = PackedStates(config, kept, shape if by_shape else None)
         # Lengths of each turn's path behind which a state is held.
         self._turn_ends: dict[str, set[int]] = {}
-        self._captures: weakref.WeakKeyDictionary[Req, Capture] = weakref.WeakKeyDictionary()
+        # Of a compile one, of a company one a member.
+        self._captures: weakref.WeakKeyDictionary[Req, tuple[Capture, ...]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     @property
     def budget(self) -> int:
@@ -105,11 +115,9 @@ class LinearStates:
         """From the first token, or from where a shorter segment's cores end: the pairs
         must see all tokens."""
         length = len(req.origin_input_ids) - self._context
-        cores = [Seam(w).core(Outline(length), page=self._page) for w in seams]
-        core_end = core_end_of(length, self._page)
-        heads = sorted({first for first, last in cores if first < last})
+        core_end, heads = core_end_of(length, self._page), self._heads(length, seams)
         capture = Capture(self._shape, start=self._context, heads=heads, core_end=core_end)
-        self._captures[req] = capture
+        self._captures[req] = (capture,)
         owner = owner_of(req.cache_salt or "", req.extra_key)
         for node, names in self._ending(held.node, held.tokens):
             for name in sorted(names):
@@ -124,7 +132,7 @@ class LinearStates:
         return Path(held.node, 0)
 
     def keep(self, req: Req, name: str, owner: Owner, *, uses: int, offer: bool) -> bool:
-        capture = self._captures[req]
+        (capture,) = self._captures[req]
         return not capture.complete or self.states.add(
             name,
             owner,
@@ -139,6 +147,86 @@ class LinearStates:
 
     def end(self, req: Req) -> bool:
         return self._captures.pop(req, None) is not None
+
+    def _heads(self, tokens: int, seams: Sequence[int]) -> list[int]:
+        """First tokens of the cores of a segment of so many tokens."""
+        cores = [Seam(w).core(Outline(tokens), page=self._page) for w in seams]
+        return sorted({first for first, last in cores if first < last})
+
+    # -- companies ------------------------------------------------------------------
+
+    def begin_company(
+        self, req: Req, members: Sequence[tuple[int, int]], seams: Sequence[int]
+    ) -> None:
+        self._captures[req] = tuple(
+            Capture(
+                self._shape,
+                start=start,
+                heads=self._heads(end - start, seams),
+                core_end=core_end_of(end - start, self._page),
+                opens=False,
+            )
+            for start, end in members
+        )
+
+    def keep_members(
+        self,
+        req: Req,
+        names: Sequence[str],
+        owner: Owner,
+        *,
+        others: Sequence[str] = (),
+        offer: bool,
+    ) -> bool:
+        captures = self._captures[req]
+        beside = [self.states.find(name, owner) for name in others] or [None] * len(captures)
+        kept: list[str] = []
+        for name, capture, other in zip(names, captures, beside, strict=True):
+            if not capture.heads:
+                continue
+            if others and (other is None or other.pairs.keys() != {*capture.heads}):
+                fits = False
+            else:
+                fits = self._keep_member(name, owner, capture, other, offer=offer)
+            if not fits:
+                for one in kept:
+                    self._kept.drop(one)
+                return False
+            kept.append(name)
+        return True
+
+    def _keep_member(
+        self, name: str, owner: Owner, capture: Capture, other: SegmentState | None, *, offer: bool
+    ) -> bool:
+        assert capture.conv_tail is not None
+        tail = capture.conv_tail
+        pairs = {
+            head: Pair(pair.A, self._turn(pair.B, -capture.start))
+            for head, pair in capture.pairs().items()
+        }
+        if other is not None:
+            tail = (tail + other.conv_tail) / 2
+            unpacked = {head: pair.unpack() for head, pair in other.pairs.items()}
+            pairs = {
+                head: Pair(
+                    (pair.A + unpacked[head].A.to(pair.A)) / 2,
+                    (pair.B + unpacked[head].B.to(pair.B)) / 2,
+                )
+                for head, pair in pairs.items()
+            }
+        end = capture.start + capture.core_end
+        return self.states.add(
+            name,
+            owner,
+            core_end=capture.core_end,
+            conv_tail=tail,
+            # It opens no prompt.
+            end=tail.new_zeros(0),
+            pairs=pairs,
+            cost=self._cost.flops(capture.start, end),
+            uses=NAMED_USES,
+            offer=offer,
+        )
 
     # -- links --------------------------------------------------------------------
 
@@ -162,7 +250,7 @@ class LinearStates:
         plans: Sequence[LinkPlan | None],
         options: Sequence[LinkOptions | None],
     ) -> None:
-        backend.set_rows(rids, plans, options, [self._captures.get(req) for req in reqs])
+        backend.set_rows(rids, plans, options, [self._captures.get(req, ()) for req in reqs])
 
     # -- a segment's life -----------------------------------------------------------
 

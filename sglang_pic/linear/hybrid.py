@@ -50,7 +50,7 @@ class PicHybridBackend(HybridLinearAttnBackend):
         rids: Sequence[str],
         plans: Sequence[LinkPlan | None],
         options: Sequence[LinkOptions | None],
-        captures: Sequence[Capture | None],
+        captures: Sequence[Sequence[Capture]],
     ) -> None:
         """Requests of the batch that runs next; called once a forward pass."""
         self.full_attn_backend.set_plans(rids, plans)

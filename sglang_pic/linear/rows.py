@@ -77,12 +77,12 @@ class PicLinearBackend(MambaAttnBackendBase):
         rids: Sequence[str],
         plans: Sequence[LinkPlan | None],
         options: Sequence[LinkOptions | None],
-        captures: Sequence[Capture | None],
+        captures: Sequence[Sequence[Capture]],
     ) -> None:
         """Requests of the batch that runs next; called once a forward pass."""
         self._rids, self._plans = list(rids), plans
         self._options = options
-        self._captures = [() if capture is None else (capture,) for capture in captures]
+        self._captures = captures
         self._resumed = [None] * len(rids)
 
     def set_checkpoints(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -263,6 +263,11 @@ def _cores(
             pair = dataclasses.replace(pair, state=turned(pair.state, rope, run.moved))
         pairs.append(pair)
     return Cores(pairs, tails)
+
+
+def turning(rope: LayerRope | None) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """``turned``, of layers that turn their keys if any do."""
+    return lambda state, offset: state if rope is None else turned(state, rope, offset)
 
 
 def turned(state: torch.Tensor, rope: LayerRope, offset: int) -> torch.Tensor:

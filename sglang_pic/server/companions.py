@@ -75,8 +75,8 @@ class Company:
             [order_key(guest) for guest in self.guests.texts],
         )
 
-    def items(self) -> Iterator[CompileItem]:
-        """Its prefills: in both orders, or behind guests."""
+    def items(self, seams: tuple[int, ...] = ()) -> Iterator[CompileItem]:
+        """Its prefills, for links of these seam widths: in both orders, or behind guests."""
         kind, guests = self.kind, self.guests.texts
         orders = [(*guests, *self.members)] if guests else [self.members, self.members[::-1]]
         for order in orders:
@@ -89,6 +89,7 @@ class Company:
                 kind.space,
                 kind.extra_key,
                 kind.lora_path,
+                seams=seams,
                 rank=kind.rank,
                 company=tuple(spans),
                 guests=len(guests),
@@ -145,14 +146,20 @@ class Maker:
         compiler: ``None`` on a server that makes no companies.
         most_tokens: of one prefill that the server takes.
         inviting: whom segments without company get for it.
+        seam: width for which their links want linear states.
     """
 
     def __init__(
-        self, compiler: Compiler | None, most_tokens: Callable[[], int], inviting: Inviting
+        self,
+        compiler: Compiler | None,
+        most_tokens: Callable[[], int],
+        inviting: Inviting,
+        seam: int,
     ):
         self._compiler = compiler
         self._most_tokens = most_tokens
         self.inviting = inviting
+        self._seams = (seam,)
 
     @property
     def _most(self) -> int:
@@ -191,7 +198,7 @@ class Maker:
         """
         compiler = self.check()
         made: list[Made] = []
-        for item in company.items():
+        for item in company.items(self._seams):
             made += await compiler.compile([item], caller)
             if made[-1].outcome not in (COMPILED, FETCHED, SHARED):
                 return made

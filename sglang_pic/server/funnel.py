@@ -163,14 +163,12 @@ class Funnel:
         self.waiting = Waiting(manager, urgency_of)
         self.guards = Guards(manager, self.config, self.context, unhooked)
         asking = Asking(manager, self.wanted)
-        # What a hybrid's linear layers carry is compiled alone.
-        has_companies = (
-            self.config.company != "off" and mambaish_config(manager.model_config) is None
-        )
+        has_companies = self.config.company != "off"
         self.maker = Maker(
             self.compiler if has_companies else None,
             lambda: manager.max_req_input_len - 1,
             self._inviting() if has_companies else Nobody(),
+            self.config.company_seam,
         )
         companions: Companions = WhenAsked()
         if has_companies and self.config.company_when == IDLE:
@@ -248,9 +246,9 @@ class Funnel:
 
     def _inviting(self) -> Inviting:
         """Nothing is touched by what a prompt does not contain, but where a tenant is one
-        trust domain."""
+        trust domain. Guests do a hybrid harm (docs/ideas/companies.md)."""
         config, tokenizer = self.config, self._manager.tokenizer
-        if config.guests == OFF:
+        if config.guests == OFF or mambaish_config(self._manager.model_config) is not None:
             return Nobody()
         shipped: Inviting = Shipped(tokenizer) if tokenizer is not None else Nobody()
         return Own(shipped) if config.company == "tenant" else shipped
