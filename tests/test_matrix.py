@@ -70,6 +70,8 @@ def cell(
     family = FAMILIES[name]
     path = family.save(tmp_path_factory.mktemp("matrix"))
     flags = (*TINY, f"--page-size={page}", *RANKS[ranks], *SCHEDULES[schedule])
+    # Of linear layers a company has what links of the server's own width need.
+    flags = (*flags, "--pic-company-seam=3")
     if family.linear:
         flags = (*flags, *STATES[page])
     env = CHECKS | (ENV if ranks > 1 else {}) | (RETRACT if schedule == "retracted" else {})
@@ -173,11 +175,9 @@ def test_a_company_answers_as_its_oracle(cell: Cell) -> None:
     assert made.status_code == 200, made.text
     parts = [("segment", one) for one in documents[::-1]]
     ids, segments = assemble([("text", opening), *parts, ("text", ids_of(91, 9))])
-    # Of linear layers it has what links of the server's own width need.
-    seam = 0 if cell.family.linear else 3
-    answer = cell.server.generate(**body(ids, segments, 4, salt, company_seam=seam))
+    answer = cell.server.generate(**body(ids, segments, 4, salt, company_seam=3))
     assert [one["company"] for one in answer["meta_info"]["pic"]["segments"]] == [3] * 3
-    where = {"seam": seam, "page": cell.page, "forced": answer["output_ids"]}
+    where = {"seam": 3, "page": cell.page, "forced": answer["output_ids"]}
     if cell.family.linear:
         expected = cell.family.linked(ids, segments, companies=[range(3)], **where)
     else:

@@ -38,7 +38,8 @@ class Carried(Protocol):
     """Named as segments are, and of an owner who is compared.
 
     ``budget``: bytes that all of it may take. ``usual_nbytes``: at most what one more
-    segment takes, for one seam width.
+    segment takes, for one seam width. ``history``: tokens at a core's beginning that see
+    what stands in front of it, whatever else does: the convolutions' width less one.
     """
 
     @property
@@ -46,6 +47,9 @@ class Carried(Protocol):
 
     @property
     def usual_nbytes(self) -> int: ...
+
+    @property
+    def history(self) -> int: ...
 
     # -- compiles
 
@@ -245,7 +249,7 @@ class Carried(Protocol):
 class Nothing:
     """Pages are all there is: of models whose attention is full."""
 
-    budget = usual_nbytes = 0
+    budget = usual_nbytes = history = 0
     keeps_states = False
 
     def begin(self, req: Req, seams: Sequence[int], held: Path) -> Path:

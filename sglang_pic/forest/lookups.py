@@ -137,6 +137,8 @@ class Lookups:
     ) -> list[Lookup | None]:
         """Look each up, some as a company's variant."""
         extra_key = owner[1] or None
+        width = max(options.company_seam, self._carried.history)
+        policy = dataclasses.replace(options, company_seam=width).recompute_policy()
         found: list[Lookup | None] = []
         outlines = []
         for span, text in zip(spans, texts, strict=True):
@@ -151,7 +153,7 @@ class Lookups:
             # Guests are strangers: they make up for no seam.
             in_company = lookup is not None and lookup.company > 0 and not lookup.guests
             outlines.append(Outline(max(1, len(text)), opening, in_company))
-        cores = options.recompute_policy().cores(outlines, page=self._pages.page_size)
+        cores = policy.cores(outlines, page=self._pages.page_size)
         return [
             self._with_core(lookup, owner, core, outline.opening) if lookup is not None else None
             for lookup, core, outline in zip(found, cores, outlines, strict=True)

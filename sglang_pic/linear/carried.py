@@ -109,6 +109,10 @@ class LinearStates:
     def usual_nbytes(self) -> int:
         return self._shape.state_nbytes(1, self.states.itemsize)
 
+    @property
+    def history(self) -> int:
+        return self._shape.history
+
     # -- compiles -----------------------------------------------------------------
 
     def begin(self, req: Req, seams: Sequence[int], held: Path) -> Path:
@@ -158,6 +162,7 @@ class LinearStates:
     def begin_company(
         self, req: Req, members: Sequence[tuple[int, int]], seams: Sequence[int]
     ) -> None:
+        seams = [max(seam, self.history) for seam in seams]
         self._captures[req] = tuple(
             Capture(
                 self._shape,
