@@ -118,13 +118,16 @@ METHODS = tuple(_methods())
 
 
 def methods_of(model: pathlib.Path, quick: bool) -> list[Method]:
-    """Those that a model's segments may be linked by: a hybrid's are compiled alone."""
-    alone = linear_layers(AutoConfig.from_pretrained(model)) > 0
-    return [
-        method
-        for method in METHODS
-        if (method.quick or not quick) and (method.compiled == ALONE or not alone)
-    ]
+    """Those that a model's segments may be linked by: a hybrid has no guests, and companies
+    for one seam width."""
+    hybrid = linear_layers(AutoConfig.from_pretrained(model)) > 0
+
+    def serves(method: Method) -> bool:
+        if not hybrid or method.compiled == ALONE:
+            return True
+        return method.compiled in GROUPS and not method.pic["company_seam"]
+
+    return [method for method in METHODS if (method.quick or not quick) and serves(method)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,6 +48,8 @@ FULL = [
     *((s, t) for t in (64, 128, 256, 512) for s in (1, 2, 4, 8, 16) if s * t <= MAX_TOKENS),
     (4, 1900),
 ]
+# Tokens of a hybrid's convolution in front of one.
+HISTORY = 3
 # Held at once: segments alone, a company's first order, its second, and what is kept of
 # both.
 PROMPTS_HELD = 4.2
@@ -68,15 +70,26 @@ def _body(ids: list[int], salt: str, pic: dict[str, Any] | None = None) -> dict[
     return body if pic is None else {**body, "pic": pic}
 
 
-def most_computed(method: str, segments: int, length: int, seam: int, page: int) -> int:
+def narrowest(pair: Bench) -> int:
+    """Seam in company: nothing, or of a hybrid the convolution's history."""
+    return HISTORY if linear_layers(AutoConfig.from_pretrained(pair.model)) else 0
+
+
+def most_computed(
+    method: str, segments: int, length: int, seam: int, narrow: int, page: int
+) -> int:
     """Tokens that a method may compute of a prompt, its compiles included; more, and
-    something that it should have found was not there."""
+    something that it should have found was not there.
+
+    Args:
+        narrow: the seam in company.
+    """
     total = segments * length + QUESTION_TOKENS
     if method in ("stock", "unlinked"):
         return total
     if method in ("stock_prefix", "unlinked_prefix"):
         return QUESTION_TOKENS + page
-    width = 0 if method == "in_company" else seam
+    width = narrow if method == "in_company" else seam
     # Whole pages are reused, and the last token's never.
     edges = segments * (width + 2 * page) + QUESTION_TOKENS + page
     return edges + (segments * length if method == "cold" else 0)
@@ -89,14 +102,14 @@ def measure(
     length: int,
     seam: int,
     *,
+    narrow: int,
     page: int,
-    company: bool,
 ) -> dict[str, tuple[float, int, int]]:
     """One repetition: (seconds to first token, tokens reused, computed) by method.
 
     Args:
+        narrow: the seam in company.
         page: tokens a page.
-        company: whether the server makes companies.
 
     Raises:
         RuntimeError: a method computed more than it should.
@@ -129,13 +142,13 @@ def measure(
     pair.flush()
     for method, (server, asked) in calls.items():
         results[method] = _ask(server, asked)
-    if segments > 1 and company:
+    if segments > 1:
         pair.flush()
         named = {"input_ids": documents, "company": True, "cache_salt": salts["company"]}
         pair.ours.post("/pic/compile", named, timeout=600).raise_for_status()
         results["in_company"] = _ask(pair.ours, body(shuffled, "company", {"company_seam": 0}))
     for method, (_, _, computed) in results.items():
-        most = most_computed(method, segments, length, seam, page)
+        most = most_computed(method, segments, length, seam, narrow, page)
         if computed > most:
             raise RuntimeError(
                 f"{method} computed {computed} tokens of {segments} x {length}, {most} at most: "
@@ -166,9 +179,7 @@ def run(
     repeats = repeats or (QUICK_REPEATS if quick else REPEATS)
     room = pair.context - QUESTION_TOKENS
     grid = [point for point in (QUICK if quick else FULL) if point[0] * point[1] <= room]
-    # Of models with linear layers none are made.
-    company = not linear_layers(AutoConfig.from_pretrained(pair.model))
-    once = functools.partial(measure, pair, rng, seam=seam, page=page, company=company)
+    once = functools.partial(measure, pair, rng, seam=seam, narrow=narrowest(pair), page=page)
     once(1, 64)  # first calls pay for lazy set-up
     rows = []
     with tqdm(total=len(grid) * repeats, desc="ttft", unit="rep") as bar:

@@ -138,7 +138,9 @@ def test_shipped_weights_link_better_in_company():
 
 def test_the_front_of_a_hybrid_is_of_segments_compiled_alone():
     methods = pareto.methods_of(text_hybrid_path(), False)
-    assert {method.compiled for method in methods} == {pareto.ALONE}
+    assert {method.compiled for method in methods} == {pareto.ALONE, *pareto.GROUPS}
+    widths = {method.pic["company_seam"] for method in methods if method.compiled in pareto.GROUPS}
+    assert widths == {0}
     assert pareto.TODAY in {method.label for method in methods}
 
 

@@ -85,8 +85,8 @@ def ask(pair: Bench, rng: random.Random, documents: Sequence[list[int]], salt: s
 
 def repetition(pair: Bench, rng: random.Random, documents: int, page: int) -> dict[str, float]:
     """Seconds to the first token by method."""
-    seam = ttft.SEAM
-    found = ttft.measure(pair, rng, documents, LENGTH, seam, page=page, company=True)
+    narrow = ttft.narrowest(pair)
+    found = ttft.measure(pair, rng, documents, LENGTH, ttft.SEAM, narrow=narrow, page=page)
     seconds = {method: one[0] for method, one in found.items()}
     drawn = [pair.tokens(rng, LENGTH) for _ in range(documents)]
     salt = f"speed-{uuid.uuid4()}"
