@@ -363,6 +363,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, logs: pathlib.Path) -> Itera
     """Qwen3.5, page size 4, behind a compile context; pages and states run short."""
     path = tiny_hybrid(tmp_path_factory.mktemp("hybrid"), "qwen3_5")
     config = {"compile_context": CONTEXT, "min_segment": 1, "state_mib": 1, "cold": "link"}
+    config["company_when"] = "asked"
     args = [arg for arg in TINY if not arg.startswith(("--pic", "--max-total"))]
     args += ["--radix-cache-backend=pic", "--page-size=4", "--max-total-tokens=2048"]
     env = {**CHECKS, "SGLANG_PIC_CONFIG": json.dumps(config)}
