@@ -226,8 +226,7 @@ class BothOrders:
             return False
         self._forget(company.id)
         names = self._names(req, company, members, whole=True)
-        if not self._carried.keep_members(req, names, company.owner, offer=True):
-            self._allocator.free(torch.cat(made))
+        if not self._carry(req, company, names, made, offer=True):
             return False
         nodes = self._insert(req, company, members, made, whole=True)
         self._publish(req, company, members, guests, nodes)
@@ -239,8 +238,7 @@ class BothOrders:
             return False
         self._drop_half(company.id)
         names = self._names(req, company, members, whole=False)
-        if not self._carried.keep_members(req, names, company.owner, offer=False):
-            self._allocator.free(torch.cat(made))
+        if not self._carry(req, company, names, made, offer=False):
             return False
         nodes = self._insert(req, company, members, made, whole=False)
         self._halves[company.id] = _Half(company.owner, tuple(nodes), tuple(names))
@@ -279,14 +277,32 @@ class BothOrders:
         self._forget(company.id)
         names = self._names(req, company, members, whole=True)
         others = self._names(req, company, members, whole=False)
-        kept = self._carried.keep_members(req, names, company.owner, others=others, offer=True)
+        kept = self._carry(req, company, names, made, others=others, offer=True)
         self._drop_half(company.id)
         if not kept:
-            self._allocator.free(fresh)
             return False
         nodes = self._insert(req, company, members, made, whole=True)
         self._publish(req, company, members, 0, nodes)
         return True
+
+    def _carry(
+        self,
+        req: Req,
+        company: Company,
+        names: Sequence[str],
+        made: Sequence[torch.Tensor],
+        *,
+        others: Sequence[str] = (),
+        offer: bool,
+    ) -> bool:
+        """``Carried.keep_members``; what is not kept has no use for its pages."""
+        kept = False
+        try:
+            kept = self._carried.keep_members(req, names, company.owner, others=others, offer=offer)
+        finally:
+            if not kept:
+                self._allocator.free(torch.cat(list(made)))
+        return kept
 
     def _names(
         self, req: Req, company: Company, members: Sequence[_Member], *, whole: bool
