@@ -31,10 +31,14 @@ from sglang_pic.forest.encoded import DOCUMENT, LEASE_S, Encoded, Wanted
 from sglang_pic.forest.keys import document_id
 from sglang_pic.linear.state import StateStore
 from sglang_pic.link.policy import LinkOptions
+from sglang_pic.manage.arrival import Answer, answer
+from sglang_pic.request import commands
 from sglang_pic.request.base import LinkRequest, TokenSpan
 from sglang_pic.request.fields import parse_fields
+from sglang_pic.request.hints import DONE
 from sglang_pic.request.internal import (
     EncodedRequest,
+    command_hints,
     encoded_hints,
     link_hints,
     read_internal,
@@ -436,6 +440,36 @@ def test_what_is_retracted_is_kept_unless_it_is_to_end(driver: Driver, last: boo
     driver.running.remove(req)
     assert encoded.to_json()["in_use"] == (0 if last else 1)
     encoded.end(req)
+
+
+def test_ranks_that_differ_read_nothing() -> None:
+    """What one of them holds another may not, and sums over both would never end."""
+    driver = Driver(1, 256, PicConfig(min_segment=1))
+    encoded, beside, _ = held_by(30)
+    driver.forest.encoded = encoded
+    waited: list[str] = []
+    scheduler = SimpleNamespace(
+        tree_cache=driver.cache,
+        schedule_stream=SimpleNamespace(wait_stream=waited.append),
+        forward_stream="forward",
+    )
+    prompt = wanted(ids(1, 20))
+    lease = commands.Lease(prompt.lease, None, [], [20])
+
+    def told() -> tuple[str, Answer | None]:
+        hints = command_hints(commands.Encode([lease], clock.now))
+        command = answer(scheduler, driver.request(ids(1, 20), None, hints), False)
+        asks = driver.request([1, 2, 3], None, encoded_hints(asked(prompt)))
+        assert command is not None
+        return command.message, answer(scheduler, asks, False)
+
+    assert told() == (DONE + '{"kept":[true]}', None)
+    assert waited == ["forward"] and beside.read == [[20]]
+    driver.forest.contained.distrust("ranks differ")
+    command, refused = told()
+    assert '"status":503' in command and "ranks differ" in command
+    assert refused == Answer("pic.mode: ranks differ", 503)
+    assert waited == ["forward"]
 
 
 def test_leases_end_by_what_commands_say() -> None:
