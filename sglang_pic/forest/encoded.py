@@ -407,5 +407,7 @@ class Encoded:
     def clear(self) -> None:
         for lease in list(self._leases):
             self._end_lease(lease)
+        for handle in list(self._taken):
+            self.let_go(handle)
         for name in self._store.names(DOCUMENT):
             self._store.drop(name)
