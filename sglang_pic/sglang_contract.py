@@ -261,7 +261,15 @@ RELIED_ON = {
         "query_start_loc",
         "seq_lens_cpu",
     ),
-    # An encoder beside the model: what its cross blocks add to.
+    # An encoder beside the model: where it is told that a request ended in the queue, the sum
+    # over ranks, and what its cross blocks add to.
+    _SRT + "managers.scheduler.Scheduler._release_aborted_request": ("self", "req"),
+    _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.finish": (
+        "self",
+        "handle",
+        "outcome",
+    ),
+    _SRT + "distributed.communication_op.tensor_model_parallel_all_reduce": ("input_",),
     **{
         _SRT + f"layers.layer_boundary.residual.batch.{name}": ("hidden_states", "forward_batch")
         for name in ("complete_output", "snapshot")

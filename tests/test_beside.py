@@ -209,7 +209,8 @@ def test_another_models_encoder_ends_the_start(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"tp_size": 2}, "tensor parallelism"),
+        ({"tp_size": 2, "enable_layernorm_sp": True}, "--enable-layernorm-sp"),
+        ({"tp_size": 2, "moe_dense_tp_size": 1}, "--moe-dense-tp-size 1"),
         ({"dp_size": 2}, "data parallelism"),
         ({"speculative_algorithm": "NGRAM"}, "speculative decoding"),
         ({"enable_torch_compile": True}, "--enable-torch-compile"),
@@ -223,6 +224,8 @@ def test_servers_that_cannot_have_one_do_not_start(change: dict[str, Any], said:
         "dp_size": 1,
         "speculative_algorithm": None,
         "enable_torch_compile": False,
+        "enable_layernorm_sp": False,
+        "moe_dense_tp_size": None,
     }
     change = dict(change)
     mla, model = change.pop("mla", False), change.pop("model", SimpleNamespace(pic=object()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import itertools
 from array import array
 from collections.abc import Sequence
@@ -15,7 +14,11 @@ import torch
 from driver import Driver
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sglang.srt.disaggregation.utils import DisaggregationMode
+from sglang.srt.managers import scheduler as sglang_scheduler
+from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.mem_cache.common import release_kv_cache
 
 from sglang_pic import sglang_hooks
 from sglang_pic.config import PicConfig
@@ -28,10 +31,14 @@ from sglang_pic.forest.encoded import DOCUMENT, LEASE_S, Encoded, Wanted
 from sglang_pic.forest.kept import Kept
 from sglang_pic.forest.keys import document_id
 from sglang_pic.link.policy import LinkOptions
+from sglang_pic.manage.arrival import Answer, answer
+from sglang_pic.request import commands
 from sglang_pic.request.base import LinkRequest, TokenSpan
 from sglang_pic.request.fields import parse_fields
+from sglang_pic.request.hints import DONE
 from sglang_pic.request.internal import (
     EncodedRequest,
+    command_hints,
     encoded_hints,
     link_hints,
     read_internal,
@@ -62,22 +69,42 @@ class Beside:
 
 
 class Clock:
-    now = 0.0
+    """The front's."""
 
-    def __call__(self) -> float:
-        return self.now
+    now = 0.0
 
 
 clock = Clock()
 _leases = itertools.count()
 
 
-def held_by(tokens: int) -> tuple[Encoded, Beside, Kept]:
+class Told(Encoded):
+    """As the command tells it the time."""
+
+    def encode(self, prompts: Sequence[Wanted], now: float | None = None) -> list[bool]:
+        return super().encode(prompts, clock.now if now is None else now)
+
+
+class Noted:
+    """What ranks would compare."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, str]] = []
+
+    def note(self, event: str, name: str) -> None:
+        self.events.append((event, name))
+
+    def arrived(self) -> None:
+        pass
+
+
+def held_by(tokens: int, noted: Noted | None = None) -> tuple[Encoded, Beside, Kept]:
     """What holds so many tokens at most."""
-    kept = Kept(tokens * EACH)
+    noted = noted or Noted()
+    kept = Kept(tokens * EACH, lambda name: noted.note("lost", name))
     beside = Beside()
     cost = PrefillCost(1e6, 10.0, 16)
-    made = Encoded(beside, kept, cost, layers=4, clock=clock)  # type: ignore[arg-type]
+    made = Told(beside, kept, cost, 4, noted)  # type: ignore[arg-type]
     return made, beside, kept
 
 
@@ -146,9 +173,8 @@ def test_what_a_request_sees_stays_until_it_ends(driver: Driver) -> None:
     encoded.end(first)
     encoded.end(first)
     assert encoded.encode([other]) == [False]
-    # One that ended in SGLang's queue is not told of.
-    del second
-    gc.collect()
+    # As of one that ended in SGLang's queue.
+    encoded.let_go(second.cache_request_handle)
     assert encoded.to_json()["in_use"] == 0
     assert encoded.encode([other]) == [True]
     assert encoded.take(request(driver), asked(prompt)) == [0]
@@ -322,6 +348,148 @@ def test_rows_that_cannot_be_told_apart_end_those_with_documents(driver: Driver)
     sglang_hooks.set_positions(wrong, None, batch, runner)
     assert isinstance(seeing.to_finish, FINISH_ABORT) and seeing.to_finish.status_code == 500
     assert plain.to_finish is None and beside.steps.read(told) is None
+
+
+def test_what_no_longer_counts_is_still_seen(driver: Driver) -> None:
+    """A request that is to end may be retracted first, and run once more."""
+    encoded, beside, _ = held_by(30)
+    prompt = wanted(ids(1, 20))
+    encoded.encode([prompt])
+    req = request(driver)
+    encoded.take(req, asked(prompt))
+    encoded.let_go(req.cache_request_handle)
+    assert encoded.encode([wanted(ids(2, 20))]) == [True]
+    assert encoded.take(request(driver), asked(prompt)) == [0]
+    batch = batch_of([req])
+    encoded.hand_over(batch, [req])
+    step = beside.steps.read(batch)
+    assert step is not None and step.parts[0].kv.k.shape[1] == 20
+    encoded.end(req)
+    encoded.check()
+
+
+def test_a_request_that_comes_anew_has_its_documents(driver: Driver) -> None:
+    """SGLang pauses, and queues what has no token yet as if it had just come."""
+    encoded, _, _ = held_by(30)
+    prompt = wanted(ids(1, 20))
+    encoded.encode([prompt])
+    req = request(driver)
+    assert encoded.take(req, asked(prompt)) == []
+    key = req.extra_key
+    assert encoded.take(req, asked(prompt)) == [] and req.extra_key == key
+    encoded.end(req)
+    assert encoded.to_json()["in_use"] == 0
+    # Clients name requests, and several tokenizer workers may get one name twice.
+    one, two = request(driver), request(driver)
+    two.cache_request_handle = one.cache_request_handle
+    assert encoded.take(one, asked(prompt)) == encoded.take(two, asked(prompt)) == []
+    for req in (one, two):
+        encoded.end(req)
+        encoded.check()
+    assert encoded.to_json()["in_use"] == 0
+
+
+def scheduler_of(driver: Driver) -> Any:
+    """As much of SGLang's as aborts what is in its queue."""
+    scheduler = SimpleNamespace(
+        tree_cache=driver.cache, waiting_queue=[], chunked_req=None, mm_receiver=None,
+        dllm_config=None, disaggregation_mode=DisaggregationMode.NULL,
+        beam_coordinator=SimpleNamespace(retire_group=lambda req: None),
+        grammar_manager=SimpleNamespace(abort_requests=lambda asked: None),
+        send_abort_output=lambda abort, req: None, collect_inflight_reqs=lambda: set(),
+        enable_priority_scheduling=False, max_queued_requests=0,
+    )  # fmt: skip
+    release = sglang_scheduler.Scheduler._release_aborted_request
+    scheduler._release_aborted_request = lambda req: release(scheduler, req)
+    return scheduler
+
+
+def test_what_ends_in_the_queue_is_told(driver: Driver) -> None:
+    """By SGLang, to the cache; not by when Python collects it, which differs by rank."""
+    encoded, _, _ = held_by(30)
+    driver.forest.encoded = encoded
+    prompt, scheduler = wanted(ids(1, 20)), scheduler_of(driver)
+    abort = sglang_scheduler.Scheduler.abort_request
+    encoded.encode([prompt])
+    waits, kept = request(driver), request(driver)
+    for req in (waits, kept):
+        assert encoded.take(req, asked(prompt)) == []
+        scheduler.waiting_queue.append(req)
+    abort(scheduler, AbortReq(rid=waits.rid))
+    assert scheduler.waiting_queue == [kept]
+    assert encoded.to_json()["in_use"] == 1
+    encoded.check()
+    abort(scheduler, AbortReq(rid=kept.rid))
+    assert encoded.to_json()["in_use"] == 0
+    encoded.check()
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_what_is_retracted_is_kept_unless_it_is_to_end(driver: Driver, last: bool) -> None:
+    """SGLang ends a request so for which there is no memory, even alone."""
+    encoded, _, _ = held_by(30)
+    driver.forest.encoded = encoded
+    prompt = wanted(ids(1, 20))
+    encoded.encode([prompt])
+    req = request(driver)
+    encoded.take(req, asked(prompt))
+    assert driver.start(req)
+    req.to_finish = FINISH_ABORT("no memory") if last else None
+    release_kv_cache(req, driver.cache, checkpoint=False)
+    driver.running.remove(req)
+    assert encoded.to_json()["in_use"] == (0 if last else 1)
+    encoded.end(req)
+
+
+def test_ranks_that_differ_read_nothing() -> None:
+    """What one of them holds another may not, and sums over both would never end."""
+    driver = Driver(1, 256, PicConfig(min_segment=1))
+    encoded, beside, _ = held_by(30)
+    driver.forest.encoded = encoded
+    waited: list[str] = []
+    scheduler = SimpleNamespace(
+        tree_cache=driver.cache,
+        schedule_stream=SimpleNamespace(wait_stream=waited.append),
+        forward_stream="forward",
+    )
+    prompt = wanted(ids(1, 20))
+    lease = commands.Lease(prompt.lease, None, [], [20])
+
+    def told() -> tuple[str, Answer | None]:
+        hints = command_hints(commands.Encode([lease], clock.now))
+        command = answer(scheduler, driver.request(ids(1, 20), None, hints), False)
+        asks = driver.request([1, 2, 3], None, encoded_hints(asked(prompt)))
+        assert command is not None
+        return command.message, answer(scheduler, asks, False)
+
+    assert told() == (DONE + '{"kept":[true]}', None)
+    assert waited == ["forward"] and beside.read == [[20]]
+    driver.forest.contained.distrust("ranks differ")
+    command, refused = told()
+    assert '"status":503' in command and "ranks differ" in command
+    assert refused == Answer("pic.mode: ranks differ", 503)
+    assert waited == ["forward"]
+
+
+def test_leases_end_by_what_commands_say() -> None:
+    """Of two ranks, which get the same commands at other times, and in which time goes by
+    at other rates."""
+    ranks = [Noted(), Noted()]
+    made = [held_by(30, noted)[0] for noted in ranks]
+    prompt, other = wanted(ids(1, 20)), wanted(ids(2, 20))
+    for encoded in made:
+        assert encoded.encode([prompt], 100.0) == [True]
+        assert encoded.encode([other], 100.0 + LEASE_S - 0.1) == [False]
+        # Of a front that is behind.
+        assert encoded.encode([other], 3.0) == [False]
+        assert encoded.encode([other], 100.0 + LEASE_S) == [True]
+        assert encoded.encode([prompt], 3.0) == [False]
+    assert ranks[0].events == ranks[1].events
+    name, second = (document_id(None, ids(i, 20)) for i in (1, 2))
+    assert ("kept", name) in ranks[0].events
+    assert ranks[0].events[-4:] == [
+        ("refused", other.lease), ("lost", name), ("kept", second), ("refused", prompt.lease),
+    ]  # fmt: skip
 
 
 sizes = st.lists(st.integers(1, 30), min_size=1, max_size=12)

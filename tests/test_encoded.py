@@ -47,6 +47,12 @@ STATES = {
     16: ("--mamba-radix-cache-strategy=extra_buffer",),
 }
 RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"}
+# One core each; SGLang refuses more ranks than memory nodes otherwise. It compares what its
+# ranks decided, and stops where they differ.
+RANKS = {
+    1: {},
+    2: {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +62,12 @@ def encoder(tiny_path: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(
     scope="module",
-    params=[16, pytest.param(1, marks=pytest.mark.long)],
-    ids=["page16", "page1"],
+    params=[
+        (16, 1),
+        pytest.param((1, 1), marks=pytest.mark.long),
+        pytest.param((16, 2), marks=pytest.mark.long),
+    ],
+    ids=["page16", "page1", "two_ranks"],
 )
 def server(
     request: pytest.FixtureRequest,
@@ -66,14 +76,20 @@ def server(
     logs: pathlib.Path,
 ) -> Iterator[Server]:
     """Page size 16 with short chunks, mixed, and requests retracted by force; page size 1."""
-    hard, env = (HARD, CHECKS | RETRACT) if request.param == 16 else ((), CHECKS)
-    flags = (*TINY, f"--pic-encoder={encoder}", "--pic-state-mib=1", *hard)
-    with serve(tiny_path, logs / f"encoded{request.param}.log", *flags, env=env) as made:
+    page, ranks = request.param
+    hard, env = (HARD, CHECKS | RETRACT) if page == 16 else ((), CHECKS)
+    flags = (*TINY, f"--pic-encoder={encoder}", "--pic-state-mib=1", f"--tp-size={ranks}", *hard)
+    log = logs / f"encoded{page}_{ranks}.log"
+    with serve(tiny_path, log, *flags, env=env | RANKS[ranks]) as made:
         yield made
 
 
 def page_of(server: Server) -> int:
     return int(server.get("/server_info").json()["page_size"])
+
+
+def ranks_of(server: Server) -> int:
+    return int(server.get("/server_info").json()["tp_size"])
 
 
 def split(parts: Parts) -> tuple[list[int], list[list[int]]]:
@@ -244,15 +260,15 @@ def test_samples_and_batches(server: Server, encoder: pathlib.Path) -> None:
 def test_more_documents_than_there_is_room_for_come_and_go(
     server: Server, encoder: pathlib.Path
 ) -> None:
-    """A budget of 1 MiB: 2048 tokens."""
-    held = server.forest()["encoded"]
-    assert held["encoder"]["bytes_per_token"] == 512
-    room = held["budget"] // 512
+    """A budget of 1 MiB: 2048 tokens a rank."""
+    held, ranks = server.forest()["encoded"], ranks_of(server)
+    assert held["encoder"]["bytes_per_token"] == 512 // ranks
+    room = held["budget"] // (512 // ranks)
     with ThreadPoolExecutor(8) as pool:
         asked = [
             [("segment", ids_of(100 + i, 280)), ("segment", ids_of(200 + i, 200)),
              ("text", ids_of(300 + i, 5))]
-            for i in range(8)
+            for i in range(8 * ranks)
         ]  # fmt: skip
         answers = pool.map(lambda one: server.generate(**encoded_body(one, 6, "room")), asked)
         for answer, parts in zip(answers, asked, strict=True):
@@ -355,13 +371,17 @@ def test_closed_gates_change_no_token(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("page", [1, 16])
-def test_a_hybrid_reads_documents(page: int, tmp_path: pathlib.Path, logs: pathlib.Path) -> None:
+@pytest.mark.parametrize(("page", "ranks"), [(1, 1), (16, 1), (16, 2)])
+def test_a_hybrid_reads_documents(
+    page: int, ranks: int, tmp_path: pathlib.Path, logs: pathlib.Path
+) -> None:
     family = FAMILIES["qwen3_5"]
     path = family.save(tmp_path)
     encoder = save_encoder(tmp_path / "encoder", path, family.model().config, cross_layers=(1, 2))
-    flags = (*TINY, f"--pic-encoder={encoder}", f"--page-size={page}", *STATES[page])
-    with serve(path, logs / f"encoded_hybrid{page}.log", *flags, env=CHECKS) as server:
+    sizes = (f"--page-size={page}", f"--tp-size={ranks}")
+    flags = (*TINY, f"--pic-encoder={encoder}", *sizes, *STATES[page])
+    log = logs / f"encoded_hybrid{page}_{ranks}.log"
+    with serve(path, log, *flags, env=CHECKS | RANKS[ranks]) as server:
         assert server.forest()["refusal"] is None
         documents = [ids_of(40 + i, 40 + 19 * i) for i in range(3)]
         salt, linked = (

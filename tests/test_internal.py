@@ -80,6 +80,7 @@ def test_what_the_front_sends_is_read() -> None:
             "lasting": False,
             "begin": True,
             "leases": [commands.Lease("a", None, ["b"], [3])],
+            "now": 1.5,
         }
         command = kind(**{name: values[name] for name in kind.__struct_fields__})
         assert read_internal(command_hints(command)).command == command

@@ -12,7 +12,10 @@ from typing import Any
 import faults
 import pytest
 from conftest import CHECKS, TINY, serve
+from encoders import save_encoder
 from families import FAMILIES
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from linking import (
     TOLERANCE,
     assemble,
@@ -24,19 +27,15 @@ from linking import (
     ids_of,
     model,
 )
+from test_encoded import RANKS, encoded_body
+from test_encoded import check as check_encoded
 
 from sglang_pic.eval.oracle import dense
 from sglang_pic.eval.oracle.company import company_logprobs
 from sglang_pic.eval.serving import Server
 from sglang_pic.forest.consensus import EVERY
 
-# One core each; SGLang refuses more ranks than memory nodes otherwise. It compares what
-# its ranks decided, and stops where they differ.
-ENV = {
-    **CHECKS,
-    "SGLANG_CPU_OMP_THREADS_BIND": "0|1",
-    "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1",
-}
+ENV = CHECKS | RANKS[2]
 
 
 def many_prompts() -> list[tuple[list[int], list[tuple[int, int]]]]:
@@ -49,9 +48,76 @@ def many_prompts() -> list[tuple[list[int], list[tuple[int, int]]]]:
     return prompts
 
 
+def read_any_layout(server: Server, encoder: pathlib.Path) -> None:
+    sizes = st.one_of(st.integers(1, 6), st.sampled_from([15, 16, 17, 33, 90, 150]))
+    part = st.tuples(st.sampled_from(["segment", "segment", "text"]), st.integers(0, 3), sizes)
+
+    @settings(max_examples=8, deadline=None, derandomize=True)
+    @given(parts=st.lists(part, min_size=1, max_size=6), question=st.integers(1, 30))
+    def holds(parts: list[tuple[str, int, int]], question: int) -> None:
+        made = [(kind, ids_of(seed, n)) for kind, seed, n in parts]
+        made.append(("text", ids_of(9, question)))
+        check_encoded(server.generate(**encoded_body(made, 3, "layouts")), encoder, made)
+
+    holds()
+
+
+def read_in_batches(server: Server, encoder: pathlib.Path) -> None:
+    """Of all kinds of rows, over more documents than there is room for: 4096 tokens a rank."""
+    salt = fresh_salt()
+    linked = assemble([("segment", ids_of(30, 40)), ("segment", ids_of(31, 33)), ("text", [1, 2])])
+    seeing = [
+        [("segment", ids_of(200 + 2 * i, 290)), ("segment", ids_of(201 + 2 * i, 270 + i)),
+         ("text", ids_of(240 + i, 30))]
+        for i in range(10)
+    ]  # fmt: skip
+    with ThreadPoolExecutor(8) as pool:
+        reads = [
+            pool.submit(lambda one=one: server.generate(**encoded_body(one, 8, salt)))
+            for one in [*seeing, *seeing[:3]]
+        ]
+        link = pool.submit(lambda: server.generate(**body(*linked, 8, salt, seam=5)))
+        plain = pool.submit(lambda: server.generate(**body(linked[0], [], 8, fresh_salt())))
+        for one, future in zip([*seeing, *seeing[:3]], reads, strict=True):
+            check_encoded(future.result(), encoder, one)
+        check_linked(link.result(), *linked, seam=5, page=4, n_new=8)
+        check_exact(plain.result(), linked[0], 8)
+    held = server.forest()["encoded"]
+    # One of two KV heads.
+    assert held["encoder"]["bytes_per_token"] == 256
+    assert held["documents"] < 20 and held["bytes"] <= held["budget"] and held["in_use"] == 0
+
+
+def leave_the_queue(server: Server, encoder: pathlib.Path) -> None:
+    """What clients abort in SGLang's queue gives its documents back, on both ranks."""
+    salt, document = fresh_salt(), ("segment", ids_of(260, 100))
+    prompts = [[document, ("text", ids_of(270 + i, 300))] for i in range(12)]
+    check_encoded(server.generate(**encoded_body(prompts[0], 2, salt)), encoder, prompts[0])
+
+    def ask(i: int) -> Any:
+        sent = encoded_body(prompts[i], 24, salt) | {"rid": f"leaving-{i:02}"}
+        return server.post("/generate", sent)
+
+    with ThreadPoolExecutor(12) as pool:
+        asked = [pool.submit(ask, i) for i in range(12)]
+        time.sleep(0.3)
+        for i in range(1, 12, 2):
+            server.post("/abort_request", {"rid": f"leaving-{i:02}"})
+        answers = [one.result() for one in asked]
+    for parts, answer in zip(prompts[::2], answers[::2], strict=True):
+        check_encoded(answer.json(), encoder, parts)
+    ends = [one.json()["meta_info"]["finish_reason"]["type"] for one in answers[1::2]]
+    assert "abort" in ends
+    assert server.forest()["encoded"]["in_use"] == 0
+
+
 @pytest.mark.server
-def test_two_ranks_link_alike(tiny_path: pathlib.Path, logs: pathlib.Path) -> None:
+def test_two_ranks_link_and_read_alike(
+    tiny_path: pathlib.Path, tmp_path: pathlib.Path, logs: pathlib.Path
+) -> None:
+    encoder = save_encoder(tmp_path, tiny_path, model().config)
     flags = ("--tp-size=2", "--page-size=4", "--max-total-tokens=1600", "--pic-company-when=idle")
+    flags = (*flags, f"--pic-encoder={encoder}", "--pic-state-mib=1")
     with serve(tiny_path, logs / "tp2.log", *TINY, *flags, env=ENV) as server:
         assert server.forest()["refusal"] is None
         parts = [("segment", ids_of(10, 40)), ("segment", ids_of(11, 33)), ("text", [1, 2])]
@@ -87,6 +153,11 @@ def test_two_ranks_link_alike(tiny_path: pathlib.Path, logs: pathlib.Path) -> No
         assert sum(n > 0 for n in reused) > 30
         assert any(s["held"] == 0 for s in server.forest()["segments"]), "nothing was evicted"
         linked()
+        read_any_layout(server, encoder)
+        read_in_batches(server, encoder)
+        leave_the_queue(server, encoder)
+        linked()
+        assert server.forest()["refusal"] is None
 
 
 PLAIN = ("--page-size=1", "--mamba-radix-cache-strategy=no_buffer", "--disable-overlap-schedule")

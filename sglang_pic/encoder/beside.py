@@ -4,6 +4,9 @@ The blocks stand in front of decoder layers as forward pre-hooks of torch. What 
 is given is an output that still has to be added to the residual stream, which SGLang keeps
 with the batch; a block's contribution is added to that output, for the tokens alone whose
 rows have documents. So all other rows stay as SGLang computes them, to the last bit.
+
+On several tensor-parallel ranks SGLang leaves the sum over them to whoever reads the output;
+here it is made, and every rank adds the whole of what the block contributes.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from sglang_pic.encoder.config import decoder_shape, fingerprint
 from sglang_pic.encoder.cross import CrossBlock
 from sglang_pic.encoder.digest import digest_of
 from sglang_pic.encoder.encoder import EncoderKV
+from sglang_pic.encoder.ranks import ALONE, Rank, cut
 from sglang_pic.encoder.step import Steps
 from sglang_pic.encoder.weights import EncoderModules, load
 
@@ -63,6 +67,7 @@ class BesideModel:
         config: transformers' configuration of it.
         directory: of the encoder.
         model_path: of the model.
+        rank: which of the tensor-parallel ranks this is.
 
     Attributes:
         config: the encoder's.
@@ -73,11 +78,14 @@ class BesideModel:
         PicConfigError: the encoder cannot be read, or was trained for another model.
     """
 
-    def __init__(self, model: Any, config: Any, directory: str, model_path: str):
+    def __init__(
+        self, model: Any, config: Any, directory: str, model_path: str, rank: Rank = ALONE
+    ):
         self._model = model
+        self._ranks = rank.count
         served = decoder_shape(config, fingerprint(Path(model_path)))
         weights = model.get_input_embeddings().weight
-        self.modules: EncoderModules = load(Path(directory), served).to(
+        self.modules: EncoderModules = cut(load(Path(directory), served), rank).to(
             device=weights.device, dtype=weights.dtype
         )
         self.modules.requires_grad_(False)
@@ -91,12 +99,13 @@ class BesideModel:
 
     @property
     def bytes_per_token(self) -> int:
-        """Of what is kept of a document."""
-        return self.config.bytes_per_token(next(self.modules.parameters()).element_size())
+        """Of what is kept of a document on this rank."""
+        item = next(self.modules.parameters()).element_size()
+        return self.config.bytes_per_token(item, self._ranks)
 
     @torch.no_grad()
     def encode(self, documents: Sequence[Sequence[int]]) -> list[EncoderKV]:
-        """Keys and values of each document, with memory of its own.
+        """Keys and values of each document, of this rank's heads, with memory of its own.
 
         Args:
             documents: token ids of each; see ``fits``.

@@ -36,6 +36,11 @@ class DecoderShape:
     vocab: int
     fingerprint: str
 
+    def kv_heads_of(self, ranks: int) -> int:
+        """How many each of so many tensor-parallel ranks has: one that is not enough for
+        all is on several."""
+        return max(1, self.kv_heads // ranks)
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
@@ -92,9 +97,10 @@ class EncoderConfig:
         """Of the encoder; as many cross blocks."""
         return len(self.cross_layers)
 
-    def bytes_per_token(self, item: int) -> int:
-        """Of a document's keys and values at ``item`` bytes a number."""
-        return 2 * self.layers * self.decoder.kv_heads * self.decoder.head_dim * item
+    def bytes_per_token(self, item: int, ranks: int = 1) -> int:
+        """Of a document's keys and values at ``item`` bytes a number, on each of so many
+        tensor-parallel ranks."""
+        return 2 * self.layers * self.decoder.kv_heads_of(ranks) * self.decoder.head_dim * item
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **dataclasses.asdict(self)}
@@ -167,12 +173,16 @@ def fingerprint(model: Path) -> str:
 
 def decoder_shape(text: Any, fingerprint: str) -> DecoderShape:
     """Of transformers' configuration of a text model."""
-    heads = text.num_attention_heads
+    # On a CPU SGLang adds heads where they do not divide over its ranks.
+    heads = getattr(text, "original_num_attention_heads", text.num_attention_heads)
+    kv_heads = getattr(
+        text, "original_total_num_kv_heads", getattr(text, "num_key_value_heads", None)
+    )
     return DecoderShape(
         hidden_size=text.hidden_size,
         layers=text.num_hidden_layers,
         heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        kv_heads=kv_heads or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         vocab=text.vocab_size,
         fingerprint=fingerprint,

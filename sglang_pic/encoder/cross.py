@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sglang_pic.encoder.config import EncoderConfig
-from sglang_pic.encoder.encoder import Mlp
+from sglang_pic.encoder.encoder import Mlp, Writing
 
 Span = tuple[int, int]
 
@@ -63,7 +63,7 @@ class CrossBlock(nn.Module):
         self.attention_norm = nn.RMSNorm(shape.hidden_size, config.eps)
         self.q_proj = nn.Linear(shape.hidden_size, width, bias=False)
         self.q_norm = nn.RMSNorm(shape.head_dim, config.eps)
-        self.o_proj = nn.Linear(width, shape.hidden_size, bias=False)
+        self.o_proj = Writing(width, shape.hidden_size)
         self.attention_gate = nn.Parameter(torch.zeros(1))
         self.mlp_norm = nn.RMSNorm(shape.hidden_size, config.eps)
         self.mlp = Mlp(shape.hidden_size, config.intermediate_size)

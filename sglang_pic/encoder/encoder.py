@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sglang_pic.encoder.config import EncoderConfig
+
+Reduce = Callable[[Tensor], Tensor]
 
 
 class EncoderKV(NamedTuple):
@@ -19,6 +21,26 @@ class EncoderKV(NamedTuple):
     v: Tensor
 
 
+def whole(x: Tensor) -> Tensor:
+    """The sum over one rank."""
+    return x
+
+
+class Writing(nn.Linear):
+    """A projection back to the residual stream.
+
+    Attributes:
+        reduce: sums over tensor-parallel ranks what each has computed of it (``ranks``).
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False):
+        super().__init__(inputs, outputs, bias)
+        self.reduce: Reduce = whole
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reduce(super().forward(x))
+
+
 class Mlp(nn.Module):
     """The gated MLP of Llama and its kin."""
 
@@ -26,7 +48,7 @@ class Mlp(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
         self.up_proj = nn.Linear(hidden, intermediate, bias=False)
-        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+        self.down_proj = Writing(intermediate, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -54,7 +76,7 @@ class EncoderAttention(nn.Module):
         self.q_proj = nn.Linear(hidden, width, bias)
         self.k_proj = nn.Linear(hidden, kv_width, bias)
         self.v_proj = nn.Linear(hidden, kv_width, bias)
-        self.o_proj = nn.Linear(width, hidden, bias)
+        self.o_proj = Writing(width, hidden, bias)
         if config.head_norm:
             self.q_norm = nn.RMSNorm(shape.head_dim, config.eps)
             self.k_norm = nn.RMSNorm(shape.head_dim, config.eps)

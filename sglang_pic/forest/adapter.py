@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.base_prefix_cache import (
+    CacheRequestHandle,
+    CacheRequestOutcome,
     EvictParams,
     EvictResult,
     IncLockRefResult,
@@ -106,7 +108,18 @@ class PicCache(UnifiedRadixCache):
             self.forest.carried.end(req)
             with self.forest.contained("documents", req):
                 self.forest.encoded.end(req)
+        elif req.to_finish is not None:
+            # It is retracted, and may not come again: SGLang ends the last one so when even
+            # that has no room.
+            with self.forest.contained("documents", req):
+                self.forest.encoded.let_go(req.cache_request_handle)
         return claimed
+
+    def finish(self, handle: CacheRequestHandle, outcome: CacheRequestOutcome) -> None:
+        # Of a request that ends in the queue, or between two chunks.
+        super().finish(handle, outcome)
+        with self.forest.contained("documents"):
+            self.forest.encoded.let_go(handle)
 
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
         self.forest.links.released(req)

@@ -172,7 +172,8 @@ def _encoded(ctx: Any, runner: Any, forest: Forest) -> Encoded:
     args = ctx.server_args
     reasons = {
         f"{type(runner.model).__name__} is not wired": not hasattr(runner.model, "pic"),
-        "tensor parallelism is not supported": args.tp_size > 1,
+        "--enable-layernorm-sp is not supported": args.enable_layernorm_sp,
+        "--moe-dense-tp-size 1 is not supported": args.moe_dense_tp_size == 1 < args.tp_size,
         "data parallelism is not supported": args.dp_size > 1,
         "speculative decoding is not supported": args.speculative_algorithm is not None,
         "latent attention (MLA) is not supported": runner.use_mla_backend,
@@ -182,7 +183,7 @@ def _encoded(ctx: Any, runner: Any, forest: Forest) -> Encoded:
         if holds:
             raise PicConfigError(f"--pic-encoder: {reason}")
     layers = ctx.model_config.num_hidden_layers
-    return Encoded(runner.model.pic, forest.kept, forest.cost, layers)
+    return Encoded(runner.model.pic, forest.kept, forest.cost, layers, forest.consensus)
 
 
 def plant(

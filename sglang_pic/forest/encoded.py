@@ -3,17 +3,19 @@
 Their keys and values lie outside SGLang's pool, in the budget and the eviction order of what
 segments carry beside pages. A document is held whole or not at all. What a request sees
 stays until it ends: its tokens are not in the row, and could not be computed in their place.
+
+What is held depends on the stream of requests alone, so that tensor-parallel ranks hold the
+same: time is what commands say it is, and requests end where SGLang ends them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import time
 import weakref
 from array import array
-from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from sglang_pic.attention.rows import by_row, can_tell
@@ -21,6 +23,7 @@ from sglang_pic.encoder.encoder import EncoderKV
 from sglang_pic.encoder.limits import fits
 from sglang_pic.encoder.step import DocumentStep, make_step
 from sglang_pic.errors import PicIntegrityError, PicRefused
+from sglang_pic.forest.consensus import Consensus
 from sglang_pic.forest.cost import PrefillCost
 from sglang_pic.forest.kept import Kept
 from sglang_pic.forest.keys import document_id
@@ -29,6 +32,7 @@ from sglang_pic.request.internal import EncodedRequest
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
 
     from sglang_pic.encoder.beside import BesideModel
 
@@ -74,9 +78,12 @@ class Wanted(NamedTuple):
 class Documents(Protocol):
     """What the scheduler does for requests with documents."""
 
-    def encode(self, prompts: Sequence[Wanted]) -> list[bool]:
+    def encode(self, prompts: Sequence[Wanted], now: float) -> list[bool]:
         """Have encoded what of these prompts' documents is not held, and keep all of a
         prompt until it comes.
+
+        Args:
+            now: seconds, monotonic, of the front's machine.
 
         Returns:
             Of which prompts all are kept; of the others none is.
@@ -113,6 +120,11 @@ class Documents(Protocol):
         """A request is over."""
         ...
 
+    def let_go(self, handle: CacheRequestHandle) -> None:
+        """Keep nothing for a request any longer. Should it run after all, it still sees its
+        documents."""
+        ...
+
     def flush(self, tenant: str | None) -> int:
         """Forget a tenant's that no request sees; how many."""
         ...
@@ -133,7 +145,7 @@ class Documents(Protocol):
 class NoDocuments:
     """Of a server without an encoder."""
 
-    def encode(self, prompts: Sequence[Wanted]) -> list[bool]:
+    def encode(self, prompts: Sequence[Wanted], now: float) -> list[bool]:
         raise PicRefused(409, NO_ENCODER, "pic.mode")
 
     def take(self, req: Req, asked: EncodedRequest) -> list[int]:
@@ -146,6 +158,9 @@ class NoDocuments:
         return []
 
     def end(self, req: Req) -> None:
+        pass
+
+    def let_go(self, handle: CacheRequestHandle) -> None:
         pass
 
     def flush(self, tenant: str | None) -> int:
@@ -172,10 +187,9 @@ class NoDocuments:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Row:
-    """The documents of a request by name, and what gives them back, once."""
+    """The documents of a request by name."""
 
     documents: Mapping[str, EncoderKV]
-    release: weakref.finalize
 
 
 class Encoded:
@@ -186,7 +200,7 @@ class Encoded:
         kept: where they are kept.
         cost: of the model, whose layers the encoder's are like.
         layers: of the model.
-        clock: seconds, monotonic.
+        consensus: told what is kept and what is refused; of what has gone, ``kept`` tells it.
     """
 
     def __init__(
@@ -195,29 +209,31 @@ class Encoded:
         kept: Kept,
         cost: PrefillCost,
         layers: int,
-        clock: Callable[[], float] = time.monotonic,
+        consensus: Consensus,
     ):
         self._beside = beside
         self._kept = kept
         self._cost = cost
-        self._clock = clock
+        self._consensus = consensus
         self._share = beside.config.layers / layers
         self._rows: weakref.WeakKeyDictionary[Req, _Row] = weakref.WeakKeyDictionary()
         self._arranged: tuple[list[_Row | None], list[int], DocumentStep | None] = [], [], None
         # Requests that see each document.
         self._users: Counter[str] = Counter()
-        # What requests that are gone saw.
-        self._gone: deque[tuple[str, ...]] = deque()
+        # What is kept for those that have not ended. Several may have one name, which clients
+        # choose, where there are several tokenizer workers: they end together.
+        self._taken: dict[CacheRequestHandle, tuple[str, ...]] = {}
         # Those kept for prompts on their way, and until when.
         self._leases: dict[str, tuple[float, list[str]]] = {}
+        # The latest that any front has said.
+        self._now = 0.0
         self._encoded = self._tokens = self._no_room = 0
 
     def _owner(self, tenant: str | None) -> tuple[str, ...]:
         return (DOCUMENT, self._beside.digest, tenant or "")
 
-    def encode(self, prompts: Sequence[Wanted]) -> list[bool]:
-        self._settle()
-        now = self._clock()
+    def encode(self, prompts: Sequence[Wanted], now: float) -> list[bool]:
+        self._now = now = max(self._now, now)
         for lease in [lease for lease, (until, _) in self._leases.items() if until <= now]:
             self._end_lease(lease)
         fresh = self._read(prompts)
@@ -236,6 +252,7 @@ class Encoded:
                     need += len(tokens) * self._beside.bytes_per_token
             if need > room:
                 self._no_room += len(fresh)
+                self._consensus.note("refused", prompt.lease)
                 continue
             room -= need
             wanted |= fresh
@@ -277,6 +294,7 @@ class Encoded:
         cost = self._cost.flops(0, document.tokens) * self._share
         kept = self._kept.put(name, document, cost=cost, group=DOCUMENT)
         self._no_room += not kept
+        self._consensus.note("kept" if kept else "refused", name)
         return kept
 
     def _end_lease(self, lease: str) -> None:
@@ -284,6 +302,8 @@ class Encoded:
         self._release(names)
 
     def take(self, req: Req, asked: EncodedRequest) -> list[int]:
+        if req in self._rows:
+            return []  # SGLang has paused it before it had a token
         names = asked.documents
         more = "adapter" if req.lora_id is not None else asked_for_more(req)
         if more is not None:
@@ -299,11 +319,9 @@ class Encoded:
         self._keep(list(documents))
         if asked.strict:
             self._end_lease(asked.lease)
-        # A request that ends in the queue is not told to the cache. It may be collected at
-        # any moment, so that what it leaves is only noted then.
-        release = weakref.finalize(req, self._gone.append, tuple(documents))
-        release.atexit = False
-        self._rows[req] = _Row(documents, release)
+        handle = req.cache_request_handle
+        self._taken[handle] = (*self._taken.get(handle, ()), *documents)
+        self._rows[req] = _Row(documents)
         req.extra_key = self._key(req.extra_key, names)
         return []
 
@@ -317,11 +335,6 @@ class Encoded:
         for name in names:
             self._users[name] += 1
             self._kept.pin(name)
-
-    def _settle(self) -> None:
-        """Let go what requests that are gone have seen."""
-        while self._gone:
-            self._release(self._gone.popleft())
 
     def _release(self, names: Sequence[str]) -> None:
         for name in names:
@@ -355,14 +368,14 @@ class Encoded:
         return [req for req in reqs if req in self._rows]
 
     def end(self, req: Req) -> None:
-        row = self._rows.pop(req, None)
-        if row is not None:
+        if self._rows.pop(req, None) is not None:
             self._arranged = [], [], None
-            row.release()
-            self._settle()
+        self.let_go(req.cache_request_handle)
+
+    def let_go(self, handle: CacheRequestHandle) -> None:
+        self._release(self._taken.pop(handle, ()))
 
     def flush(self, tenant: str | None) -> int:
-        self._settle()
         owner = self._owner(tenant)
         names = [name for name in self._kept.names(DOCUMENT) if name not in self._users]
         mine = [name for name in names if self._kept.held(name, owner) is not None]
@@ -371,7 +384,6 @@ class Encoded:
         return len(mine)
 
     def to_json(self) -> dict[str, Any]:
-        self._settle()
         config = self._beside.config
         return {
             "encoder": {
@@ -390,14 +402,15 @@ class Encoded:
         }
 
     def check(self) -> None:
-        users = Counter(name for row in self._rows.values() for name in row.documents)
+        users = Counter(name for names in self._taken.values() for name in names)
         users.update(name for _, names in self._leases.values() for name in names)
-        # A request that is gone may not have been collected yet, never the reverse.
-        if any(self._users[name] < count for name, count in users.items()):
-            raise PicIntegrityError("a document that a request sees is taken for unused")
+        if users != self._users:
+            raise PicIntegrityError("which documents requests see does not add up")
 
     def clear(self) -> None:
         for lease in list(self._leases):
             self._end_lease(lease)
+        for handle in list(self._taken):
+            self.let_go(handle)
         for name in self._kept.names(DOCUMENT):
             self._kept.drop(name)

@@ -9,7 +9,7 @@ from typing import Any
 from sglang_pic.errors import PicActionError, PicRefused
 from sglang_pic.faults import faults
 from sglang_pic.forest.adapter import PicCache
-from sglang_pic.manage.commands import obey
+from sglang_pic.manage.commands import check_trusted, obey
 from sglang_pic.request.hints import DONE, MISSING, NO_LONGER
 from sglang_pic.request.internal import NOTHING
 
@@ -45,6 +45,7 @@ def answer(scheduler: Any, req: Any, is_retracted: bool) -> Answer | None:
         if asked.command is not None:
             return Answer(DONE + obey(scheduler, req, asked.command))
         if asked.encoded is not None:
+            check_trusted(cache.forest)
             missing = cache.forest.encoded.take(req, asked.encoded)
             if missing and not asked.encoded.strict:
                 return Answer(NO_LONGER, HTTPStatus.SERVICE_UNAVAILABLE)

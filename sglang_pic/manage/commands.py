@@ -92,7 +92,15 @@ def _fetch(scheduler: Any, req: Any, command: asked.Fetch) -> Any:
     return {}
 
 
+def check_trusted(forest: Forest) -> None:
+    """Raise ``PicRefused`` (503) where the forest is trusted no more: nothing can stand for
+    documents that ranks may hold differently."""
+    if forest.refusal is not None:
+        raise PicRefused(503, forest.refusal, "pic.mode")
+
+
 def _encode(scheduler: Any, req: Any, command: asked.Encode) -> Any:
+    check_trusted(_forest(scheduler))
     ids, at, wanted = req.origin_input_ids, 0, []
     lengths = [length for lease in command.leases for length in lease.lengths]
     if min(lengths, default=1) < 1 or sum(lengths) != len(ids) * bool(lengths):
@@ -103,7 +111,9 @@ def _encode(scheduler: Any, req: Any, command: asked.Encode) -> Any:
             documents.append(ids[at : at + length])
             at += length
         wanted.append(Wanted(lease.id, lease.tenant or None, lease.held, documents))
-    return {"kept": _forest(scheduler).encoded.encode(wanted)}
+    # Its sums over ranks must not run beside those of a pass that is under way.
+    scheduler.schedule_stream.wait_stream(scheduler.forward_stream)
+    return {"kept": _forest(scheduler).encoded.encode(wanted, command.now)}
 
 
 def _fetched(scheduler: Any, command: asked.Fetched) -> Any:

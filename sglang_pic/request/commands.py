@@ -132,9 +132,14 @@ class Lease(msgspec.Struct, forbid_unknown_fields=True):
 class Encode(_Command, tag="encode"):
     """Have an encoder read documents, unless they are held, and keep those of each prompt
     until that has come; of which prompts all are kept now, of the others none. The prompt
-    that comes with the command is all of the documents, one behind the other."""
+    that comes with the command is all of the documents, one behind the other.
+
+    Attributes:
+        now: seconds, monotonic, of the front's machine: each rank has a clock of its own.
+    """
 
     leases: list[Lease]
+    now: float
 
 
 class Publish(_Command, tag="publish"):

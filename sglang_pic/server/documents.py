@@ -175,6 +175,7 @@ class Encoder:
             "encode",
             ids=[token for ids in documents for token in ids],
             leases=[job.piece(some) for job, some in pieces],
+            now=time.monotonic(),
         )
         return told["kept"]
 
@@ -345,7 +346,8 @@ class WithEncoder:
                 raise PicRequestError(field, problem)
             if not 0 <= min(ids) <= max(ids) < vocabulary:
                 raise PicRequestError(field, f"token ids are from 0 to {vocabulary - 1}")
-        each = self._config.bytes_per_token(self._manager.model_config.dtype.itemsize)
+        item, ranks = self._manager.model_config.dtype.itemsize, self._manager.server_args.tp_size
+        each = self._config.bytes_per_token(item, ranks)
         need = each * sum(len(ids) for ids in {ids for _, ids in made.documents})
         if need > self._budget:
             raise PicRequestError(
