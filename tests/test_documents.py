@@ -500,7 +500,7 @@ sizes = st.lists(st.integers(1, 30), min_size=1, max_size=12)
 def test_whatever_happens_the_sums_hold(
     driver: Driver, sizes: list[int], room: int, data: Any
 ) -> None:
-    encoded, _, kept = held_by(room)
+    encoded, _, store = held_by(room)
     running: list[Any] = []
     for i, size in enumerate(sizes):
         prompt = wanted(ids(i, size), ids(max(0, i - 2), sizes[max(0, i - 2)]))
@@ -513,14 +513,14 @@ def test_whatever_happens_the_sums_hold(
         if data.draw(st.booleans()):
             clock.now += LEASE_S + 1
         encoded.check()
-        assert kept.nbytes <= kept.budget
+        assert store.nbytes <= store.budget
     for req in running:
         encoded.end(req)
     clock.now += LEASE_S + 1
     encoded.encode([])
     assert encoded.to_json()["in_use"] == 0
-    held = len(kept.names(DOCUMENT))
-    assert encoded.flush(None) == held and kept.nbytes == 0
+    held = len(store.names(DOCUMENT))
+    assert encoded.flush(None) == held and store.nbytes == 0
     encoded.check()
 
 

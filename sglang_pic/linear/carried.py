@@ -226,7 +226,7 @@ class LinearStates:
             core_end=capture.core_end,
             conv_tail=tail,
             # It opens no prompt.
-            end=tail.new_zeros(0),
+            end=tail.new_zeros(0, 0, self._shape.dk, self._shape.dv),
             pairs=pairs,
             cost=self._cost.flops(capture.start, end),
             uses=NAMED_USES,
