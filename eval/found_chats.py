@@ -26,7 +26,9 @@ TEMPLATE = (
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 MODULES = (cutting, finder, rendered, seen, sketch, spans, structure, worth)
-DOCUMENTS, TOOLS, FILE_LINES = 5, 12, 60
+# Passages that recur, and how many of them a question gets.
+CORPUS, DOCUMENTS = 12, 5
+TOOLS, FILE_LINES = 12, 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Chat:
 def stuffed(rng: random.Random) -> Iterator[Chat]:
     """Retrieved documents in shuffled order in one string, as LangChain's chain that stuffs
     them renders them."""
-    passages = load_passages()
+    passages = load_passages()[:CORPUS]
     while True:
         chosen = rng.sample(passages, DOCUMENTS)
         question = rng.choice(rng.choice(chosen).questions).text
