@@ -82,3 +82,19 @@ def clustered(
         **BOOTSTRAP,
     ).confidence_interval
     return float(found.low), float(found.high)
+
+
+def share_interval(
+    right: Sequence[int], counts: Sequence[int], *, level: float = 0.95
+) -> tuple[float, float]:
+    """Of a share of cases that come in clusters, within [0, 1]; where all are right, or none
+    is, the exact binomial bound.
+
+    Args:
+        right, counts: cases of each cluster that are right, and all of them; not 0.
+    """
+    if list(right) == list(counts):
+        _, bound = clustered([0] * len(counts), counts, level=level)
+        return 1 - bound, 1.0
+    low, high = clustered(right, counts, level=level)
+    return max(0.0, low), min(1.0, high)

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from sglang_pic.eval import hybrid_quality, multihop, pareto, recurrence, text_quality
 from sglang_pic.eval.bench import Bench
-from sglang_pic.eval.intervals import clustered, interval, ratio_interval
+from sglang_pic.eval.intervals import clustered, interval, ratio_interval, share_interval
 from sglang_pic.eval.kept import Kept
 from sglang_pic.eval.models.hybrid import task
 from sglang_pic.eval.models.smollm2 import ensure_model
@@ -181,6 +181,17 @@ def test_clusters_are_drawn_whole() -> None:
     low, high = clustered([0.0] * 40, [10] * 40)
     assert -low == high == pytest.approx(1 - 0.025 ** (1 / 400))
     assert clustered([3.0], [10]) == (-1.0, 1.0)
+
+
+def test_a_share_is_within_its_bounds_and_never_certain() -> None:
+    counts = [5] * 20
+    low, high = share_interval(counts, counts)
+    assert (low, high) == (pytest.approx(0.025 ** (1 / 100)), 1.0)
+    low, high = share_interval([0] * 20, counts)
+    assert (low, high) == (0.0, pytest.approx(1 - 0.025 ** (1 / 100)))
+    low, high = share_interval([5] * 18 + [2, 4], counts)
+    assert 0.9 < low < 0.96 < high <= 1.0
+    assert share_interval([3], [4]) == (0.0, 1.0)
 
 
 def fewer(*args: Any) -> list[multihop.Example]:

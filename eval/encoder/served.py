@@ -31,7 +31,7 @@ from sglang_pic.eval.command import Outcome, deliver, parser_of
 from sglang_pic.eval.encoder.data import Asked, Row
 from sglang_pic.eval.encoder.decoder import shape_of
 from sglang_pic.eval.encoder.quality import ENCODER, ITEM, MODEL, decoder_bytes, held_out
-from sglang_pic.eval.intervals import interval
+from sglang_pic.eval.intervals import share_interval
 from sglang_pic.eval.tables import Table
 
 # What can be asked of documents in any order.
@@ -66,7 +66,8 @@ def body_of(
 def ask(pair: Bench, method: str, rows: Sequence[Row], seed: int, progress: Any) -> dict[str, Any]:
     """All questions of all sets by one method."""
     server = pair.stock if method == "full" else pair.ours
-    rng, right, seconds, own, shared = random.Random(seed), [], [], [], []
+    rng, seconds, own, shared = random.Random(seed), [], [], []
+    right = [0] * len(rows)
     for i, row in enumerate(rows):
         held = 0
         for j, asked in enumerate(row.asked):
@@ -75,7 +76,7 @@ def ask(pair: Bench, method: str, rows: Sequence[Row], seed: int, progress: Any)
             taken, out = server.first_token(**body)
             meta = out["meta_info"]
             out = server.generate(**body)
-            right.append(out["output_ids"] == asked.answer)
+            right[i] += out["output_ids"] == asked.answer
             reused = 0
             if method == "linked":
                 reused = sum(one["tokens_reused"] for one in meta["pic"]["segments"])
@@ -85,11 +86,13 @@ def ask(pair: Bench, method: str, rows: Sequence[Row], seed: int, progress: Any)
                 seconds.append(taken)
             progress.update()
         shared.append(held if method != "encoded" else sum(map(len, row.documents)))
+    counts = [len(row.asked) for row in rows]
+    low, high = share_interval(right, counts)
     return {
-        "questions": len(right),
-        "exact_match": statistics.fmean(right),
-        "exact_match_low": interval([float(one) for one in right])[0],
-        "exact_match_high": interval([float(one) for one in right])[1],
+        "questions": sum(counts),
+        "exact_match": sum(right) / sum(counts),
+        "exact_match_low": low,
+        "exact_match_high": high,
         "ttft_s": statistics.median(seconds),
         "tokens_of_a_row": statistics.fmean(own),
         "tokens_shared": statistics.fmean(shared),
