@@ -28,6 +28,7 @@ from linking import (
 )
 from transformers import AutoTokenizer
 
+from sglang_pic.client import ConflictError, NoRoomError, NotFoundError, PicClient
 from sglang_pic.eval.bench import Bench
 from sglang_pic.eval.encoder import served
 from sglang_pic.eval.encoder.quality import ENCODER, held_out
@@ -283,14 +284,94 @@ def test_what_cannot_be_answered_is_refused(
     assert says in answer.json()["error"]["message"]
 
 
-def test_what_is_not_foretold_is_refused(server: Server) -> None:
-    asked = {"input_ids": [1, 2, 3], "pic": {"mode": "encode", "segments": []}}
-    answer = server.post("/pic/explain", asked)
-    assert answer.status_code == 400 and answer.json()["error"]["param"] == "pic.mode"
-    # A stream is refused as any other request is.
+def test_a_stream_is_refused_as_any_other_request_is(server: Server) -> None:
     made = encoded_body([("segment", [1, 2])], 2, fresh_salt())
     answer = server.post("/generate", {**made, "stream": True})
     assert "text beside its documents" in answer.text
+
+
+def client_of(server: Server, salt: str) -> PicClient:
+    return PicClient(server.url, cache_salt=salt)
+
+
+def test_documents_are_encoded_ahead(server: Server, encoder: pathlib.Path) -> None:
+    salt = fresh_salt()
+    client = client_of(server, salt)
+    documents = [ids_of(500 + i, 30 + i) for i in range(3)]
+    parts = [*(("segment", ids) for ids in documents), ("text", ids_of(510, 8))]
+    prompt = encoded_body(parts, 3, salt)
+    told = client.explain(input_ids=prompt["input_ids"], pic=prompt["pic"])
+    assert [one.reason for one in told.segments] == ["not_compiled"] * 3
+    assert (told.exactness, told.tokens_to_compile) == ("encoded", 30 + 31 + 32)
+    made = client.compile(input_ids=documents[:2], mode="encode")
+    assert [(one.tokens, one.tokens_computed) for one in made] == [(30, 30), (31, 31)]
+    made = client.compile(input_ids=documents, mode="encode")
+    assert [one.tokens_computed for one in made] == [0, 0, 32]
+    told = client.explain(input_ids=prompt["input_ids"], pic=prompt["pic"])
+    assert [(one.id, one.hit) for one in told.segments] == [(one.id, True) for one in made]
+    assert (told.tokens_to_compile, told.tokens_reused) == (0, 0)
+    answer = server.generate(**prompt)
+    check(answer, encoder, parts)
+    report = answer["meta_info"]["pic"]
+    assert report["waited_for"] == []
+    assert [one["id"] for one in report["segments"]] == [one.id for one in made]
+    again = client.explain(input_ids=prompt["input_ids"], pic=prompt["pic"])
+    assert again.tokens_reused == 7 // page_of(server) * page_of(server)
+
+
+def test_documents_are_managed_as_segments_are(server: Server) -> None:
+    salt = fresh_salt()
+    client, other = client_of(server, salt), client_of(server, fresh_salt())
+    one, two = client.compile(input_ids=[ids_of(520, 40), ids_of(521, 50)], mode="encode")
+    listed = client.documents()
+    assert {(card.id, card.tokens, card.bytes) for card in listed} == {
+        (one.id, 40, 40 * 512),
+        (two.id, 50, 50 * 512),
+    }
+    assert client.segments() == [] and other.documents() == []
+    assert client.pin(one.id).pinned and client.get(one.id).pinned
+    for call in (other.get, other.pin, other.unpin, other.delete):
+        with pytest.raises(NotFoundError):
+            call(one.id)
+    with pytest.raises(ConflictError, match="pinned"):
+        client.delete(one.id)
+    # A tenant may pin a quarter of 1 MiB.
+    large = client.compile(input_ids=[ids_of(522 + i, 290) for i in range(2)], mode="encode")
+    client.pin(large[0].id)
+    with pytest.raises(NoRoomError):
+        client.pin(large[1].id)
+    unpinned = len(client.documents()) - 2
+    assert client.flush().documents == unpinned
+    assert {card.id for card in client.documents()} == {one.id, large[0].id}
+    for name in (one.id, large[0].id):
+        client.unpin(name)
+        client.delete(name)
+    assert client.documents() == []
+    assert server.forest()["integrity"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"input_ids": ids_of(1, MAX_TOKENS + 1)}, "input_ids[0]"),
+        ({"input_ids": [[1, 2], [1, 512]]}, "input_ids[1]"),
+        ({"input_ids": [[1, 2], []]}, "input_ids[1]"),
+        ({"input_ids": []}, "input_ids"),
+        ({"input_ids": [ids_of(i, 290) for i in range(8)]}, "input_ids"),
+        ({"input_ids": [1, 2], "seam": 4}, "seam"),
+        ({"input_ids": [1, 2], "company": True}, "company"),
+        ({"input_ids": [1, 2], "opening": [1]}, "opening"),
+        ({"input_ids": [1, 2], "extra_key": "x"}, "extra_key"),
+        ({"input_ids": [1, 2], "lora_path": "x"}, "lora_path"),
+        ({}, "text"),
+    ],
+)
+def test_what_cannot_be_encoded_ahead_is_refused(
+    server: Server, fields: dict[str, Any], field: str
+) -> None:
+    answer = server.post("/pic/compile", {**fields, "mode": "encode"})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == field
 
 
 def test_it_says_what_it_holds(server: Server) -> None:

@@ -74,6 +74,7 @@ def test_what_the_front_sends_is_read() -> None:
         values = {"id": "a", "tokens": [1], "segments": ["a"], "at": 1, "seam": 2, "on": True}
         values |= {
             "companies": ["a"],
+            "documents": ["a"],
             "lengths": [3],
             "named": True,
             "drop": True,

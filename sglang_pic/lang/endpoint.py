@@ -41,6 +41,8 @@ class PicRuntimeEndpoint(RuntimeEndpoint):
             server's own if ``None``.
         company: whose company a segment may have been computed in, ``off``, ``subset`` or
             ``tenant``; the server's own if ``None``.
+        mode: ``encode``, to have the server's encoder read the segments, instead of linking
+            them; the server's own mode of links if ``None``.
         find: find segments in texts that have none, ``off``, ``structure`` or ``content``; the
             server's own if ``None``.
         require_exact: recompute everything that a link would only approximate.
@@ -70,6 +72,7 @@ class PicRuntimeEndpoint(RuntimeEndpoint):
         *,
         company: str | None = None,
         find: str | None = None,
+        mode: str | None = None,
         api_key: str | None = None,
         verify: str | None = None,
         chat_template_name: str | None = None,
@@ -85,6 +88,8 @@ class PicRuntimeEndpoint(RuntimeEndpoint):
             self._options["policy"] = policy
         if company is not None:
             self._options["company"] = company
+        if mode is not None:
+            self._options["mode"] = mode
         if require_exact:
             self._options["require_exact"] = True
         self._finding = {} if find is None else {"find": find}

@@ -274,14 +274,15 @@ class StateStore:
         held = self._states.get(name)
         return held if held is not None and held.owner == owner else None
 
-    def put(self, name: str, value: Sized, *, cost: float, group: str) -> bool:
+    def put(self, name: str, value: Sized, *, cost: float, group: str, uses: int = 1) -> bool:
         """Keep something else than states; whether it fits. It may go at once.
 
         Args:
             cost: FLOPs that one use of it saves.
             group: its kind of thing.
+            uses: as of ``add``.
         """
-        return self._put(name, value, cost, 1, group)
+        return self._put(name, value, cost, uses, group)
 
     def names(self, group: str) -> list[str]:
         """Of all of a group."""

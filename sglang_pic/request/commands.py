@@ -49,7 +49,7 @@ class Key(_Command, tag="key"):
 
 
 class List(_Command, tag="list"):
-    """A tenant's segments."""
+    """A tenant's segments, and its encoded documents."""
 
 
 class Get(_Command, tag="get"):
@@ -121,12 +121,14 @@ class Lease(msgspec.Struct, forbid_unknown_fields=True):
         id: names the prompt; more of its documents may come under it.
         held: names of documents that were held lately.
         lengths: of those that come with the command.
+        named: they are asked for by name, and no prompt will come.
     """
 
     id: str
     tenant: str | None
     held: list[str]
     lengths: list[int]
+    named: bool = False
 
 
 class Encode(_Command, tag="encode"):
@@ -135,6 +137,13 @@ class Encode(_Command, tag="encode"):
     that comes with the command is all of the documents, one behind the other."""
 
     leases: list[Lease]
+
+
+class Foretell(_Command, tag="foretell"):
+    """Which of these documents the tenant has, and what of the row that comes with the
+    command is cached behind them."""
+
+    documents: list[str]
 
 
 class Publish(_Command, tag="publish"):
@@ -146,7 +155,7 @@ class Publish(_Command, tag="publish"):
 
 
 class Held(_Command, tag="held"):
-    """Which of these the tenant has."""
+    """Which of these the tenant has, documents too."""
 
     segments: list[str]
 
@@ -192,6 +201,7 @@ Command = Union[  # noqa: UP007  (msgspec reads it at run time, on Python 3.10 t
     Fetch,
     Fetched,
     Encode,
+    Foretell,
     Publish,
     Held,
     Companies,

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,13 +24,13 @@ from sglang_pic.encoder.limits import ENCODE_TOKENS, fits
 from sglang_pic.errors import PicRefused, PicRequestError
 from sglang_pic.forest.keys import document_id
 from sglang_pic.link.policy import ENCODE, LinkOptions
-from sglang_pic.link.report import EMPTY, ENCODED, LinkReport, SegmentReport
+from sglang_pic.link.report import EMPTY, ENCODED, MISSING, LinkReport, SegmentReport
 from sglang_pic.metrics.front import counts
 from sglang_pic.request.hints import NO_LONGER
 from sglang_pic.request.internal import EncodedRequest
 from sglang_pic.server.answers import handed_back, samples_of
 from sglang_pic.server.asking import Generate
-from sglang_pic.server.compiler import COMPILED, Made
+from sglang_pic.server.compiler import COMPILED, Caller, Made
 from sglang_pic.server.life import Prompt
 from sglang_pic.server.queue import FairQueue
 from sglang_pic.server.send import set_encoded
@@ -77,6 +77,7 @@ class Job:
         lease: under which they are kept for it.
         held: names of its others, which the scheduler holds.
         documents: those to be encoded, each once.
+        named: they are asked for by name, and no prompt comes.
         sent: how many of them have been.
         result: whether all of the prompt's are kept.
     """
@@ -86,6 +87,7 @@ class Job:
     held: list[str]
     documents: list[tuple[int, ...]]
     result: asyncio.Future[bool]
+    named: bool = False
     sent: int = 0
 
     def piece(self, documents: Sequence[tuple[int, ...]]) -> dict[str, Any]:
@@ -95,6 +97,7 @@ class Job:
             "tenant": self.tenant,
             "held": self.held,
             "lengths": [len(ids) for ids in documents],
+            "named": self.named,
         }
 
 
@@ -135,12 +138,15 @@ class Encoder:
         urgency: int,
         held: Sequence[str],
         documents: Sequence[tuple[int, ...]],
+        *,
+        named: bool = False,
     ) -> bool | None:
         """Encode some of a prompt's documents, and keep all of them until it comes.
 
         Args:
             lease: names the prompt.
             held: names of its other documents.
+            named: no prompt comes, they are asked for by name: nothing is kept for it.
 
         Returns:
             Whether they are kept; if not, none is. ``None`` where too many prompts of the
@@ -152,7 +158,7 @@ class Encoder:
         if not documents:
             return True
         result = asyncio.get_running_loop().create_future()
-        job = Job(lease, tenant, list(held), list(dict.fromkeys(documents)), result)
+        job = Job(lease, tenant, list(held), list(dict.fromkeys(documents)), result, named)
         if not self._queue.add([job], tenant, urgency):
             return None
         if self._running is None:
@@ -216,6 +222,23 @@ class Documents(Protocol):
         """Raise ``PicRequestError`` for one that cannot be answered."""
         ...
 
+    def check_documents(self, documents: Mapping[str, Sequence[int]], field: str) -> None:
+        """Raise ``PicRequestError`` for documents that cannot be held at once.
+
+        Args:
+            documents: token ids, not empty, by the fields that they came in.
+            field: that all of them came in.
+        """
+        ...
+
+    async def make(self, documents: Sequence[tuple[int, ...]], caller: Caller) -> bool | None:
+        """Encode documents ahead of prompts, as asked for by name.
+
+        Returns:
+            Whether there was room for them; ``None`` where too many of the tenant wait.
+        """
+        ...
+
     def live(
         self,
         generate: Generate,
@@ -238,6 +261,12 @@ class NoDocuments:
 
     def check(self, prompt: Prompt) -> None:
         raise PicRequestError("pic.mode", NO_ENCODER)
+
+    def check_documents(self, documents: Mapping[str, Sequence[int]], field: str) -> None:
+        raise PicRequestError("mode", NO_ENCODER)
+
+    async def make(self, documents: Sequence[tuple[int, ...]], caller: Caller) -> bool | None:
+        raise PicRequestError("mode", NO_ENCODER)
 
     async def live(
         self,
@@ -288,22 +317,30 @@ class WithEncoder:
         made = cut(prompt)
         if not made.row:
             raise PicRequestError("pic.segments", "a prompt needs text beside its documents")
+        self.check_documents(
+            {f"pic.segments[{i}]": ids for i, ids in made.documents}, "pic.segments"
+        )
+
+    def check_documents(self, documents: Mapping[str, Sequence[int]], field: str) -> None:
         longest, vocabulary = self._encoder.max_tokens, self._manager.model_config.vocab_size
-        for i, ids in made.documents:
-            field = f"pic.segments[{i}]"
+        for one, ids in documents.items():
             if len(ids) > longest:
                 problem = f"{len(ids)} tokens are too long for the encoder, at most {longest}"
-                raise PicRequestError(field, problem)
+                raise PicRequestError(one, problem)
             if not 0 <= min(ids) <= max(ids) < vocabulary:
-                raise PicRequestError(field, f"token ids are from 0 to {vocabulary - 1}")
+                raise PicRequestError(one, f"token ids are from 0 to {vocabulary - 1}")
         each = self._config.bytes_per_token(self._manager.model_config.dtype.itemsize)
-        need = each * sum(len(ids) for ids in {ids for _, ids in made.documents})
+        need = each * sum(len(ids) for ids in {tuple(ids) for ids in documents.values()})
         if need > self._budget:
             raise PicRequestError(
-                "pic.segments",
+                field,
                 f"encoded documents of {need} bytes, this server may hold {self._budget}: "
                 "--pic-state-mib",
             )
+
+    async def make(self, documents: Sequence[tuple[int, ...]], caller: Caller) -> bool | None:
+        urgency, lease = self._urgency(caller.priority), uuid.uuid4().hex
+        return await self._encoder.encode(lease, caller.tenant, urgency, [], documents, named=True)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -404,21 +441,23 @@ class EncodedReport(LinkReport):
     tokens_outside: int = 0
 
 
-def report(prompt: Prompt, names: Sequence[str], cached: int) -> EncodedReport:
+def report(
+    prompt: Prompt, names: Sequence[str], cached: int, held: Sequence[bool] | None = None
+) -> EncodedReport:
     """What an answer says of itself.
 
     Args:
         names: of the segments that are not empty.
         cached: tokens of the row that SGLang had.
+        held: which of those segments are held, foretold; all, of an answer.
     """
     ids, link = prompt
-    left = iter(names)
-    segments = tuple(
-        SegmentReport(span.start, span.end, None, False, EMPTY, 0, 0)
-        if span.start == span.end
-        else SegmentReport(span.start, span.end, next(left), True, ENCODED, 0, 0)
-        for span in link.spans
-    )
+    left = zip(names, [True] * len(names) if held is None else held, strict=True)
+    segments = []
+    for span in link.spans:
+        name, is_held = next(left) if span.start < span.end else (None, False)
+        reason = EMPTY if name is None else ENCODED if is_held else MISSING
+        segments.append(SegmentReport(span.start, span.end, name, is_held, reason, 0, 0))
     outside = sum(span.end - span.start for span in link.spans)
     options: LinkOptions = link.options
     return EncodedReport(
@@ -431,6 +470,6 @@ def report(prompt: Prompt, names: Sequence[str], cached: int) -> EncodedReport:
         tokens_computed=len(ids) - outside - cached,
         prefix_tokens=cached,
         turn_tokens=0,
-        segments=segments,
+        segments=tuple(segments),
         tokens_outside=outside,
     )
