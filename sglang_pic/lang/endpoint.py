@@ -12,6 +12,7 @@ from sglang.lang.ir import SglSamplingParams
 from sglang.utils import http_request
 
 from sglang_pic.lang.segment import segment_ranges
+from sglang_pic.link.policy import ENCODE
 
 Report = dict[str, Any]
 
@@ -156,6 +157,13 @@ class PicRuntimeEndpoint(RuntimeEndpoint):
         for answer in answers if isinstance(answers, list) else [answers]:
             self.last_report = answer["meta_info"].get("pic", self.last_report)
         return answers
+
+    def commit_lazy_operations(self, s: StreamExecutor) -> None:
+        """As ``RuntimeEndpoint``; of a text that is documents alone nothing is to be
+        computed before a row follows them."""
+        documents = sum(end - start for start, end in segment_ranges(s))
+        if self._options.get("mode") != ENCODE or documents < len(s.text_):
+            super().commit_lazy_operations(s)
 
     def cache_prefix(self, prefix_str: str) -> None:
         """Have a plain text computed and cached for this endpoint's tenant."""
