@@ -126,26 +126,28 @@ class Flushed:
     forgotten."""
 
     segments: int
-    documents: int
     freed_tokens: int
+    documents: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """How many segments were written, and the bytes of their files."""
+    """How many segments and encoded documents were written, and the bytes of their files."""
 
     segments: int
     bytes: int
+    documents: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """How many segments were loaded and how many were held already; files that were
-    refused, each ``{"file", "reason"}``."""
+    """How many segments and encoded documents were loaded and how many were held already;
+    files that were refused, each ``{"file", "reason"}``."""
 
     segments: int
     present: int
     refused: list[dict[str, str]]
+    documents: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

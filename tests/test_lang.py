@@ -405,6 +405,8 @@ def test_documents_alone_are_nothing_to_compute_ahead(server, opening, posts):
     def program(s):
         s += opening
         s += pic_segment("a document")
+        # What is appended is there in a moment; a fork that sees no text yet asks for nothing.
+        s.sync()
         forks = s.fork(2)
         for fork in forks:
             fork += "Why?" + sgl.gen("answer", max_tokens=3)
