@@ -74,7 +74,6 @@ def test_what_the_front_sends_is_read() -> None:
         values = {"id": "a", "tokens": [1], "segments": ["a"], "at": 1, "seam": 2, "on": True}
         values |= {
             "companies": ["a"],
-            "documents": ["a"],
             "lengths": [3],
             "named": True,
             "drop": True,
@@ -82,6 +81,7 @@ def test_what_the_front_sends_is_read() -> None:
             "begin": True,
             "leases": [commands.Lease("a", None, ["b"], [3])],
         }
+        values["documents"] = kind is commands.Fetched or ["a"]
         command = kind(**{name: values[name] for name in kind.__struct_fields__})
         assert read_internal(command_hints(command)).command == command
     assert read_internal(None) == read_internal(pic_hints(seam=3)) == NOTHING

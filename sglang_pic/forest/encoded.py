@@ -65,6 +65,11 @@ class Document:
     named: bool = False
 
     @property
+    def tenant(self) -> str:
+        """Its salt; empty for none."""
+        return self.owner[-1]
+
+    @property
     def tokens(self) -> int:
         return len(self.ids)
 
@@ -264,6 +269,9 @@ class Encoded:
         cost: of the model, whose layers the encoder's are like.
         layers: of the model.
         clock: seconds, monotonic.
+
+    Attributes:
+        on_worth: told a held document that has been used twice, or was asked for by name.
     """
 
     def __init__(
@@ -275,6 +283,7 @@ class Encoded:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._beside = beside
+        self.on_worth: Callable[[Document], None] = lambda document: None
         self._store = store
         self._cost = cost
         self._clock = clock
@@ -292,6 +301,11 @@ class Encoded:
         # Those kept for prompts on their way, and until when.
         self._leases: dict[str, tuple[float, list[str]]] = {}
         self._encoded = self._tokens = self._no_room = 0
+
+    @property
+    def beside(self) -> BesideModel:
+        """The encoder."""
+        return self._beside
 
     def _owner(self, tenant: str | None) -> tuple[str, ...]:
         return (DOCUMENT, self._beside.digest, tenant or "")
@@ -372,7 +386,15 @@ class Encoded:
     def _hold(self, document: Document) -> bool:
         cost = self._cost.flops(0, document.tokens) * self._share
         uses = 1 + document.uses + NAMED_USES * document.named
-        return self._store.put(document.name, document, cost=cost, group=DOCUMENT, uses=uses)
+        name = document.name
+        kept = self._store.put(name, document, cost=cost, group=DOCUMENT, uses=uses)
+        if kept:
+            self._look(document)
+        return kept
+
+    def _look(self, document: Document) -> None:
+        if document.is_worth_keeping:
+            self.on_worth(document)
 
     def _end_lease(self, lease: str) -> None:
         _, names = self._leases.pop(lease, (0.0, []))
@@ -415,6 +437,7 @@ class Encoded:
             document.uses += 1
             document.last_use = self._ticks
             self._former[name] = document.uses
+            self._look(document)
 
     def _keep(self, names: Sequence[str]) -> None:
         for name in names:
@@ -483,6 +506,45 @@ class Encoded:
         if not document.named:
             document.named = True
             self._store.use(document.name)
+        self._look(document)
+
+    def holds(self, name: str) -> bool:
+        """Whether a document of any tenant is held."""
+        return self._store.nbytes_of(name) > 0
+
+    def is_held(self, document: Document) -> bool:
+        """Whether this very one is."""
+        return self._store.held(document.name, document.owner) is document
+
+    def may_have(self, nbytes: int) -> bool:
+        """Whether there could be room for so much, if others went."""
+        return nbytes <= self._store.budget - self._store.pinned_bytes
+
+    def adopt(
+        self,
+        tenant: str | None,
+        ids: array,
+        kv: EncoderKV,
+        *,
+        uses: int,
+        named: bool,
+        evict: bool,
+    ) -> bool:
+        """Take a document over that was read elsewhere.
+
+        Args:
+            uses: of its former life.
+            evict: others may go for it.
+
+        Returns:
+            Whether there is room for it.
+        """
+        name = document_id(tenant, ids)
+        uses = max(uses, self._former.get(name, 0))
+        document = Document(name, self._owner(tenant), ids, kv, uses, named=named)
+        if not evict and self._store.nbytes + document.nbytes > self._store.budget:
+            return False
+        return self._hold(document)
 
     def lock(self, document: Document) -> Callable[[], None]:
         name = document.name

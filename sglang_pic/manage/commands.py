@@ -121,17 +121,33 @@ def _store(scheduler: Any) -> Store:
 
 
 def _fetch(scheduler: Any, req: Any, command: asked.Fetch) -> Any:
-    lengths, ids = command.lengths, req.origin_input_ids
     context = len(_forest(scheduler).segments.context)
-    if len(lengths) > MAX_FETCH or min(lengths, default=0) <= context or sum(lengths) != len(ids):
+    paths = _cut(req.origin_input_ids, command.lengths, context + 1)
+    salt = _forest(scheduler).segments.namespace(tenant_of(req))
+    _store(scheduler).incoming.begin(salt, paths, seam=command.seam, named=command.named)
+    return {}
+
+
+def _fetch_documents(scheduler: Any, req: Any, command: asked.FetchDocuments) -> Any:
+    found = _cut(req.origin_input_ids, command.lengths, 1)
+    _store(scheduler).documents.begin(tenant_of(req), found, named=command.named)
+    return {}
+
+
+def _cut(ids: Any, lengths: Sequence[int], least: int) -> list[Any]:
+    """The token ids of each, of which a command's prompt is made.
+
+    Raises:
+        PicRefused: 400, they are not of so many tokens, one of fewer than ``least``, or too
+            many.
+    """
+    if len(lengths) > MAX_FETCH or min(lengths, default=0) < least or sum(lengths) != len(ids):
         raise PicRefused(400, f"no paths of {len(ids)} tokens: {lengths!r:.80}", "lengths")
     paths, at = [], 0
     for length in lengths:
         paths.append(ids[at : at + length])
         at += length
-    salt = _forest(scheduler).segments.namespace(tenant_of(req))
-    _store(scheduler).incoming.begin(salt, paths, seam=command.seam, named=command.named)
-    return {}
+    return paths
 
 
 def _encode(scheduler: Any, req: Any, command: asked.Encode) -> Any:
@@ -149,7 +165,8 @@ def _encode(scheduler: Any, req: Any, command: asked.Encode) -> Any:
 
 
 def _fetched(scheduler: Any, command: asked.Fetched) -> Any:
-    incoming = _store(scheduler).incoming
+    store = _store(scheduler)
+    incoming = store.documents if command.documents else store.incoming
     if command.drop:
         for name in command.segments:
             incoming.drop(name)
@@ -190,6 +207,7 @@ COMMANDS: dict[type, Handler] = {
     ),
     asked.Restore: lambda scheduler, req, command: _store(scheduler).restore(tenant_of(req)),
     asked.Fetch: lambda scheduler, req, command: _fetch(scheduler, req, command),
+    asked.FetchDocuments: _fetch_documents,
     asked.Fetched: lambda scheduler, req, command: _fetched(scheduler, command),
     asked.Encode: lambda scheduler, req, command: _encode(scheduler, req, command),
     asked.Publish: lambda scheduler, req, command: {

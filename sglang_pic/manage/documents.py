@@ -62,12 +62,14 @@ def pin(
     except PicRefused:
         forest.holder.refused["quota"] += 1
         raise
+    forest.store.documents.pinned(document, lasting=lasting)
     return card(forest, document)
 
 
 def unpin(forest: Forest, document: Document) -> dict[str, Any]:
     """Let a document go again when it is worth least."""
     forest.pins.remove(document.name)
+    forest.store.documents.pinned(document, lasting=False)
     return card(forest, document)
 
 
@@ -81,13 +83,17 @@ def delete(forest: Forest, document: Document) -> dict[str, Any]:
         raise PicRefused(409, "the document is pinned", "id")
     if forest.encoded.is_in_use(document):
         raise PicRefused(409, "the document is in use", "id")
+    forest.store.documents.deleted(document)
     forest.encoded.delete(document)
     return {"id": document.name, "freed_tokens": document.tokens}
 
 
 def flush(forest: Forest, tenant: str | None) -> int:
     """Forget a tenant's that are neither pinned nor in use; how many."""
-    return len(forest.encoded.flush(tenant))
+    gone = forest.encoded.flush(tenant)
+    for document in gone:
+        forest.store.documents.deleted(document)
+    return len(gone)
 
 
 def foretell(forest: Forest, req: Any, documents: Sequence[str]) -> dict[str, Any]:

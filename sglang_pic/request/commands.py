@@ -106,12 +106,20 @@ class Fetch(_Command, tag="fetch"):
     named: bool
 
 
+class FetchDocuments(_Command, tag="fetch_documents"):
+    """The same for encoded documents, which the prompt is, one behind the other."""
+
+    lengths: list[int]
+    named: bool
+
+
 class Fetched(_Command, tag="fetched"):
-    """Go on with segments that come from the store, and what has become of them; or drop
-    them."""
+    """Go on with segments that come from the store, or with encoded documents, and what has
+    become of them; or drop them."""
 
     segments: list[str]
     drop: bool = False
+    documents: bool = False
 
 
 class Lease(msgspec.Struct, forbid_unknown_fields=True):
@@ -199,6 +207,7 @@ Command = Union[  # noqa: UP007  (msgspec reads it at run time, on Python 3.10 t
     Save,
     Restore,
     Fetch,
+    FetchDocuments,
     Fetched,
     Encode,
     Foretell,
