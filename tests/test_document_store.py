@@ -3,6 +3,7 @@ encoder, or nothing."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import pathlib
 import random
@@ -36,6 +37,10 @@ from sglang_pic.manage.commands import obey
 from sglang_pic.manage.store import Store
 from sglang_pic.request import commands
 from sglang_pic.request.commands import UNWRITTEN, WRITING, WRITTEN
+from sglang_pic.server import stored
+from sglang_pic.server.fetching import FromStore
+from sglang_pic.server.items import DocumentItem
+from sglang_pic.server.sources import COMPUTED, IN_STORE, LATE, STORE
 from sglang_pic.store import value as values
 from sglang_pic.store.base import Guarded
 from sglang_pic.store.directory import SUFFIX, Directory
@@ -590,3 +595,44 @@ def test_commands_for_documents_need_an_encoder_and_a_store(tmp_path: pathlib.Pa
     for lengths in ([], [2], [4], [0, 3], [1] * 300):
         told = encoding.obey(commands.FetchDocuments(lengths, named=False), row=(1, 2, 3))
         assert told["refused"]["status"] == 400
+
+
+# -- the front ------------------------------------------------------------------------------
+
+
+def test_the_front_asks_for_documents_by_their_names(tmp_path: pathlib.Path) -> None:
+    made = [ids(1, 10), ids(2, 20), ids(3, 5)]
+    written(tmp_path, *made[:2])
+    scheduler = Scheduler(tmp_path)
+    scheduler.hold(made[0], tenant="us")
+    sent: list[str] = []
+
+    async def command(do: str, **fields: Any) -> list[Any]:
+        await asyncio.sleep(0)
+        sent.append(do)
+        row, tenant = fields.pop("ids", [1]), fields.pop("cache_salt")
+        kinds = {"fetch_documents": commands.FetchDocuments, "fetched": commands.Fetched}
+        return [scheduler.obey(kinds[do](**fields), tenant, row)]
+
+    async def run() -> None:
+        fetching: FromStore[DocumentItem] = FromStore(
+            command, stored.Documents(), lambda: 1000, 5.0, always=True
+        )
+        items = [DocumentItem(tuple(one), None) for one in made]
+        sources = await asyncio.gather(*map(fetching.fetch, items))
+        assert [(one.kind, one.reason) for one in sources] == [
+            (STORE, IN_STORE), (STORE, IN_STORE), (COMPUTED, "not_in_store"),
+        ]  # fmt: skip
+        assert sent.count("fetch_documents") == 1
+        # What another tenant has is nothing to this one.
+        (source,) = await asyncio.gather(fetching.fetch(DocumentItem(tuple(made[1]), "us")))
+        assert (source.kind, source.reason) == (COMPUTED, "not_in_store")
+        late: FromStore[DocumentItem] = FromStore(
+            command, stored.Documents(), lambda: 1000, 0.0, always=True
+        )
+        source = await late.fetch(DocumentItem(tuple(made[2]), None))
+        assert (source.kind, source.reason) == (COMPUTED, LATE)
+
+    asyncio.run(run())
+    assert scheduler.documents._incoming.count == 0
+    scheduler.encoded.check()

@@ -63,10 +63,13 @@ def server(
     tiny_path: pathlib.Path,
     encoder: pathlib.Path,
     logs: pathlib.Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
     """Page size 16 with short chunks, mixed, and requests retracted by force; page size 1."""
     hard, env = (HARD, CHECKS | RETRACT) if request.param == 16 else ((), CHECKS)
+    store = f"--pic-store={tmp_path_factory.mktemp('store')}"
     flags = (*TINY, f"--pic-encoder={encoder}", "--pic-state-mib=1", *hard)
+    flags += (store, "--pic-store-when=always")
     with serve(tiny_path, logs / f"encoded{request.param}.log", *flags, env=env) as made:
         yield made
 
@@ -384,6 +387,74 @@ def test_it_says_what_it_holds(server: Server) -> None:
     flushed = server.post("/pic/flush", {"cache_salt": "room"})
     assert flushed.status_code == 200, flushed.text
     assert server.forest()["encoded"]["bytes"] < stats["ranks"][0]["encoded"]["bytes"]
+
+
+def forgotten(server: Server, client: PicClient) -> None:
+    """All that the server held is in its store at most."""
+    flushed = server.post("/flush_cache", {})
+    assert flushed.status_code == 200, flushed.text
+    assert client.documents() == []
+
+
+def test_what_is_saved_and_restored_is_the_same(server: Server, encoder: pathlib.Path) -> None:
+    salt = fresh_salt()
+    client, other = client_of(server, salt), client_of(server, fresh_salt())
+    parts = [("segment", ids_of(600, 33)), ("segment", ids_of(601, 70)), ("text", ids_of(602, 9))]
+    prompt = encoded_body(parts, 3, salt)
+    first = server.generate(**prompt)
+    check(first, encoder, parts)
+    names = [one["id"] for one in first["meta_info"]["pic"]["segments"]]
+    with pytest.raises(NotFoundError):
+        other.save(names)
+    saved = client.save(names)
+    assert (saved.segments, saved.documents) == (0, 2) and saved.bytes > (33 + 70) * 512
+    forgotten(server, client)
+    assert other.restore().documents == 0
+    restored = client.restore()
+    assert (restored.documents, restored.present, restored.refused) == (2, 0, [])
+    assert {one.id for one in client.documents()} == {*names} and other.documents() == []
+    again = server.generate(**prompt)
+    check(again, encoder, parts)
+    assert again["meta_info"]["pic"]["waited_for"] == []
+    assert (distributions(again) - distributions(first)).abs().max() < TOLERANCE
+    # A tenant's own flush takes them out of the store, too.
+    assert client.flush().documents == 2
+    assert client.restore().documents == 0
+
+
+def test_what_the_store_has_is_not_encoded(server: Server, encoder: pathlib.Path) -> None:
+    salt = fresh_salt()
+    client = client_of(server, salt)
+    documents = [ids_of(610 + i, 40 + i) for i in range(3)]
+    parts = [*(("segment", ids) for ids in documents), ("text", ids_of(620, 8))]
+    published = {"input_ids": documents[:2], "mode": "encode", "publish": True}
+    answer = server.post("/pic/compile", {**published, "cache_salt": salt})
+    assert answer.status_code == 200, answer.text
+    forgotten(server, client)
+    answer = server.generate(**encoded_body(parts, 3, salt))
+    check(answer, encoder, parts)
+    report = answer["meta_info"]["pic"]
+    told = [(one["outcome"], one["source"], one["why"]) for one in report["waited_for"]]
+    assert sorted(told) == [
+        ("compiled", "computed", "not_in_store"),
+        *[("fetched", "store", "in_store")] * 2,
+    ]
+    assert report["tokens_compiled"] == 42
+    # Another tenant's prompt gets nothing of it.
+    theirs = server.generate(**encoded_body(parts, 3, fresh_salt()))
+    check(theirs, encoder, parts)
+    waited = theirs["meta_info"]["pic"]["waited_for"]
+    assert {(one["outcome"], one["why"]) for one in waited} == {("compiled", "not_in_store")}
+    # Several samples, and one that was asked for by name.
+    forgotten(server, client)
+    assert [
+        one.tokens_computed for one in client.compile(input_ids=documents[0], mode="encode")
+    ] == [0]
+    several = encoded_body(parts, 2, salt)
+    several["sampling_params"] = {**several["sampling_params"], "n": 2}
+    for one in server.generate(**several):
+        check(one, encoder, parts)
+    assert server.forest()["integrity"] == "ok"
 
 
 # -- other servers ------------------------------------------------------------------------

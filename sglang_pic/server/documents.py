@@ -1,8 +1,8 @@
 """The life of a prompt whose documents a trained encoder reads.
 
-They are not in its row: they are encoded first, a few at a time, and the row's tokens see
-what is kept of them. Nothing could take their place, so a prompt whose documents find no
-room is refused.
+They are not in its row: they are read from the store, or encoded, first, a few at a time,
+and the row's tokens see what is kept of them. Nothing could take their place, so a prompt
+whose documents find no room is refused.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ from sglang_pic.request.hints import NO_LONGER
 from sglang_pic.request.internal import EncodedRequest
 from sglang_pic.server.answers import handed_back, samples_of
 from sglang_pic.server.asking import Generate
-from sglang_pic.server.compiler import COMPILED, Caller, Made
+from sglang_pic.server.compiler import COMPILED, FETCHED, Caller, Made
+from sglang_pic.server.items import DocumentItem
 from sglang_pic.server.life import Prompt
 from sglang_pic.server.queue import FairQueue
 from sglang_pic.server.send import set_encoded
+from sglang_pic.server.sources import COMPUTED, Source
 from sglang_pic.server.waited import Waited
 from sglang_pic.server.waiting import EndedError, Waiting, ended
 from sglang_pic.server.wanted import caller_of
@@ -43,6 +45,20 @@ NO_ENCODER = "this server has no encoder: --pic-encoder"
 PAUSE_S = 0.2
 
 Send = Callable[..., Coroutine[Any, Any, list[Any]]]
+
+
+class Fetches(Protocol):
+    """Gets documents from a store (``server.fetching``), if there is one."""
+
+    has_store: bool
+
+    async def fetch(self, item: DocumentItem) -> Source:
+        """Where one comes from: it is held now, unless it is to be encoded."""
+        ...
+
+    def computed(self, tokens: int, seconds: float) -> None:
+        """Documents of so many tokens were encoded in so long."""
+        ...
 
 
 class Cut(NamedTuple):
@@ -110,15 +126,22 @@ class Encoder:
 
     Args:
         send: ``server.commands.command``, bound.
+        encoded: told tokens and seconds of a batch.
         queue: in which order, and how many prompts may wait.
         max_tokens: of the longest document.
         longest: tokens of the longest prompt that SGLang takes.
     """
 
     def __init__(
-        self, send: Send, queue: FairQueue[Job], max_tokens: int, longest: Callable[[], int]
+        self,
+        send: Send,
+        queue: FairQueue[Job],
+        max_tokens: int,
+        longest: Callable[[], int],
+        encoded: Callable[[int, float], None] = lambda tokens, seconds: None,
     ):
         self._send = send
+        self._encoded = encoded
         self._queue = queue
         self._max_tokens = max_tokens
         self._longest = longest
@@ -168,6 +191,7 @@ class Encoder:
     async def _run(self) -> None:
         while pieces := self._batch():
             documents = [one for _, some in pieces for one in some]
+            start = time.monotonic()
             try:
                 (told,) = await self._send(
                     "encode",
@@ -181,7 +205,9 @@ class Encoder:
                     # Consumed here: a client that left will not ask for it.
                     job.result.exception()
                 continue
-            counts.observe_encode([len(ids) for ids in documents])
+            lengths = [len(ids) for ids in documents]
+            counts.observe_encode(lengths)
+            self._encoded(sum(lengths), time.monotonic() - start)
             for (job, some), kept in zip(pieces, told["kept"], strict=True):
                 job.sent += len(some)
                 if not kept or job.sent == len(job.documents):
@@ -231,11 +257,11 @@ class Documents(Protocol):
         """
         ...
 
-    async def make(self, documents: Sequence[tuple[int, ...]], caller: Caller) -> bool | None:
-        """Encode documents ahead of prompts, as asked for by name.
+    async def make(self, documents: Sequence[tuple[int, ...]], caller: Caller) -> list[int] | None:
+        """Have documents ahead of prompts, as asked for by name, as far as there is room.
 
         Returns:
-            Whether there was room for them; ``None`` where too many of the tenant wait.
+            Tokens that were encoded for each; ``None`` where too many of the tenant wait.
         """
         ...
 
@@ -265,7 +291,7 @@ class NoDocuments:
     def check_documents(self, documents: Mapping[str, Sequence[int]], field: str) -> None:
         raise PicRequestError("mode", NO_ENCODER)
 
-    async def make(self, documents: Sequence[tuple[int, ...]], caller: Caller) -> bool | None:
+    async def make(self, documents: Sequence[tuple[int, ...]], caller: Caller) -> list[int] | None:
         raise PicRequestError("mode", NO_ENCODER)
 
     async def live(
@@ -291,6 +317,7 @@ class WithEncoder:
         manager: SGLang's.
         queue: of documents.
         send: as of ``Encoder``.
+        fetching: what the store has is not encoded.
     """
 
     def __init__(
@@ -301,8 +328,10 @@ class WithEncoder:
         urgency: Callable[[int | None], int],
         queue: FairQueue[Job],
         send: Send,
+        fetching: Fetches,
     ):
         assert config.encoder is not None
+        self._fetching = fetching
         self._manager = manager
         self._limit_s = config.compile_limit_s
         self._budget = config.state_mib << 20
@@ -310,7 +339,11 @@ class WithEncoder:
         self._urgency = urgency
         self._config = EncoderConfig.load(Path(config.encoder))
         self._encoder = Encoder(
-            send, queue, self._config.max_tokens, lambda: manager.max_req_input_len - 1
+            send,
+            queue,
+            self._config.max_tokens,
+            lambda: manager.max_req_input_len - 1,
+            fetching.computed,
         )
 
     def check(self, prompt: Prompt) -> None:
@@ -338,9 +371,28 @@ class WithEncoder:
                 "--pic-state-mib",
             )
 
-    async def make(self, documents: Sequence[tuple[int, ...]], caller: Caller) -> bool | None:
-        urgency, lease = self._urgency(caller.priority), uuid.uuid4().hex
-        return await self._encoder.encode(lease, caller.tenant, urgency, [], documents, named=True)
+    async def make(self, documents: Sequence[tuple[int, ...]], caller: Caller) -> list[int] | None:
+        tenant, urgency = caller.tenant, self._urgency(caller.priority)
+        sources = await self._fetch(documents, tenant, named=True)
+        absent = [ids for ids in documents if sources[ids].kind == COMPUTED]
+        held = [document_id(tenant, ids) for ids in documents if sources[ids].kind != COMPUTED]
+        lease = uuid.uuid4().hex
+        kept = await self._encoder.encode(lease, tenant, urgency, held, absent, named=True)
+        if kept is None:
+            return None
+        encoded = {ids: len(ids) for ids in absent}
+        return [encoded.pop(ids, 0) for ids in documents]
+
+    async def _fetch(
+        self, documents: Sequence[tuple[int, ...]], tenant: str | None, *, named: bool
+    ) -> dict[tuple[int, ...], Source]:
+        """Where each of these comes from: it is held now, unless it is to be encoded."""
+        distinct = list(dict.fromkeys(documents))
+        fetches = (self._fetching.fetch(DocumentItem(ids, tenant, named)) for ids in distinct)
+        sources = dict(zip(distinct, await asyncio.gather(*fetches), strict=True))
+        for source in sources.values() if self._fetching.has_store else ():
+            counts.observe_source(*dataclasses.astuple(source))
+        return sources
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -367,15 +419,12 @@ class WithEncoder:
             start = time.monotonic()
             if samples == 1:
                 outputs, missing = await self._ask(generate, obj, request, made.row, asked)
-            told: dict[int, Made] = {}
+            told, sources = dict[int, Made](), dict[tuple[int, ...], Source]()
             try:
                 while missing or outputs is None:
-                    work = self._encode(obj, lease, made, names, missing)
+                    work = self._bring(obj, lease, made, names, missing, told, sources)
                     kept = await self._waiting.until(stay, obj, request, work)
                     seconds = time.monotonic() - start
-                    for i in missing if kept else ():
-                        at, ids = made.documents[i]
-                        told.setdefault(at, Made(COMPILED, len(ids)))
                     waited[index] = Waited(tuple(told), tuple(told.values()), seconds)
                     if kept is None or seconds > self._limit_s:
                         refusal = self._waiting.refuse(stay, NO_LONGER)
@@ -383,6 +432,11 @@ class WithEncoder:
                     elif not kept:
                         pause = asyncio.sleep(PAUSE_S)
                         await self._waiting.until(stay, obj, request, pause)
+                        if samples == 1:
+                            # What was held may have gone, what was missing may have come.
+                            outputs, missing = await self._ask(
+                                generate, obj, request, made.row, asked
+                            )
                     elif samples > 1:
                         set_encoded(obj, made.row, asked)
                         outputs, missing = generate(self._manager, obj, request), ()
@@ -407,19 +461,43 @@ class WithEncoder:
                     meta["pic"] = [report(prompt, names, meta.get("cached_tokens", 0)).to_json()]
                 yield out
 
-    async def _encode(
+    async def _bring(
         self,
         obj: GenerateReqInput,
         lease: str,
         made: Cut,
         names: Sequence[str],
         missing: Sequence[int],
+        told: dict[int, Made],
+        sources: dict[tuple[int, ...], Source],
     ) -> bool | None:
+        """Have what is missing of a prompt's documents, and keep all of them until it comes.
+
+        Args:
+            missing: of its documents that are not empty.
+            told: what became of each so far, by the index of its segment; is added to.
+            sources: of those that the store was asked for, once each; is added to.
+
+        Returns:
+            As ``Encoder.encode``.
+        """
         caller = caller_of(obj)
-        held = [name for i, name in enumerate(names) if i not in {*missing}]
-        documents = [made.documents[i][1] for i in missing]
+        new = [made.documents[i] for i in missing if made.documents[i][1] not in sources]
+        sources |= await self._fetch([ids for _, ids in new], caller.tenant, named=False)
+        came = {ids for _, ids in new if sources[ids].kind != COMPUTED}
+        told |= {at: Made(FETCHED, source=sources[ids]) for at, ids in new if ids in came}
+        # Of several samples none comes back: for them all are kept.
+        sent = [i for i in missing if samples_of(obj) > 1 or made.documents[i][1] not in came]
+        held = [name for i, name in enumerate(names) if i not in {*sent}]
+        documents = [made.documents[i][1] for i in sent]
         urgency = self._urgency(caller.priority)
-        return await self._encoder.encode(lease, caller.tenant, urgency, held, documents)
+        kept = await self._encoder.encode(lease, caller.tenant, urgency, held, documents)
+        for at, ids in (made.documents[i] for i in sent) if kept else ():
+            if ids not in came:
+                # It may have come, and gone again.
+                source = dataclasses.replace(sources[ids], kind=COMPUTED)
+                told[at] = Made(COMPILED, len(ids), source=source)
+        return kept
 
     async def _ask(
         self,

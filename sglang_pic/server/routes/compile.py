@@ -190,10 +190,12 @@ async def _encode(body: CompileBody, funnel: Funnel) -> Any:
     funnel.documents.check_documents(by_field, field)
     names = [document_id(salt or None, ids) for ids in documents]
     (told,) = await tell("name", segments=names, seam=funnel.config.seam, cache_salt=salt)
-    absent = [ids for ids, held in zip(documents, told["held"], strict=True) if not held]
-    made = await funnel.documents.make(absent, Caller(salt or None, no_logs=body.no_logs))
+    absent = [i for i, held in enumerate(told["held"]) if not held]
+    caller = Caller(salt or None, no_logs=body.no_logs)
+    made = await funnel.documents.make([documents[i] for i in absent], caller)
     if made is None:
         raise PicRefused(503, "too many documents wait to be encoded", field)
+    computed = dict(zip(absent, made, strict=True))
     (kept,) = await tell("held", segments=names, cache_salt=salt)
     for i, name in enumerate(names):
         if not kept["held"][i]:
@@ -203,8 +205,8 @@ async def _encode(body: CompileBody, funnel: Funnel) -> Any:
     return orjson_response(
         {
             "segments": [
-                {"id": name, "tokens": len(ids), "tokens_computed": 0 if held else len(ids)}
-                for name, ids, held in zip(names, documents, told["held"], strict=True)
+                {"id": name, "tokens": len(ids), "tokens_computed": computed.get(i, 0)}
+                for i, (name, ids) in enumerate(zip(names, documents, strict=True))
             ],
             "companies": [],
         }
