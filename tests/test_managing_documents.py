@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 from driver import Driver
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_documents import EACH, asked, held_by, ids, wanted
 
 from sglang_pic.config import PicConfig
 from sglang_pic.errors import PicRefused
 from sglang_pic.forest.budget import Budgets, Need
-from sglang_pic.forest.encoded import Encoded, Wanted
+from sglang_pic.forest.encoded import LEASE_S, Encoded, Wanted
 from sglang_pic.forest.keys import document_id
 from sglang_pic.forest.pins import Pins
 from sglang_pic.manage import documents, segments
@@ -24,8 +26,8 @@ from sglang_pic.request import commands
 class Scheduler:
     """With an encoder, and room for so many tokens of documents."""
 
-    def __init__(self, tokens: int = 100, share: float = 0.5):
-        self.driver = Driver(1, 256, PicConfig(min_segment=1))
+    def __init__(self, tokens: int = 100, share: float = 0.5, driver: Driver | None = None):
+        self.driver = driver or Driver(1, 256, PicConfig(min_segment=1))
         self.encoded, self.beside, self.store = held_by(tokens)
         self.forest = self.driver.forest
         self.forest.encoded = self.encoded
@@ -54,6 +56,11 @@ class Scheduler:
         prompt = Wanted(f"of-{name}", tenant, [name], [])
         assert self.encoded.take(req, asked(prompt)) == []
         return req
+
+
+@pytest.fixture(scope="module")
+def driver() -> Driver:
+    return Driver(1, 256, PicConfig(min_segment=1))
 
 
 def test_a_tenant_lists_its_own() -> None:
@@ -208,3 +215,83 @@ def test_without_an_encoder_nothing_is_there() -> None:
     assert documents.flush(driver.forest, None) == 0
     with pytest.raises(PicRefused, match="no encoder"):
         documents.foretell(driver.forest, driver.request([1, 2]), [name])
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+ACTIONS = ["encode", "name", "see", "end", "pin", "unpin", "delete", "flush", "adopt", "wait"]
+actions = st.lists(
+    st.tuples(st.sampled_from(ACTIONS), st.integers(1, 6), st.sampled_from(["a", "b"])),
+    max_size=40,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(actions=actions, room=st.integers(10, 60))
+def test_whatever_a_tenant_does_the_sums_hold(
+    driver: Driver, actions: list[tuple[str, int, str]], room: int
+) -> None:
+    """What is pinned or seen stays, what is another tenant's is not touched."""
+    scheduler = Scheduler(room, driver=driver)
+    encoded, clock = scheduler.encoded, Clock()
+    encoded._clock = clock
+    running: list[tuple[Any, str, str]] = []
+    pinned: set[tuple[str, str]] = set()
+    for action, seed, tenant in actions:
+        made = ids(seed, 3 * seed)
+        name = document_id(tenant, made)
+        others = {one.name for one in encoded.of_tenant("b" if tenant == "a" else "a")}
+        is_held = encoded.find(name, tenant) is not None
+        is_seen = any(one == name for _, one, _ in running)
+        if action in ("encode", "name"):
+            prompt = wanted(made, tenant=tenant)._replace(named=action == "name")
+            encoded.encode([prompt])
+        elif action == "see" and is_held:
+            running.append((scheduler.see(name, tenant), name, tenant))
+        elif action == "end" and running:
+            encoded.end(running.pop(seed % len(running))[0])
+        elif action == "pin":
+            told = scheduler.obey(commands.Pin(name), tenant)
+            assert is_held or told["refused"]["status"] == 404
+            if told.get("pinned"):
+                pinned.add((name, tenant))
+        elif action == "unpin" and scheduler.obey(commands.Unpin(name), tenant).get("id"):
+            pinned.discard((name, tenant))
+        elif action == "delete":
+            told = scheduler.obey(commands.Delete(name), tenant)
+            may_go = is_held and not is_seen and (name, tenant) not in pinned
+            # Or a prompt that is on its way waits for it.
+            assert told.keys() == {"refused"} or may_go
+            assert (encoded.find(name, tenant) is None) == ("id" in told or not is_held)
+        elif action == "flush":
+            scheduler.obey(commands.Flush(), tenant)
+        elif action == "adopt" and not is_held:
+            (kv,) = scheduler.beside.encode([made])
+            where = (tenant, made, kv)
+            kept = encoded.adopt(*where, uses=seed, named=False, evict=bool(seed % 2))
+            assert kept == (encoded.find(name, tenant) is not None)
+        else:
+            clock.now += LEASE_S + 1
+            encoded.encode([])
+        if action in ("delete", "flush", "pin", "unpin", "see", "end"):
+            assert others == {one.name for one in encoded.of_tenant("b" if tenant == "a" else "a")}
+        for one, whose in [*pinned, *((one, whose) for _, one, whose in running)]:
+            assert encoded.find(one, whose) is not None
+        encoded.check()
+        assert scheduler.store.nbytes <= scheduler.store.budget
+        assert len(scheduler.forest.pins) == len(pinned)
+    for req, _, _ in running:
+        encoded.end(req)
+    for one, whose in pinned:
+        scheduler.obey(commands.Unpin(one), whose)
+    clock.now += LEASE_S + 1
+    encoded.encode([])
+    assert encoded.to_json()["in_use"] == 0
+    for tenant in ("a", "b"):
+        scheduler.obey(commands.Flush(), tenant)
+    assert scheduler.store.nbytes == scheduler.store.pinned_bytes == 0
