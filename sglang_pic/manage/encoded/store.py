@@ -35,8 +35,6 @@ from sglang_pic.store.reading import Reader
 from sglang_pic.store.value import OTHER_SHAPE, BadValue, Codec, fingerprint
 from sglang_pic.store.writing import Writer
 
-# Of values that are read, or lie here until they are filled in.
-READ_BYTES = 512 << 20
 NO_DOCUMENTS = "the server was started without --pic-encoder"
 # Of a segment's fingerprint, what a document depends on too.
 _SHARED = ("sglang_pic", "weights", "architecture", "rank")
@@ -204,7 +202,7 @@ class WithEncoder:
             self._key,
         )
         self._codec = DocumentCodec(self._values)
-        self._reader = Reader(self._store, self._codec, self._check, READ_BYTES)
+        self._reader = Reader(self._store, self._codec, self._check)
         copies = HostCopies(like.device)
         self._outgoing = Outgoing(self._encoded, self._codec, self._writer, copies)
         self._incoming = Incoming(
