@@ -101,29 +101,53 @@ class Segment:
 
 
 @dataclasses.dataclass(frozen=True)
+class Document:
+    """A segment of this tenant that the server's encoder has read.
+
+    Attributes:
+        hits: requests that have seen it.
+        last_use: reading of a clock that such requests advance.
+        pinned: whether it is kept from eviction.
+        in_use: whether a request sees it now.
+    """
+
+    id: str
+    tokens: int
+    bytes: int
+    hits: int
+    last_use: int
+    pinned: bool
+    in_use: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Flushed:
-    """How many segments, and tokens of segments and prefixes, were forgotten."""
+    """How many segments and encoded documents, and tokens of segments and prefixes, were
+    forgotten."""
 
     segments: int
     freed_tokens: int
+    documents: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """How many segments were written, and the bytes of their files."""
+    """How many segments and encoded documents were written, and the bytes of their files."""
 
     segments: int
     bytes: int
+    documents: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """How many segments were loaded and how many were held already; files that were
-    refused, each ``{"file", "reason"}``."""
+    """How many segments and encoded documents were loaded and how many were held already;
+    files that were refused, each ``{"file", "reason"}``."""
 
     segments: int
     present: int
     refused: list[dict[str, str]]
+    documents: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +206,10 @@ def _made(result: type[_Result], values: dict[str, Any]) -> _Result:
     return result(**{name: values[name] for name in names})
 
 
+def _card(values: dict[str, Any]) -> Segment | Document:
+    return _made(Document, values) if "in_use" in values else _made(Segment, values)
+
+
 # -- chat behind a gateway ----------------------------------------------------------
 
 
@@ -224,7 +252,7 @@ def through_gateway(body: dict[str, Any]) -> dict[str, Any]:
 
 
 class PicClient:
-    """Manages the segments of one tenant.
+    """Manages the segments of one tenant, compiled and encoded.
 
     Args:
         url: of the server, for example ``http://127.0.0.1:30000``.
@@ -264,12 +292,14 @@ class PicClient:
         lora_path: str | None = None,
         company: bool = False,
         opening: str | Sequence[int] | None = None,
+        mode: str | None = None,
     ) -> list[Compiled]:
         """Compile one segment, or a list of them, ahead of their first use.
 
         Args:
             company: and in each other's company, for prompts that begin with ``opening``
                 and name all of them.
+            mode: ``encode``: for requests of that mode.
         """
         body = {
             "text": text,
@@ -278,6 +308,7 @@ class PicClient:
             "lora_path": lora_path,
             "company": company,
             "opening": opening,
+            "mode": mode,
         }
         answer = self._post("compile", body)
         return [_made(Compiled, segment) for segment in answer["segments"]]
@@ -286,15 +317,19 @@ class PicClient:
         """All segments, the one used last first."""
         return [_made(Segment, card) for card in self._get("segments")["segments"]]
 
-    def get(self, id: str) -> Segment:
-        return _made(Segment, self._get(f"segments/{id}"))
+    def documents(self) -> list[Document]:
+        """All encoded documents, the one used last first."""
+        return [_made(Document, card) for card in self._get("segments")["documents"]]
 
-    def pin(self, id: str, ttl_s: float | None = None) -> Segment:
+    def get(self, id: str) -> Segment | Document:
+        return _card(self._get(f"segments/{id}"))
+
+    def pin(self, id: str, ttl_s: float | None = None) -> Segment | Document:
         """Keep a segment from eviction, until unpinned or for ``ttl_s`` seconds."""
-        return _made(Segment, self._post(f"segments/{id}/pin", {"ttl_s": ttl_s}))
+        return _card(self._post(f"segments/{id}/pin", {"ttl_s": ttl_s}))
 
-    def unpin(self, id: str) -> Segment:
-        return _made(Segment, self._post(f"segments/{id}/unpin", {}))
+    def unpin(self, id: str) -> Segment | Document:
+        return _card(self._post(f"segments/{id}/unpin", {}))
 
     def delete(self, id: str) -> int:
         """Forget a segment; returns the tokens freed."""

@@ -29,6 +29,7 @@ from linking import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from sglang_pic.client import ConflictError, NoRoomError, NotFoundError, PicClient
 from sglang_pic.encoder.weights import FILE
 from sglang_pic.eval.bench import Bench
 from sglang_pic.eval.encoder import served
@@ -74,11 +75,13 @@ def server(
     tiny_path: pathlib.Path,
     encoder: pathlib.Path,
     logs: pathlib.Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
     """Page size 16 with short chunks, mixed, and requests retracted by force; page size 1."""
     page, ranks = request.param
     hard, env = (HARD, CHECKS | RETRACT) if page == 16 else ((), CHECKS)
     flags = (*TINY, f"--pic-encoder={encoder}", "--pic-state-mib=1", f"--tp-size={ranks}", *hard)
+    flags += (f"--pic-store={tmp_path_factory.mktemp('store')}", "--pic-store-when=always")
     log = logs / f"encoded{page}_{ranks}.log"
     with serve(tiny_path, log, *flags, env=env | RANKS[ranks]) as made:
         yield made
@@ -301,14 +304,98 @@ def test_what_cannot_be_answered_is_refused(
     assert says in answer.json()["error"]["message"]
 
 
-def test_what_is_not_foretold_is_refused(server: Server) -> None:
-    asked = {"input_ids": [1, 2, 3], "pic": {"mode": "encode", "segments": []}}
-    answer = server.post("/pic/explain", asked)
-    assert answer.status_code == 400 and answer.json()["error"]["param"] == "pic.mode"
-    # A stream is refused as any other request is.
+def test_a_stream_is_refused_as_any_other_request_is(server: Server) -> None:
     made = encoded_body([("segment", [1, 2])], 2, fresh_salt())
     answer = server.post("/generate", {**made, "stream": True})
     assert "text beside its documents" in answer.text
+
+
+def client_of(server: Server, salt: str) -> PicClient:
+    return PicClient(server.url, cache_salt=salt)
+
+
+def test_documents_are_encoded_ahead(server: Server, encoder: pathlib.Path) -> None:
+    salt = fresh_salt()
+    client = client_of(server, salt)
+    documents = [ids_of(500 + i, 30 + i) for i in range(3)]
+    parts = [*(("segment", ids) for ids in documents), ("text", ids_of(510, 8))]
+    prompt = encoded_body(parts, 3, salt)
+    told = client.explain(input_ids=prompt["input_ids"], pic=prompt["pic"])
+    assert [one.reason for one in told.segments] == ["not_compiled"] * 3
+    assert (told.exactness, told.tokens_to_compile) == ("encoded", 30 + 31 + 32)
+    made = client.compile(input_ids=documents[:2], mode="encode")
+    assert [(one.tokens, one.tokens_computed) for one in made] == [(30, 30), (31, 31)]
+    made = client.compile(input_ids=documents, mode="encode")
+    assert [one.tokens_computed for one in made] == [0, 0, 32]
+    told = client.explain(input_ids=prompt["input_ids"], pic=prompt["pic"])
+    assert [(one.id, one.hit) for one in told.segments] == [(one.id, True) for one in made]
+    assert (told.tokens_to_compile, told.tokens_reused) == (0, 0)
+    answer = server.generate(**prompt)
+    check(answer, encoder, parts)
+    report = answer["meta_info"]["pic"]
+    assert report["waited_for"] == []
+    assert [one["id"] for one in report["segments"]] == [one.id for one in made]
+    again = client.explain(input_ids=prompt["input_ids"], pic=prompt["pic"])
+    assert again.tokens_reused == 7 // page_of(server) * page_of(server)
+
+
+def test_documents_are_managed_as_segments_are(server: Server) -> None:
+    salt = fresh_salt()
+    client, other = client_of(server, salt), client_of(server, fresh_salt())
+    one, two = client.compile(input_ids=[ids_of(520, 40), ids_of(521, 50)], mode="encode")
+    listed = client.documents()
+    each = server.forest()["encoded"]["encoder"]["bytes_per_token"]
+    assert {(card.id, card.tokens, card.bytes) for card in listed} == {
+        (one.id, 40, 40 * each),
+        (two.id, 50, 50 * each),
+    }
+    assert client.segments() == [] and other.documents() == []
+    assert client.pin(one.id).pinned and client.get(one.id).pinned
+    for call in (other.get, other.pin, other.unpin, other.delete):
+        with pytest.raises(NotFoundError):
+            call(one.id)
+    with pytest.raises(ConflictError, match="pinned"):
+        client.delete(one.id)
+    # A tenant may pin a quarter of 1 MiB.
+    count = 1024 // each
+    large = client.compile(input_ids=[ids_of(522 + i, 290) for i in range(count)], mode="encode")
+    for some in large[:-1]:
+        client.pin(some.id)
+    with pytest.raises(NoRoomError):
+        client.pin(large[-1].id)
+    pinned = [one.id, *(some.id for some in large[:-1])]
+    unpinned = len(client.documents()) - len(pinned)
+    assert client.flush().documents == unpinned
+    assert {card.id for card in client.documents()} == {*pinned}
+    for name in pinned:
+        client.unpin(name)
+        client.delete(name)
+    assert client.documents() == []
+    assert server.forest()["integrity"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"input_ids": ids_of(1, MAX_TOKENS + 1)}, "input_ids[0]"),
+        ({"input_ids": [[1, 2], [1, 512]]}, "input_ids[1]"),
+        ({"input_ids": [[1, 2], []]}, "input_ids[1]"),
+        ({"input_ids": []}, "input_ids"),
+        ({"input_ids": [ids_of(i, 290) for i in range(16)]}, "input_ids"),
+        ({"input_ids": [1, 2], "seam": 4}, "seam"),
+        ({"input_ids": [1, 2], "company": True}, "company"),
+        ({"input_ids": [1, 2], "opening": [1]}, "opening"),
+        ({"input_ids": [1, 2], "extra_key": "x"}, "extra_key"),
+        ({"input_ids": [1, 2], "lora_path": "x"}, "lora_path"),
+        ({}, "text"),
+    ],
+)
+def test_what_cannot_be_encoded_ahead_is_refused(
+    server: Server, fields: dict[str, Any], field: str
+) -> None:
+    answer = server.post("/pic/compile", {**fields, "mode": "encode"})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == field
 
 
 def test_it_says_what_it_holds(server: Server) -> None:
@@ -324,6 +411,74 @@ def test_it_says_what_it_holds(server: Server) -> None:
     flushed = server.post("/pic/flush", {"cache_salt": "room"})
     assert flushed.status_code == 200, flushed.text
     assert server.forest()["encoded"]["bytes"] < stats["ranks"][0]["encoded"]["bytes"]
+
+
+def forgotten(server: Server, client: PicClient) -> None:
+    """All that the server held is in its store at most."""
+    flushed = server.post("/flush_cache", {})
+    assert flushed.status_code == 200, flushed.text
+    assert client.documents() == []
+
+
+def test_what_is_saved_and_restored_is_the_same(server: Server, encoder: pathlib.Path) -> None:
+    salt = fresh_salt()
+    client, other = client_of(server, salt), client_of(server, fresh_salt())
+    parts = [("segment", ids_of(600, 33)), ("segment", ids_of(601, 70)), ("text", ids_of(602, 9))]
+    prompt = encoded_body(parts, 3, salt)
+    first = server.generate(**prompt)
+    check(first, encoder, parts)
+    names = [one["id"] for one in first["meta_info"]["pic"]["segments"]]
+    with pytest.raises(NotFoundError):
+        other.save(names)
+    saved = client.save(names)
+    assert (saved.segments, saved.documents) == (0, 2) and saved.bytes > (33 + 70) * 512
+    forgotten(server, client)
+    assert other.restore().documents == 0
+    restored = client.restore()
+    assert (restored.documents, restored.present, restored.refused) == (2, 0, [])
+    assert {one.id for one in client.documents()} == {*names} and other.documents() == []
+    again = server.generate(**prompt)
+    check(again, encoder, parts)
+    assert again["meta_info"]["pic"]["waited_for"] == []
+    assert (distributions(again) - distributions(first)).abs().max() < TOLERANCE
+    # A tenant's own flush takes them out of the store, too.
+    assert client.flush().documents == 2
+    assert client.restore().documents == 0
+
+
+def test_what_the_store_has_is_not_encoded(server: Server, encoder: pathlib.Path) -> None:
+    salt = fresh_salt()
+    client = client_of(server, salt)
+    documents = [ids_of(610 + i, 40 + i) for i in range(3)]
+    parts = [*(("segment", ids) for ids in documents), ("text", ids_of(620, 8))]
+    published = {"input_ids": documents[:2], "mode": "encode", "publish": True}
+    answer = server.post("/pic/compile", {**published, "cache_salt": salt})
+    assert answer.status_code == 200, answer.text
+    forgotten(server, client)
+    answer = server.generate(**encoded_body(parts, 3, salt))
+    check(answer, encoder, parts)
+    report = answer["meta_info"]["pic"]
+    told = [(one["outcome"], one["source"], one["why"]) for one in report["waited_for"]]
+    assert sorted(told) == [
+        ("compiled", "computed", "not_in_store"),
+        *[("fetched", "store", "in_store")] * 2,
+    ]
+    assert report["tokens_compiled"] == 42
+    # Another tenant's prompt gets nothing of it.
+    theirs = server.generate(**encoded_body(parts, 3, fresh_salt()))
+    check(theirs, encoder, parts)
+    waited = theirs["meta_info"]["pic"]["waited_for"]
+    assert {(one["outcome"], one["why"]) for one in waited} == {("compiled", "not_in_store")}
+    # Several samples, and one that was asked for by name.
+    forgotten(server, client)
+    assert [
+        one.tokens_computed for one in client.compile(input_ids=documents[0], mode="encode")
+    ] == [0]
+    several = encoded_body(parts, 2, salt)
+    several["sampling_params"] = {**several["sampling_params"], "n": 2}
+    for one in server.generate(**several):
+        check(one, encoder, parts)
+    assert server.forest()["integrity"] == "ok"
 
 
 # -- other servers ------------------------------------------------------------------------

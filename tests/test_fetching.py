@@ -29,6 +29,7 @@ from sglang_pic.server.sources import (
     Pace,
     source_of,
 )
+from sglang_pic.server.stored import Segments
 
 SPACE = namespace((), None)
 
@@ -84,10 +85,11 @@ class Scheduler:
         return [{"segments": told}]
 
 
-def from_store(scheduler: Scheduler, timeout_s: float = 5.0, longest: int = 1000) -> FromStore:
-    return FromStore(
-        scheduler, lambda space: space.removeprefix(SPACE), 0, lambda: longest, timeout_s
-    )
+def from_store(
+    scheduler: Scheduler, timeout_s: float = 5.0, longest: int = 1000
+) -> FromStore[CompileItem]:
+    kind = Segments(lambda space: space.removeprefix(SPACE), 0)
+    return FromStore(scheduler, kind, lambda: longest, timeout_s)
 
 
 HERE, GONE, LOOKING, COMING = ("here", None), ("gone", "not_in_store"), ("looking", None), (

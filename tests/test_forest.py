@@ -483,7 +483,9 @@ def test_no_tenant_sees_or_touches_what_is_anothers() -> None:
                     "status": 404, "message": "no such segment", "field": "id",
                 }  # fmt: skip
         assert segments.list_all(driver.forest, other) == []
-        assert segments.flush(driver.forest, other) == {"segments": 0, "freed_tokens": 0}
+        assert segments.flush(driver.forest, other) == {
+            "segments": 0, "documents": 0, "freed_tokens": 0,
+        }  # fmt: skip
         req = driver.link([*document, 1], [(0, 50)], other)
         explained = driver.forest.arrivals.explain(req)
         assert not explained["segments"][0]["hit"] and explained["tokens_to_compile"] == 50

@@ -82,6 +82,7 @@ def test_what_the_front_sends_is_read() -> None:
             "leases": [commands.Lease("a", None, ["b"], [3])],
             "now": 1.5,
         }
+        values["documents"] = kind is commands.Fetched or ["a"]
         command = kind(**{name: values[name] for name in kind.__struct_fields__})
         assert read_internal(command_hints(command)).command == command
     assert read_internal(None) == read_internal(pic_hints(seam=3)) == NOTHING

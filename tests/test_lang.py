@@ -399,6 +399,24 @@ def test_options_and_salt(server):
     assert endpoint(server, seam=0)._options == {"seam": 0}
 
 
+@pytest.mark.parametrize(("opening", "posts"), [("", 2), ("Read. ", 3)])
+def test_documents_alone_are_nothing_to_compute_ahead(server, opening, posts):
+    @sgl.function
+    def program(s):
+        s += opening
+        s += pic_segment("a document")
+        # What is appended is there in a moment; a fork that sees no text yet asks for nothing.
+        s.sync()
+        forks = s.fork(2)
+        for fork in forks:
+            fork += "Why?" + sgl.gen("answer", max_tokens=3)
+        forks.join()
+
+    run(program, endpoint(server, mode="encode"))
+    assert len(server.bodies) == posts
+    assert all(body["pic"]["mode"] == "encode" for body in server.bodies)
+
+
 def test_select_scores_choices_behind_segments(server):
     @sgl.function
     def program(s):

@@ -237,7 +237,7 @@ class FakeSchedulers:
     def _obey(self, rank: int, do: str, fields: dict[str, Any]) -> Any:
         ours = fields.get("cache_salt") == "us"
         if do == "list":
-            return {"segments": self.cards[rank] if ours else []}
+            return {"segments": self.cards[rank] if ours else [], "documents": []}
         if do in ("get", "pin", "unpin", "delete"):
             found = [card for card in self.cards[rank] if card["id"] == fields["id"]]
             if not (found and ours):
@@ -246,7 +246,7 @@ class FakeSchedulers:
                 return {"id": fields["id"], "freed_tokens": 40}
             return {**found[0], "pinned": do == "pin"}
         if do == "flush":
-            return {"segments": 2, "freed_tokens": 80}
+            return {"segments": 2, "documents": 0, "freed_tokens": 80}
         if do == "reserve":
             if sum(fields["tokens"]) > self.room:
                 raise PicRefused(507, "no room", "segments")
@@ -405,7 +405,7 @@ def test_a_segment_of_two_ranks_is_one(front: Front) -> None:
     freed = front.send("DELETE", f"/pic/segments/{OTHER}", params=ours).json()
     assert freed == {"id": OTHER, "freed_tokens": 80}
     flushed = front.send("POST", "/pic/flush", json=ours).json()
-    assert flushed == {"segments": 4, "freed_tokens": 160}
+    assert flushed == {"segments": 4, "documents": 0, "freed_tokens": 160}
     prompt = {"input_ids": [5] * 10, "pic": {"segments": [{"start": 0, "end": 9}]}, **ours}
     assert front.send("POST", "/pic/explain", json=prompt).json()["tokens_reused"] == 7
     assert len(front.send("GET", "/pic/budgets").json()["ranks"]) == 2

@@ -103,6 +103,15 @@ class BesideModel:
         item = next(self.modules.parameters()).element_size()
         return self.config.bytes_per_token(item, self._ranks)
 
+    def room(self, tokens: int, device: str | None = None) -> EncoderKV:
+        """Not initialised, for what is kept of a document of so many tokens; by default
+        where the encoder is. On ``meta`` it takes no memory."""
+        weights, shape = next(self.modules.parameters()), self.config.decoder
+        heads = shape.kv_heads_of(self._ranks)
+        size = (self.config.layers, tokens, heads, shape.head_dim)
+        where = weights.device if device is None else device
+        return EncoderKV(*(torch.empty(size, dtype=weights.dtype, device=where) for _ in "kv"))
+
     @torch.no_grad()
     def encode(self, documents: Sequence[Sequence[int]]) -> list[EncoderKV]:
         """Keys and values of each document, of this rank's heads, with memory of its own.

@@ -83,6 +83,11 @@ class Arrivals:
             self._holder.expect([one.copy for one in found if one is not None and one.miss is None])
         return missing
 
+    def cached(self, req: Req) -> int:
+        """Tokens of a prompt without a link that SGLang would not compute."""
+        prefix = self._ordinary.held(req.origin_input_ids[:-1], req)
+        return self._checkpoints.found(req, prefix).device_prefix_len
+
     def explain(self, req: Req) -> dict[str, Any]:
         """What a link would do, without doing it: the report it would get now, and
         ``tokens_to_compile``, of segments that would be compiled first."""

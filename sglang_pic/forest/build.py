@@ -277,7 +277,9 @@ def plant(
     eviction: Eviction = AsSglang()
     if refusal is None:
         eviction = in_order if cache.cache_controller is None else BehindTier(in_order)
-    budgets = Budgets(Need(kv, carried.budget), config.pin_share)
+    # Encoded documents are carried in models of any kind.
+    state = carried.budget if config.encoder is None else config.state_mib << 20
+    budgets = Budgets(Need(kv, state), config.pin_share)
     table = rows.req_to_token
 
     def evict(tokens: int) -> None:

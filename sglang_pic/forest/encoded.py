@@ -15,8 +15,10 @@ import hashlib
 import weakref
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from cachetools import LRUCache
 
 from sglang_pic.attention.rows import by_row, can_tell
 from sglang_pic.encoder.encoder import EncoderKV
@@ -25,8 +27,10 @@ from sglang_pic.encoder.step import DocumentStep, make_step
 from sglang_pic.errors import PicIntegrityError, PicRefused
 from sglang_pic.forest.consensus import Consensus
 from sglang_pic.forest.cost import PrefillCost
+from sglang_pic.forest.holder import WORTH
 from sglang_pic.forest.kept import Kept
 from sglang_pic.forest.keys import document_id
+from sglang_pic.forest.segments import MAX_FORMER, NAMED_USES
 from sglang_pic.forest.state import asked_for_more
 from sglang_pic.request.internal import EncodedRequest
 
@@ -43,13 +47,35 @@ LEASE_S = 30.0
 NO_ENCODER = "this server has no encoder: --pic-encoder"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Document:
-    """What is kept of one: keys and values of all encoder layers."""
+    """What is held of one.
 
+    Attributes:
+        owner: whose it is, and of which encoder.
+        ids: its tokens.
+        kv: keys and values of all encoder layers.
+        uses: requests that have seen it, as far as they are remembered.
+        last_use: tick of a clock that advances with every request that sees documents.
+        named: it was asked for by name, not for a prompt.
+    """
+
+    name: str
     owner: tuple[str, ...]
-    tokens: int
+    ids: array
     kv: EncoderKV
+    uses: int = 0
+    last_use: int = 0
+    named: bool = False
+
+    @property
+    def tenant(self) -> str:
+        """Its salt; empty for none."""
+        return self.owner[-1]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
 
     @property
     def nbytes(self) -> int:
@@ -59,6 +85,11 @@ class Document:
     def counted(self) -> int:
         return self.nbytes
 
+    @property
+    def is_worth_keeping(self) -> bool:
+        """Beyond this server, where there is a store."""
+        return self.named or self.uses >= WORTH
+
 
 class Wanted(NamedTuple):
     """Documents that a prompt will need.
@@ -67,12 +98,14 @@ class Wanted(NamedTuple):
         lease: names the prompt.
         held: names of documents that were held lately.
         documents: tokens of others.
+        named: they are asked for by name, and no prompt comes for them.
     """
 
     lease: str
     tenant: str | None
     held: Sequence[str]
     documents: Sequence[array]
+    named: bool = False
 
 
 class Documents(Protocol):
@@ -125,8 +158,40 @@ class Documents(Protocol):
         documents."""
         ...
 
-    def flush(self, tenant: str | None) -> int:
-        """Forget a tenant's that no request sees; how many."""
+    def key_of(self, extra_key: str | None, names: Sequence[str]) -> str:
+        """What rows that see these documents are kept apart by, in SGLang's cache."""
+        ...
+
+    def find(self, name: str, tenant: str | None) -> Document | None:
+        """What is held of this tenant's document of that name."""
+        ...
+
+    def of_tenant(self, tenant: str | None) -> list[Document]:
+        """All that is held of a tenant, the last used first. O(n)."""
+        ...
+
+    def is_in_use(self, document: Document) -> bool:
+        """Whether a request sees it, or is on its way to."""
+        ...
+
+    def name(self, document: Document) -> None:
+        """A held one was asked for by name."""
+        ...
+
+    def lock(self, document: Document) -> Callable[[], None]:
+        """Keep a held one whatever happens, once.
+
+        Returns:
+            What lets it go again.
+        """
+        ...
+
+    def delete(self, document: Document) -> None:
+        """Forget one that is neither locked nor in use."""
+        ...
+
+    def flush(self, tenant: str | None) -> list[Document]:
+        """Forget a tenant's that are neither locked nor in use; which they were."""
         ...
 
     def to_json(self) -> dict[str, Any]:
@@ -163,8 +228,29 @@ class NoDocuments:
     def let_go(self, handle: CacheRequestHandle) -> None:
         pass
 
-    def flush(self, tenant: str | None) -> int:
-        return 0
+    def key_of(self, extra_key: str | None, names: Sequence[str]) -> str:
+        raise PicRefused(400, NO_ENCODER, "pic.mode")
+
+    def find(self, name: str, tenant: str | None) -> Document | None:
+        return None
+
+    def of_tenant(self, tenant: str | None) -> list[Document]:
+        return []
+
+    def is_in_use(self, document: Document) -> bool:
+        return False
+
+    def name(self, document: Document) -> None:
+        pass
+
+    def lock(self, document: Document) -> Callable[[], None]:
+        return lambda: None
+
+    def delete(self, document: Document) -> None:
+        pass
+
+    def flush(self, tenant: str | None) -> list[Document]:
+        return []
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -201,6 +287,9 @@ class Encoded:
         cost: of the model, whose layers the encoder's are like.
         layers: of the model.
         consensus: told what is kept and what is refused; of what has gone, ``kept`` tells it.
+
+    Attributes:
+        on_worth: told a held document that has been used twice, or was asked for by name.
     """
 
     def __init__(
@@ -212,22 +301,32 @@ class Encoded:
         consensus: Consensus,
     ):
         self._beside = beside
+        self.on_worth: Callable[[Document], None] = lambda document: None
         self._kept = kept
         self._cost = cost
         self._consensus = consensus
         self._share = beside.config.layers / layers
         self._rows: weakref.WeakKeyDictionary[Req, _Row] = weakref.WeakKeyDictionary()
         self._arranged: tuple[list[_Row | None], list[int], DocumentStep | None] = [], [], None
-        # Requests that see each document.
+        # Requests, and locks, that hold each document.
         self._users: Counter[str] = Counter()
         # What is kept for those that have not ended. Several may have one name, which clients
         # choose, where there are several tokenizer workers: they end together.
         self._taken: dict[CacheRequestHandle, tuple[str, ...]] = {}
+        self._locked: set[str] = set()
+        # Uses of those that were held, too.
+        self._former: LRUCache[str, int] = LRUCache(MAX_FORMER)
+        self._ticks = 0
         # Those kept for prompts on their way, and until when.
         self._leases: dict[str, tuple[float, list[str]]] = {}
         # The latest that any front has said.
         self._now = 0.0
         self._encoded = self._tokens = self._no_room = 0
+
+    @property
+    def beside(self) -> BesideModel:
+        """The encoder."""
+        return self._beside
 
     def _owner(self, tenant: str | None) -> tuple[str, ...]:
         return (DOCUMENT, self._beside.digest, tenant or "")
@@ -237,7 +336,18 @@ class Encoded:
         for lease in [lease for lease, (until, _) in self._leases.items() if until <= now]:
             self._end_lease(lease)
         fresh = self._read(prompts)
-        return [self._keep_all(prompt, fresh, now + LEASE_S) for prompt in prompts]
+        kept = [self._keep_all(prompt, fresh, now + LEASE_S) for prompt in prompts]
+        for prompt, is_kept in zip(prompts, kept, strict=True):
+            if prompt.named and is_kept:
+                for name in self._names(prompt):
+                    self.name(self._kept.held(name, self._owner(prompt.tenant)))
+                self._end_lease(prompt.lease)
+        return kept
+
+    def _names(self, prompt: Wanted) -> list[str]:
+        """Of its documents, each once."""
+        fresh = (document_id(prompt.tenant, one) for one in prompt.documents)
+        return list(dict.fromkeys([*prompt.held, *fresh]))
 
     def _read(self, prompts: Sequence[Wanted]) -> dict[str, Document]:
         """By name what of these prompts' documents was not held, and has room."""
@@ -265,7 +375,7 @@ class Encoded:
         self._encoded += len(wanted)
         self._tokens += sum(lengths)
         return {
-            name: Document(owner, len(tokens), kv)
+            name: Document(name, owner, tokens, kv, self._former.get(name, 0))
             for (name, (owner, tokens)), kv in zip(wanted.items(), found, strict=True)
         }
 
@@ -273,11 +383,10 @@ class Encoded:
         """Keep all documents of a prompt, or none. What of it is kept already is kept first,
         so that nothing of it goes for another one."""
         owner = self._owner(prompt.tenant)
-        names = [*prompt.held, *(document_id(prompt.tenant, one) for one in prompt.documents)]
         _, kept = self._leases.get(prompt.lease, (0.0, []))
         self._leases[prompt.lease] = until, kept
         already = set(kept)
-        names = [name for name in dict.fromkeys(names) if name not in already]
+        names = [name for name in self._names(prompt) if name not in already]
         names.sort(key=lambda name: self._kept.held(name, owner) is None)
         for name in names:
             if self._kept.held(name, owner) is None and not self._put(name, fresh):
@@ -291,11 +400,23 @@ class Encoded:
         document = fresh.get(name)
         if document is None:
             return False  # it has gone meanwhile
-        cost = self._cost.flops(0, document.tokens) * self._share
-        kept = self._kept.put(name, document, cost=cost, group=DOCUMENT)
+        kept = self._hold(document)
         self._no_room += not kept
         self._consensus.note("kept" if kept else "refused", name)
         return kept
+
+    def _hold(self, document: Document, *, evict: bool = True) -> bool:
+        cost = self._cost.flops(0, document.tokens) * self._share
+        uses = 1 + document.uses + NAMED_USES * document.named
+        name = document.name
+        kept = self._kept.put(name, document, cost=cost, group=DOCUMENT, uses=uses, evict=evict)
+        if kept:
+            self._look(document)
+        return kept
+
+    def _look(self, document: Document) -> None:
+        if document.is_worth_keeping:
+            self.on_worth(document)
 
     def _end_lease(self, lease: str) -> None:
         _, names = self._leases.pop(lease, (0.0, []))
@@ -314,22 +435,31 @@ class Encoded:
         if missing:
             return missing
         documents = {name: one.kv for name, one in zip(names, found, strict=True)}
-        for name in documents:
-            self._kept.use(name)
+        self._use(dict(zip(names, found, strict=True)))
         self._keep(list(documents))
         if asked.strict:
             self._end_lease(asked.lease)
         handle = req.cache_request_handle
         self._taken[handle] = (*self._taken.get(handle, ()), *documents)
         self._rows[req] = _Row(documents)
-        req.extra_key = self._key(req.extra_key, names)
+        req.extra_key = self.key_of(req.extra_key, names)
         return []
 
-    def _key(self, extra_key: str | None, names: Sequence[str]) -> str:
-        """What the row's own KV depends on beside its tokens. A client's key holds no
-        control characters."""
+    def key_of(self, extra_key: str | None, names: Sequence[str]) -> str:
+        # What the row's own KV depends on beside its tokens. A client's key holds no
+        # control characters.
         seen = hashlib.blake2b("\x1f".join([self._beside.digest, *names]).encode(), digest_size=16)
         return f"{extra_key or ''}\x1fencoded\x1f{seen.hexdigest()}"
+
+    def _use(self, documents: Mapping[str, Document]) -> None:
+        """A request sees these."""
+        self._ticks += 1
+        for name, document in documents.items():
+            self._kept.use(name)
+            document.uses += 1
+            document.last_use = self._ticks
+            self._former[name] = document.uses
+            self._look(document)
 
     def _keep(self, names: Sequence[str]) -> None:
         for name in names:
@@ -375,13 +505,84 @@ class Encoded:
     def let_go(self, handle: CacheRequestHandle) -> None:
         self._release(self._taken.pop(handle, ()))
 
-    def flush(self, tenant: str | None) -> int:
-        owner = self._owner(tenant)
-        names = [name for name in self._kept.names(DOCUMENT) if name not in self._users]
-        mine = [name for name in names if self._kept.held(name, owner) is not None]
-        for name in mine:
-            self._kept.drop(name)
-        return len(mine)
+    def find(self, name: str, tenant: str | None) -> Document | None:
+        found: Document | None = self._kept.held(name, self._owner(tenant))
+        return found
+
+    def of_tenant(self, tenant: str | None) -> list[Document]:
+        found = (self.find(name, tenant) for name in self._kept.names(DOCUMENT))
+        return sorted((one for one in found if one is not None), key=lambda one: -one.last_use)
+
+    def is_in_use(self, document: Document) -> bool:
+        return self._seen_by_any(document.name)
+
+    def _seen_by_any(self, name: str) -> bool:
+        return self._users[name] > (name in self._locked)
+
+    def name(self, document: Document) -> None:
+        if not document.named:
+            document.named = True
+            self._kept.use(document.name)
+        self._look(document)
+
+    def holds(self, name: str) -> bool:
+        """Whether a document of any tenant is held."""
+        return self._kept.nbytes_of(name) > 0
+
+    def is_held(self, document: Document) -> bool:
+        """Whether this very one is."""
+        return self._kept.held(document.name, document.owner) is document
+
+    def may_have(self, nbytes: int) -> bool:
+        """Whether there could be room for so much, if others went."""
+        return nbytes <= self._kept.budget - self._kept.pinned_bytes
+
+    def adopt(
+        self,
+        tenant: str | None,
+        ids: array,
+        kv: EncoderKV,
+        *,
+        uses: int,
+        named: bool,
+        evict: bool,
+    ) -> bool:
+        """Take a document over that was read elsewhere.
+
+        Args:
+            uses: of its former life.
+            evict: others may go for it.
+
+        Returns:
+            Whether there is room for it.
+        """
+        name = document_id(tenant, ids)
+        uses = max(uses, self._former.get(name, 0))
+        document = Document(name, self._owner(tenant), ids, kv, uses, named=named)
+        kept = self._hold(document, evict=evict)
+        self._consensus.note("adopted" if kept else "refused", name)
+        return kept
+
+    def lock(self, document: Document) -> Callable[[], None]:
+        name = document.name
+        self._locked.add(name)
+        self._keep([name])
+        return lambda: self._unlock(name)
+
+    def _unlock(self, name: str) -> None:
+        if name in self._locked:
+            self._locked.remove(name)
+            self._release([name])
+
+    def delete(self, document: Document) -> None:
+        self._former.pop(document.name, None)
+        self._kept.drop(document.name)
+
+    def flush(self, tenant: str | None) -> list[Document]:
+        mine = [one for one in self.of_tenant(tenant) if one.name not in self._users]
+        for document in mine:
+            self.delete(document)
+        return mine
 
     def to_json(self) -> dict[str, Any]:
         config = self._beside.config
@@ -394,7 +595,7 @@ class Encoded:
             },
             "documents": self._kept.count(DOCUMENT),
             "bytes": self._kept.bytes_of_group(DOCUMENT),
-            "in_use": len(self._users),
+            "in_use": sum(map(self._seen_by_any, list(self._users))),
             "budget": self._kept.budget,
             "encoded": self._encoded,
             "encoded_tokens": self._tokens,
@@ -404,6 +605,7 @@ class Encoded:
     def check(self) -> None:
         users = Counter(name for names in self._taken.values() for name in names)
         users.update(name for _, names in self._leases.values() for name in names)
+        users.update(self._locked)
         if users != self._users:
             raise PicIntegrityError("which documents requests see does not add up")
 
@@ -412,5 +614,8 @@ class Encoded:
             self._end_lease(lease)
         for handle in list(self._taken):
             self.let_go(handle)
+        for name in list(self._locked):
+            self._unlock(name)
+        self._former.clear()
         for name in self._kept.names(DOCUMENT):
             self._kept.drop(name)

@@ -2,11 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from sglang_pic.forest.encoded import Document
+
+
+class StoredDocuments(Protocol):
+    """The same of encoded documents."""
+
+    def pinned(self, document: Document, *, lasting: bool) -> None:
+        """As ``Stored.pinned``."""
+        ...
+
+    def deleted(self, document: Document) -> None:
+        """As ``Stored.deleted``."""
+        ...
+
+
+class NotStoredDocuments:
+    """There is no store."""
+
+    def pinned(self, document: Document, *, lasting: bool) -> None:
+        pass
+
+    def deleted(self, document: Document) -> None:
+        pass
 
 
 class Stored(Protocol):
     """The store of one scheduler."""
+
+    @property
+    def documents(self) -> StoredDocuments: ...
 
     def step(self) -> None:
         """Go on with what is copied for it: between two forward passes, a bounded piece."""
@@ -32,6 +60,8 @@ class Stored(Protocol):
 
 class NotStored:
     """There is no store."""
+
+    documents = NotStoredDocuments()
 
     def step(self) -> None:
         pass

@@ -12,6 +12,7 @@ from sglang.lang.ir import SglSamplingParams
 from sglang.utils import http_request
 
 from sglang_pic.lang.segment import segment_ranges
+from sglang_pic.link.policy import ENCODE
 
 Report = dict[str, Any]
 
@@ -41,6 +42,8 @@ class PicRuntimeEndpoint(RuntimeEndpoint):
             server's own if ``None``.
         company: whose company a segment may have been computed in, ``off``, ``subset`` or
             ``tenant``; the server's own if ``None``.
+        mode: ``encode``, to have the server's encoder read the segments, instead of linking
+            them; the server's own mode of links if ``None``.
         find: find segments in texts that have none, ``off``, ``structure`` or ``content``; the
             server's own if ``None``.
         require_exact: recompute everything that a link would only approximate.
@@ -70,6 +73,7 @@ class PicRuntimeEndpoint(RuntimeEndpoint):
         *,
         company: str | None = None,
         find: str | None = None,
+        mode: str | None = None,
         api_key: str | None = None,
         verify: str | None = None,
         chat_template_name: str | None = None,
@@ -85,6 +89,8 @@ class PicRuntimeEndpoint(RuntimeEndpoint):
             self._options["policy"] = policy
         if company is not None:
             self._options["company"] = company
+        if mode is not None:
+            self._options["mode"] = mode
         if require_exact:
             self._options["require_exact"] = True
         self._finding = {} if find is None else {"find": find}
@@ -151,6 +157,13 @@ class PicRuntimeEndpoint(RuntimeEndpoint):
         for answer in answers if isinstance(answers, list) else [answers]:
             self.last_report = answer["meta_info"].get("pic", self.last_report)
         return answers
+
+    def commit_lazy_operations(self, s: StreamExecutor) -> None:
+        """As ``RuntimeEndpoint``; of a text that is documents alone nothing is to be
+        computed before a row follows them."""
+        documents = sum(end - start for start, end in segment_ranges(s))
+        if self._options.get("mode") != ENCODE or documents < len(s.text_):
+            super().commit_lazy_operations(s)
 
     def cache_prefix(self, prefix_str: str) -> None:
         """Have a plain text computed and cached for this endpoint's tenant."""

@@ -77,7 +77,10 @@ class HostCopies:
     def copy(self, target: torch.Tensor, source: torch.Tensor, slots: torch.Tensor) -> None:
         """Begin to write rows of ``source`` into ``target``."""
         # Gathered in order with whatever wrote them, or will overwrite them.
-        rows = source[slots]
+        self.send(target, source[slots])
+
+    def send(self, target: torch.Tensor, rows: torch.Tensor) -> None:
+        """Begin to write what nobody changes any more into ``target``, contiguous both."""
         with self._beside():
             target.copy_(rows, non_blocking=True)
             if self._side is not None:

@@ -17,6 +17,7 @@ from sglang_pic.forest.forest import Forest
 from sglang_pic.forest.nodes import PREFIX, SEGMENT, TURN
 from sglang_pic.forest.segments import SegmentRecord
 from sglang_pic.link.policy import floor_to
+from sglang_pic.manage import documents
 
 
 def _find(forest: Forest, segment: str, tenant: str | None) -> SegmentRecord:
@@ -133,8 +134,8 @@ def delete(forest: Forest, segment: str, tenant: str | None) -> dict[str, Any]:
 
 
 def flush(forest: Forest, tenant: str | None) -> dict[str, int]:
-    """Forget all segments, conversations and ordinary prefixes of a tenant that are
-    neither in use nor pinned."""
+    """Forget all segments, documents, conversations and ordinary prefixes of a tenant that
+    are neither in use nor pinned."""
     count = freed = 0
     for record in forest.segments.records(tenant):
         if record.id not in forest.pins and not forest.holder.is_in_use(record):
@@ -142,8 +143,11 @@ def flush(forest: Forest, tenant: str | None) -> dict[str, int]:
             freed += forest.holder.delete(record.id)
             count += 1
     freed += forest.assembly.forget_tenant(forest.segments.namespace(tenant))
-    forest.encoded.flush(tenant)
-    return {"segments": count, "freed_tokens": freed + forest.free_rows(tenant)}
+    return {
+        "segments": count,
+        "documents": documents.flush(forest, tenant),
+        "freed_tokens": freed + forest.free_rows(tenant),
+    }
 
 
 def reserve(forest: Forest, tokens: Sequence[int]) -> dict[str, Any]:

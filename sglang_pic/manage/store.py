@@ -2,18 +2,17 @@
 
 Which store is the operator's choice (``--pic-store``), never a client's. What is worth
 keeping is written behind (``outgoing``), what a link lacks is read ahead of it
-(``incoming``); saving, restoring and the pins of a former run are here. Each
-tensor-parallel rank keeps its part under a name of its own; a segment is loaded by all of
-them or by none.
+(``incoming``); saving, restoring and the pins of a former run are here, encoded documents
+in ``encoded.store``. Each tensor-parallel rank keeps its part under a name of its own; a
+segment is loaded by all of them or by none.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import logging
-import threading
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, TypeVar
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,8 +23,20 @@ from sglang_pic.forest.forest import Forest
 from sglang_pic.forest.keys import segment_id
 from sglang_pic.forest.segments import SegmentRecord
 from sglang_pic.link.policy import floor_to
+from sglang_pic.manage.encoded.store import document_store
 from sglang_pic.manage.incoming import Incoming
 from sglang_pic.manage.kv import KvPages
+from sglang_pic.manage.lasting import LastingPins
+from sglang_pic.manage.loading import (
+    ANSWER_S,
+    MAX_VALUE,
+    NO_ROOM,
+    Loaded,
+    Wanted,
+    listed,
+    load_all,
+    within,
+)
 from sglang_pic.manage.outgoing import Outgoing, by_head
 from sglang_pic.manage.segments import pin
 from sglang_pic.request.commands import UNWRITTEN, WRITING, WRITTEN
@@ -41,20 +52,8 @@ from sglang_pic.store.value import (
 )
 from sglang_pic.store.writing import Writer
 
-logger = logging.getLogger(__name__)
-
-# How long an operator's command, or a start, waits for one answer of the store.
-ANSWER_S = 60.0
-# Of a value whose segment's length is not known; of the list of pins.
-MAX_VALUE = 4 << 30
-MAX_PINS_BYTES = 16 << 20
-LATE = "store_late"
-NO_ROOM = "it does not fit into what is free of the budgets"
-
 # Of several ranks the one that is behind tells.
 _BEHIND = (UNWRITTEN, WRITING, WRITTEN)
-
-T = TypeVar("T")
 
 
 def _architecture(config: Any) -> str:
@@ -63,15 +62,6 @@ def _architecture(config: Any) -> str:
     for name in ("_name_or_path", "transformers_version"):
         fields.pop(name, None)
     return json.dumps(fields, sort_keys=True, default=str)
-
-
-def within(seconds: float, call: Callable[[], T]) -> T | Problem:
-    """What ``call`` returns, which raises nothing, unless it takes longer."""
-    found: list[T] = []
-    thread = threading.Thread(target=lambda: found.append(call()), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return found[0] if found else Problem(LATE, f"no answer in {seconds:g} s")
 
 
 class Store:
@@ -84,6 +74,9 @@ class Store:
         key: the operator's, for signatures, or ``None``.
         server: tells this server's pins from those of others.
         ranks: of tensor parallelism.
+
+    Attributes:
+        documents: the same for encoded documents.
     """
 
     def __init__(
@@ -101,11 +94,13 @@ class Store:
         self._runner = runner
         self._store = store
         self._key = key
-        self._server = server
         self._layers = sorted(runner.attn_backend.ropes)
         self._kv = KvPages(runner.token_to_kv_pool, self._layers)
         self._writer = Writer(store)
-        self._lasting: dict[str, list[list[Any]]] = {}
+        self._lasting = LastingPins(store, self._writer, lambda: self._codec, server)
+        self.documents = document_store(
+            forest, store, self._writer, key=key, server=server, ranks=ranks
+        )
         self._join()
 
     def _join(self) -> None:
@@ -118,6 +113,7 @@ class Store:
             self._forest, self._kv, self._codec, self._reader, self._outgoing, self._ranks
         )
         self._forest.holder.on_worth = self._outgoing.offer
+        self.documents.join(self._marks)
 
     def _fingerprint(self) -> dict[str, str]:
         forest, (_, first) = self._forest, next(self._kv.buffers())
@@ -140,12 +136,13 @@ class Store:
 
     def step(self) -> None:
         self._outgoing.step()
+        self.documents.step()
 
     def publish(
         self, segments: Sequence[str], tenant: str | None, *, begin: bool
     ) -> list[dict[str, Any]]:
-        """What has become of segments of a tenant that are to be written now, alike on all
-        ranks; not those of an adapter.
+        """What has become of segments of a tenant, or documents, that are to be written now,
+        alike on all ranks; not those of an adapter.
 
         Args:
             begin: they are to be written from now on.
@@ -153,16 +150,18 @@ class Store:
         Returns:
             ``{"state": WRITING | WRITTEN | UNWRITTEN, "reason"}`` each.
         """
-        own = self._forest.segments.namespace(tenant)
-        told = self._ranks.gather([self._publish(one, own, begin=begin) for one in segments])
+        told = self._ranks.gather([self._publish(one, tenant, begin=begin) for one in segments])
         found = []
         for states in zip(*told, strict=True):
             state, reason = min(states, key=lambda one: _BEHIND.index(one[0]))
             found.append({"state": state, "reason": reason})
         return found
 
-    def _publish(self, segment: str, space: str, *, begin: bool) -> tuple[str, str | None]:
-        record = self._forest.segments.find_held(segment)
+    def _publish(self, segment: str, tenant: str | None, *, begin: bool) -> tuple[str, str | None]:
+        document = self.documents.published(segment, tenant, begin=begin)
+        if document is not None:
+            return document
+        record, space = self._forest.segments.find_held(segment), self._space(tenant)
         if record is None or record.node is None or record.salt != space:
             return UNWRITTEN, "not_held"
         if record.extra_key:
@@ -171,6 +170,9 @@ class Store:
             self._outgoing.publish(record)
         return self._outgoing.published(segment)
 
+    def _space(self, tenant: str | None) -> str:
+        return self._forest.segments.namespace(tenant)
+
     def deleted(self, segment: str) -> None:
         record = self._forest.segments.find_held(segment)
         for name in self._outgoing.names(record) if record is not None else ():
@@ -178,34 +180,19 @@ class Store:
             self._writer.remove(name)
 
     def pinned(self, segment: str, *, lasting: bool) -> None:
-        was = self._lasting.pop(segment, None)
-        if lasting:
-            self._keep_pin(segment)
-        if was != self._lasting.get(segment):
-            self._list_pins()
-
-    def _list_pins(self) -> None:
-        """Write which pins outlive this server."""
-        content = [entry for entries in self._lasting.values() for entry in entries]
-        name = self._codec.own_name(f"pins {self._server}")
-        codec = self._codec
-        self._writer.write(name, lambda: codec.encode_own(name, content), 0, replace=True)
-
-    def _keep_pin(self, segment: str) -> None:
-        """A held segment's pin outlives this server."""
-        record = self._forest.segments.find_held(segment)
+        record = self._forest.segments.find_held(segment) if lasting else None
         if record is None or record.extra_key:
+            self._lasting.set(segment, [])
             return
         self._outgoing.offer(record)
         tokens, names = len(record.path), self._outgoing.names(record)
-        self._lasting[segment] = [[record.salt, tokens, name] for name in names]
+        self._lasting.set(segment, [(record.salt, tokens, name) for name in names])
 
     def clear(self) -> None:
         self.incoming.clear()
         self._outgoing.clear()
-        if self._lasting:
-            self._lasting.clear()
-            self._list_pins()
+        self._lasting.clear()
+        self.documents.clear()
         # Whoever loads other weights flushes then.
         self._look()
 
@@ -213,13 +200,14 @@ class Store:
         """See whether other weights are loaded now."""
         if self._fingerprint() != self._marks:
             self.incoming.drop_all()
+            self.documents.drop_all()
             self._join()
 
     def stats(self) -> dict[str, Any]:
         counts = self._writer.counts
         return {
             "waiting_bytes": self._writer.flying,
-            "reading_bytes": self._reader.flying,
+            "reading_bytes": self._reader.flying + self.documents.reading,
             "written": counts.values,
             "written_bytes": counts.nbytes,
             "present": counts.present,
@@ -230,24 +218,29 @@ class Store:
     # -- by an operator's command, while the scheduler waits ------------------------------
 
     def save(self, tenant: str | None, chosen: Collection[str] | None) -> dict[str, Any]:
-        """Write segments of a tenant, all or those chosen by id; not those of an
-        adapter, whose weights the fingerprint does not know.
+        """Write segments and documents of a tenant, all or those chosen by id; not those of
+        an adapter, whose weights the fingerprint does not know.
 
         Raises:
             PicRefused: 404 for an id that is not held; 507 where the store refuses.
         """
         forest = self._forest
-        records = forest.segments.records(tenant)
+        records, documents = forest.segments.records(tenant), forest.encoded.of_tenant(tenant)
         if chosen is not None:
-            held = {record.id: record for record in records}
-            if any(name not in held for name in chosen):
+            names = dict.fromkeys(chosen)
+            if not names.keys() <= {*(r.id for r in records), *(d.name for d in documents)}:
                 raise PicRefused(404, "no such segment", "ids")
-            records = [held[name] for name in dict.fromkeys(chosen)]
+            records = [record for record in records if record.id in names]
+            documents = [document for document in documents if document.name in names]
         records = [record for record in records if not record.extra_key]
         self._look()
+        writes = [
+            *(functools.partial(self._write, record) for record in records),
+            *(functools.partial(self.documents.save, document) for document in documents),
+        ]
         written, failed = 0, None
-        for record in records:
-            saved = self._write(record)
+        for write in writes:
+            saved = write()
             if isinstance(saved, Problem):
                 failed = f"cannot write to the store: {saved}"
                 break
@@ -256,7 +249,11 @@ class Store:
         problems = [problem for problem, _ in told if problem is not None]
         if problems:
             raise PicRefused(507, problems[0], "ids")
-        return {"segments": len(records), "bytes": sum(size for _, size in told)}
+        return {
+            "segments": len(records),
+            "documents": len(documents),
+            "bytes": sum(size for _, size in told),
+        }
 
     def _write(self, record: SegmentRecord) -> int | Problem:
         """Write one segment now; bytes written."""
@@ -291,24 +288,17 @@ class Store:
         """Load what a tenant has in the store, as far as it fits.
 
         Returns:
-            ``{"segments": loaded, "present": held already, "refused": [{"file",
-            "reason"}]}``; nothing of a refused value is loaded.
+            ``{"segments": loaded, "documents": loaded, "present": held already, "refused":
+            [{"file", "reason"}]}``; nothing of a refused value is loaded.
 
         Raises:
             PicRefused: 409 of a store that lists nothing.
         """
         self._look()
-        salt = self._forest.segments.namespace(tenant)
-        listed = within(ANSWER_S, lambda: self._store.names(self._codec.group(salt)))
-        told = self._ranks.gather(listed)
-        problem = next((one for one in told if isinstance(one, Problem)), None)
-        if problem is not None:
-            raise PicRefused(409, f"the store cannot be listed: {problem}", "store")
-        own = {_everywhere(name): name for name in listed} if isinstance(listed, list) else {}
-        wanted = sorted(
-            {_everywhere(name) for names in told if isinstance(names, list) for name in names}
-        )
-        return self._load_all([(own.get(one), salt, None) for one in wanted])
+        space = self._space(tenant)
+        wanted = listed(self._store, self._ranks, self._codec.group(space), space)
+        segments = load_all(self._ranks, wanted, self._get, self._adopt)
+        return _told(segments, self.documents.restore(tenant))
 
     def start(self) -> dict[str, Any]:
         """Load what was pinned for good when this server ran last; nothing else is loaded
@@ -317,59 +307,20 @@ class Store:
         Returns:
             As ``restore``.
         """
-        own = {_everywhere(name): (name, salt, tokens) for salt, tokens, name in self._pins()}
-        wanted = sorted({one for names in self._ranks.gather(sorted(own)) for one in names})
-        found = self._load_all([own.get(one, (None, "", None)) for one in wanted], pins=True)
-        return found
+        wanted = self._lasting.wanted(self._ranks)
+        segments = load_all(self._ranks, wanted, self._get, self._adopt_pinned)
+        return _told(segments, self.documents.start())
 
-    def _pins(self) -> list[tuple[str, int, str]]:
-        name = self._codec.own_name(f"pins {self._server}")
-        value = within(ANSWER_S, lambda: self._store.get(name, MAX_PINS_BYTES))
-        if isinstance(value, Problem):
-            return []
-        try:
-            content = self._codec.decode_own(value, name)
-            return [(str(salt), int(tokens), str(one)) for salt, tokens, one in content]
-        except (BadValue, ValueError, TypeError) as error:
-            logger.warning("sglang_pic: the list of pins is refused: %s", error)
-            return []
-
-    def _load_all(
-        self, wanted: Sequence[tuple[str | None, str, int | None]], *, pins: bool = False
-    ) -> dict[str, Any]:
-        """Load values now, in the same order on all ranks.
-
-        Args:
-            wanted: name, namespace, and the length of the path if it is known; no name of
-                what this rank lacks.
-            pins: pin what is loaded.
-        """
-        loaded = present = 0
-        refused = []
-        for name, salt, tokens in wanted:
-            saved = self._get(name, salt, tokens)
-            told = self._ranks.gather(saved if isinstance(saved, str) else None)
-            problem = next((one for one in told if one is not None), None)
-            if problem is None:
-                assert isinstance(saved, SavedSegment)
-                held, problem = self._adopt(saved, repin=pins)
-                present += held and problem is None
-                loaded += not held and problem is None
-            if problem is not None:
-                logger.warning("sglang_pic: %s is not loaded: %s", name, problem)
-                refused.append({"file": name or "", "reason": problem})
-        return {"segments": loaded, "present": present, "refused": refused}
-
-    def _get(self, name: str | None, salt: str, tokens: int | None) -> SavedSegment | str:
+    def _get(self, wanted: Wanted) -> SavedSegment | str:
         """A value, or why it cannot be used."""
-        if name is None:
-            return "this rank's part is not there"
-        most = MAX_VALUE if tokens is None else self.incoming.most(tokens)
+        name = wanted.name
+        assert name is not None
+        most = MAX_VALUE if wanted.tokens is None else self.incoming.most(wanted.tokens)
         value = within(ANSWER_S, lambda: self._store.get(name, most))
         if isinstance(value, Problem):
             return str(value)
         try:
-            saved = self._codec.decode(value, name, salt=salt)
+            saved = self._codec.decode(value, name, salt=wanted.salt)
             self._check(saved)
         except BadValue as error:
             return str(error)
@@ -386,34 +337,47 @@ class Store:
         self._kv.check(saved, floor_to(len(saved.path), self._forest.pages.page_size))
         self._forest.carried.check_saved(saved, len(saved.path) - len(context))
 
-    def _adopt(self, saved: SavedSegment, *, repin: bool) -> tuple[bool, str | None]:
+    def _adopt(self, saved: SavedSegment) -> tuple[bool, str | None]:
         """Take a value over that all ranks have: whether it was held already, and why it
         cannot be; on all of them alike. Evicts nothing."""
-        forest, context = self._forest, len(self._forest.segments.context)
-        name = segment_id(saved.salt, saved.extra_key, saved.path[context:])
+        forest, name = self._forest, self._segment_of(saved)
         record = forest.segments.find_held(name)
         heads = {head for head, _ in by_head(forest.carried.tensors(name))}
-        was_held = record is not None and saved.heads in heads
-        if not was_held:
-            slots = forest.holder.reserve(
-                floor_to(len(saved.path), forest.pages.page_size), evict=False
-            )
-            if slots is None:
-                return False, NO_ROOM
-            self._kv.fill(saved, slots, 0, len(slots))
-            self._outgoing.know(self._codec.name(saved.salt, saved.path, saved.heads))
-            if not forest.holder.adopt(saved, slots, named=True, evict=False):
-                return False, NO_ROOM
-        if repin and forest.segments.find_held(name) is not None:
+        if record is not None and saved.heads in heads:
+            return True, None
+        slots = forest.holder.reserve(
+            floor_to(len(saved.path), forest.pages.page_size), evict=False
+        )
+        if slots is None:
+            return False, NO_ROOM
+        self._kv.fill(saved, slots, 0, len(slots))
+        self._outgoing.know(self._codec.name(saved.salt, saved.path, saved.heads))
+        if not forest.holder.adopt(saved, slots, named=True, evict=False):
+            return False, NO_ROOM
+        return False, None
+
+    def _adopt_pinned(self, saved: SavedSegment) -> tuple[bool, str | None]:
+        """``_adopt``, and pin it for good."""
+        was_held, problem = self._adopt(saved)
+        forest, name = self._forest, self._segment_of(saved)
+        if problem is None and forest.segments.find_held(name) is not None:
             tenant = saved.salt.removeprefix(forest.segments.namespace(None))
             try:
                 pin(forest, name, tenant)
             except PicRefused as error:
                 return was_held, error.message
-            self._keep_pin(name)
-        return was_held, None
+            self.pinned(name, lasting=True)
+        return was_held, problem
+
+    def _segment_of(self, saved: SavedSegment) -> str:
+        context = len(self._forest.segments.context)
+        return segment_id(saved.salt, saved.extra_key, saved.path[context:])
 
 
-def _everywhere(name: str) -> str:
-    """The part of a value's name that is alike on all ranks."""
-    return name.partition("-")[2]
+def _told(segments: Loaded, documents: Loaded) -> dict[str, Any]:
+    return {
+        "segments": segments.loaded,
+        "documents": documents.loaded,
+        "present": segments.present + documents.present,
+        "refused": segments.refused + documents.refused,
+    }

@@ -49,7 +49,7 @@ class Key(_Command, tag="key"):
 
 
 class List(_Command, tag="list"):
-    """A tenant's segments."""
+    """A tenant's segments, and its encoded documents."""
 
 
 class Get(_Command, tag="get"):
@@ -106,12 +106,20 @@ class Fetch(_Command, tag="fetch"):
     named: bool
 
 
+class FetchDocuments(_Command, tag="fetch_documents"):
+    """The same for encoded documents, which the prompt is, one behind the other."""
+
+    lengths: list[int]
+    named: bool
+
+
 class Fetched(_Command, tag="fetched"):
-    """Go on with segments that come from the store, and what has become of them; or drop
-    them."""
+    """Go on with segments that come from the store, or with encoded documents, and what has
+    become of them; or drop them."""
 
     segments: list[str]
     drop: bool = False
+    documents: bool = False
 
 
 class Lease(msgspec.Struct, forbid_unknown_fields=True):
@@ -121,12 +129,14 @@ class Lease(msgspec.Struct, forbid_unknown_fields=True):
         id: names the prompt; more of its documents may come under it.
         held: names of documents that were held lately.
         lengths: of those that come with the command.
+        named: they are asked for by name, and no prompt will come.
     """
 
     id: str
     tenant: str | None
     held: list[str]
     lengths: list[int]
+    named: bool = False
 
 
 class Encode(_Command, tag="encode"):
@@ -142,6 +152,13 @@ class Encode(_Command, tag="encode"):
     now: float
 
 
+class Foretell(_Command, tag="foretell"):
+    """Which of these documents the tenant has, and what of the row that comes with the
+    command is cached behind them."""
+
+    documents: list[str]
+
+
 class Publish(_Command, tag="publish"):
     """What has become of segments of the tenant that are to be written to the store; from
     now on, if they ``begin``."""
@@ -151,7 +168,7 @@ class Publish(_Command, tag="publish"):
 
 
 class Held(_Command, tag="held"):
-    """Which of these the tenant has."""
+    """Which of these the tenant has, documents too."""
 
     segments: list[str]
 
@@ -195,8 +212,10 @@ Command = Union[  # noqa: UP007  (msgspec reads it at run time, on Python 3.10 t
     Save,
     Restore,
     Fetch,
+    FetchDocuments,
     Fetched,
     Encode,
+    Foretell,
     Publish,
     Held,
     Companies,

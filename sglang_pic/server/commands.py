@@ -60,6 +60,8 @@ async def command(
                     cache_salt=cache_salt,
                     extra_key=extra_key,
                     lora_path=lora_path,
+                    # Its tokens are of prompts that may not be logged.
+                    no_logs=True,
                     kv_hints=made,
                     routed_dp_rank=one if ranks > 1 else None,
                 ),

@@ -1,8 +1,8 @@
 """The life of a prompt whose documents a trained encoder reads.
 
-They are not in its row: they are encoded first, a few at a time, and the row's tokens see
-what is kept of them. Nothing could take their place, so a prompt whose documents find no
-room is refused.
+They are not in its row: they are read from the store, or encoded, first, a few at a time,
+and the row's tokens see what is kept of them. Nothing could take their place, so a prompt
+whose documents find no room is refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -25,18 +25,20 @@ from sglang_pic.encoder.limits import ENCODE_TOKENS, fits
 from sglang_pic.errors import PicRefused, PicRequestError
 from sglang_pic.forest.keys import document_id
 from sglang_pic.link.policy import ENCODE, LinkOptions
-from sglang_pic.link.report import EMPTY, ENCODED, LinkReport, SegmentReport
+from sglang_pic.link.report import EMPTY, ENCODED, MISSING, LinkReport, SegmentReport
 from sglang_pic.metrics.front import counts
 from sglang_pic.request.hints import NO_LONGER
 from sglang_pic.request.internal import EncodedRequest
 from sglang_pic.server.answers import handed_back, samples_of
 from sglang_pic.server.asking import Generate
-from sglang_pic.server.compiler import COMPILED, Made
+from sglang_pic.server.compiler import COMPILED, FETCHED, Caller, Made
 from sglang_pic.server.encoded_canary import EncodedCanary
 from sglang_pic.server.guards import Guards
+from sglang_pic.server.items import DocumentItem
 from sglang_pic.server.life import Prompt
 from sglang_pic.server.queue import FairQueue
 from sglang_pic.server.send import set_encoded
+from sglang_pic.server.sources import COMPUTED, Source
 from sglang_pic.server.waited import Waited
 from sglang_pic.server.waiting import EndedError, Waiting, ended
 from sglang_pic.server.wanted import caller_of
@@ -48,6 +50,20 @@ NO_ENCODER = "this server has no encoder: --pic-encoder"
 PAUSE_S = 0.2
 
 Send = Callable[..., Coroutine[Any, Any, list[Any]]]
+
+
+class Fetches(Protocol):
+    """Gets documents from a store (``server.fetching``), if there is one."""
+
+    has_store: bool
+
+    async def fetch(self, item: DocumentItem) -> Source:
+        """Where one comes from: it is held now, unless it is to be encoded."""
+        ...
+
+    def computed(self, tokens: int, seconds: float) -> None:
+        """Documents of so many tokens were encoded in so long."""
+        ...
 
 
 class Cut(NamedTuple):
@@ -82,6 +98,7 @@ class Job:
         lease: under which they are kept for it.
         held: names of its others, which the scheduler holds.
         documents: those to be encoded, each once.
+        named: they are asked for by name, and no prompt comes.
         sent: how many of them have been.
         result: whether all of the prompt's are kept.
     """
@@ -91,6 +108,7 @@ class Job:
     held: list[str]
     documents: list[tuple[int, ...]]
     result: asyncio.Future[bool]
+    named: bool = False
     sent: int = 0
 
     def piece(self, documents: Sequence[tuple[int, ...]]) -> dict[str, Any]:
@@ -100,6 +118,7 @@ class Job:
             "tenant": self.tenant,
             "held": self.held,
             "lengths": [len(ids) for ids in documents],
+            "named": self.named,
         }
 
 
@@ -112,15 +131,22 @@ class Encoder:
 
     Args:
         send: ``server.commands.command``, bound.
+        encoded: told tokens and seconds of a batch.
         queue: in which order, and how many prompts may wait.
         max_tokens: of the longest document.
         longest: tokens of the longest prompt that SGLang takes.
     """
 
     def __init__(
-        self, send: Send, queue: FairQueue[Job], max_tokens: int, longest: Callable[[], int]
+        self,
+        send: Send,
+        queue: FairQueue[Job],
+        max_tokens: int,
+        longest: Callable[[], int],
+        encoded: Callable[[int, float], None] = lambda tokens, seconds: None,
     ):
         self._send = send
+        self._encoded = encoded
         self._queue = queue
         self._max_tokens = max_tokens
         self._longest = longest
@@ -140,12 +166,15 @@ class Encoder:
         urgency: int,
         held: Sequence[str],
         documents: Sequence[tuple[int, ...]],
+        *,
+        named: bool = False,
     ) -> bool | None:
         """Encode some of a prompt's documents, and keep all of them until it comes.
 
         Args:
             lease: names the prompt.
             held: names of its other documents.
+            named: no prompt comes, they are asked for by name: nothing is kept for it.
 
         Returns:
             Whether they are kept; if not, none is. ``None`` where too many prompts of the
@@ -157,7 +186,7 @@ class Encoder:
         if not documents:
             return True
         result = asyncio.get_running_loop().create_future()
-        job = Job(lease, tenant, list(held), list(dict.fromkeys(documents)), result)
+        job = Job(lease, tenant, list(held), list(dict.fromkeys(documents)), result, named)
         if not self._queue.add([job], tenant, urgency):
             return None
         if self._running is None:
@@ -181,6 +210,7 @@ class Encoder:
 
     async def _run(self) -> None:
         while pieces := self._batch():
+            start = time.monotonic()
             try:
                 told = await self.send(pieces)
             except Exception as error:
@@ -190,7 +220,9 @@ class Encoder:
                     # Consumed here: a client that left will not ask for it.
                     job.result.exception()
                 continue
-            counts.observe_encode([len(ids) for _, some in pieces for ids in some])
+            lengths = [len(ids) for _, some in pieces for ids in some]
+            counts.observe_encode(lengths)
+            self._encoded(sum(lengths), time.monotonic() - start)
             for (job, some), kept in zip(pieces, told, strict=True):
                 job.sent += len(some)
                 if not kept or job.sent == len(job.documents):
@@ -235,6 +267,23 @@ class Documents(Protocol):
         """Raise ``PicRequestError`` for one that cannot be answered."""
         ...
 
+    def check_documents(self, documents: Mapping[str, Sequence[int]], field: str) -> None:
+        """Raise ``PicRequestError`` for documents that cannot be held at once.
+
+        Args:
+            documents: token ids, not empty, by the fields that they came in.
+            field: that all of them came in.
+        """
+        ...
+
+    async def make(self, documents: Sequence[tuple[int, ...]], caller: Caller) -> list[int] | None:
+        """Have documents ahead of prompts, as asked for by name, as far as there is room.
+
+        Returns:
+            Tokens that were encoded for each; ``None`` where too many of the tenant wait.
+        """
+        ...
+
     def live(
         self,
         generate: Generate,
@@ -261,6 +310,12 @@ class NoDocuments:
     def check(self, prompt: Prompt) -> None:
         raise PicRequestError("pic.mode", NO_ENCODER)
 
+    def check_documents(self, documents: Mapping[str, Sequence[int]], field: str) -> None:
+        raise PicRequestError("mode", NO_ENCODER)
+
+    async def make(self, documents: Sequence[tuple[int, ...]], caller: Caller) -> list[int] | None:
+        raise PicRequestError("mode", NO_ENCODER)
+
     async def live(
         self,
         generate: Generate,
@@ -284,6 +339,7 @@ class WithEncoder:
         manager: SGLang's.
         queue: of documents.
         send: as of ``Encoder``.
+        fetching: what the store has is not encoded.
         guards: of the server.
     """
 
@@ -295,9 +351,11 @@ class WithEncoder:
         urgency: Callable[[int | None], int],
         queue: FairQueue[Job],
         send: Send,
+        fetching: Fetches,
         guards: Guards,
     ):
         assert config.encoder is not None
+        self._fetching = fetching
         self._manager = manager
         self._limit_s = config.compile_limit_s
         self._budget = config.state_mib << 20
@@ -305,7 +363,11 @@ class WithEncoder:
         self._urgency = urgency
         self._config = EncoderConfig.load(Path(config.encoder))
         self._encoder = Encoder(
-            send, queue, self._config.max_tokens, lambda: manager.max_req_input_len - 1
+            send,
+            queue,
+            self._config.max_tokens,
+            lambda: manager.max_req_input_len - 1,
+            fetching.computed,
         )
         self._refusal: str | None = None
         self._canary = EncodedCanary(
@@ -338,23 +400,50 @@ class WithEncoder:
         made = cut(prompt)
         if not made.row:
             raise PicRequestError("pic.segments", "a prompt needs text beside its documents")
+        self.check_documents(
+            {f"pic.segments[{i}]": ids for i, ids in made.documents}, "pic.segments"
+        )
+
+    def check_documents(self, documents: Mapping[str, Sequence[int]], field: str) -> None:
         longest, vocabulary = self._encoder.max_tokens, self._manager.model_config.vocab_size
-        for i, ids in made.documents:
-            field = f"pic.segments[{i}]"
+        for one, ids in documents.items():
             if len(ids) > longest:
                 problem = f"{len(ids)} tokens are too long for the encoder, at most {longest}"
-                raise PicRequestError(field, problem)
+                raise PicRequestError(one, problem)
             if not 0 <= min(ids) <= max(ids) < vocabulary:
-                raise PicRequestError(field, f"token ids are from 0 to {vocabulary - 1}")
+                raise PicRequestError(one, f"token ids are from 0 to {vocabulary - 1}")
         item, ranks = self._manager.model_config.dtype.itemsize, self._manager.server_args.tp_size
         each = self._config.bytes_per_token(item, ranks)
-        need = each * sum(len(ids) for ids in {ids for _, ids in made.documents})
+        need = each * sum(len(ids) for ids in {tuple(ids) for ids in documents.values()})
         if need > self._budget:
             raise PicRequestError(
-                "pic.segments",
+                field,
                 f"encoded documents of {need} bytes, this server may hold {self._budget}: "
                 "--pic-state-mib",
             )
+
+    async def make(self, documents: Sequence[tuple[int, ...]], caller: Caller) -> list[int] | None:
+        tenant, urgency = caller.tenant, self._urgency(caller.priority)
+        sources = await self._fetch(documents, tenant, named=True)
+        absent = [ids for ids in documents if sources[ids].kind == COMPUTED]
+        held = [document_id(tenant, ids) for ids in documents if sources[ids].kind != COMPUTED]
+        lease = uuid.uuid4().hex
+        kept = await self._encoder.encode(lease, tenant, urgency, held, absent, named=True)
+        if kept is None:
+            return None
+        encoded = {ids: len(ids) for ids in absent}
+        return [encoded.pop(ids, 0) for ids in documents]
+
+    async def _fetch(
+        self, documents: Sequence[tuple[int, ...]], tenant: str | None, *, named: bool
+    ) -> dict[tuple[int, ...], Source]:
+        """Where each of these comes from: it is held now, unless it is to be encoded."""
+        distinct = list(dict.fromkeys(documents))
+        fetches = (self._fetching.fetch(DocumentItem(ids, tenant, named)) for ids in distinct)
+        sources = dict(zip(distinct, await asyncio.gather(*fetches), strict=True))
+        for source in sources.values() if self._fetching.has_store else ():
+            counts.observe_source(*dataclasses.astuple(source))
+        return sources
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -380,7 +469,7 @@ class WithEncoder:
             outputs: AsyncGenerator[Any, None] | None = None
             missing: Sequence[int] = range(len(names))
             start = time.monotonic()
-            told: dict[int, Made] = {}
+            told, sources = dict[int, Made](), dict[tuple[int, ...], Source]()
             try:
                 if self._refusal is not None:
                     refusal = self._waiting.refuse(stay, self._refusal)
@@ -388,12 +477,9 @@ class WithEncoder:
                 if samples == 1:
                     outputs, missing = await self._ask(generate, obj, request, made.row, asked)
                 while missing or outputs is None:
-                    work = self._encode(obj, lease, made, names, missing)
+                    work = self._bring(obj, lease, made, names, missing, told, sources)
                     kept = await self._waiting.until(stay, obj, request, work)
                     seconds = time.monotonic() - start
-                    for i in missing if kept else ():
-                        at, ids = made.documents[i]
-                        told.setdefault(at, Made(COMPILED, len(ids)))
                     waited[index] = Waited(tuple(told), tuple(told.values()), seconds)
                     if kept is None or seconds > self._limit_s:
                         refusal = self._waiting.refuse(stay, NO_LONGER)
@@ -401,6 +487,11 @@ class WithEncoder:
                     elif not kept:
                         pause = asyncio.sleep(PAUSE_S)
                         await self._waiting.until(stay, obj, request, pause)
+                        if samples == 1:
+                            # What was held may have gone, what was missing may have come.
+                            outputs, missing = await self._ask(
+                                generate, obj, request, made.row, asked
+                            )
                     elif samples > 1:
                         set_encoded(obj, made.row, asked)
                         outputs, missing = generate(self._manager, obj, request), ()
@@ -425,19 +516,43 @@ class WithEncoder:
                     meta["pic"] = [report(prompt, names, meta.get("cached_tokens", 0)).to_json()]
                 yield out
 
-    async def _encode(
+    async def _bring(
         self,
         obj: GenerateReqInput,
         lease: str,
         made: Cut,
         names: Sequence[str],
         missing: Sequence[int],
+        told: dict[int, Made],
+        sources: dict[tuple[int, ...], Source],
     ) -> bool | None:
+        """Have what is missing of a prompt's documents, and keep all of them until it comes.
+
+        Args:
+            missing: of its documents that are not empty.
+            told: what became of each so far, by the index of its segment; is added to.
+            sources: of those that the store was asked for, once each; is added to.
+
+        Returns:
+            As ``Encoder.encode``.
+        """
         caller = caller_of(obj)
-        held = [name for i, name in enumerate(names) if i not in {*missing}]
-        documents = [made.documents[i][1] for i in missing]
+        new = [made.documents[i] for i in missing if made.documents[i][1] not in sources]
+        sources |= await self._fetch([ids for _, ids in new], caller.tenant, named=False)
+        came = {ids for _, ids in new if sources[ids].kind != COMPUTED}
+        told |= {at: Made(FETCHED, source=sources[ids]) for at, ids in new if ids in came}
+        # Of several samples none comes back: for them all are kept.
+        sent = [i for i in missing if samples_of(obj) > 1 or made.documents[i][1] not in came]
+        held = [name for i, name in enumerate(names) if i not in {*sent}]
+        documents = [made.documents[i][1] for i in sent]
         urgency = self._urgency(caller.priority)
-        return await self._encoder.encode(lease, caller.tenant, urgency, held, documents)
+        kept = await self._encoder.encode(lease, caller.tenant, urgency, held, documents)
+        for at, ids in (made.documents[i] for i in sent) if kept else ():
+            if ids not in came:
+                # It may have come, and gone again.
+                source = dataclasses.replace(sources[ids], kind=COMPUTED)
+                told[at] = Made(COMPILED, len(ids), source=source)
+        return kept
 
     async def _ask(
         self,
@@ -459,21 +574,23 @@ class EncodedReport(LinkReport):
     tokens_outside: int = 0
 
 
-def report(prompt: Prompt, names: Sequence[str], cached: int) -> EncodedReport:
+def report(
+    prompt: Prompt, names: Sequence[str], cached: int, held: Sequence[bool] | None = None
+) -> EncodedReport:
     """What an answer says of itself.
 
     Args:
         names: of the segments that are not empty.
         cached: tokens of the row that SGLang had.
+        held: which of those segments are held, foretold; all, of an answer.
     """
     ids, link = prompt
-    left = iter(names)
-    segments = tuple(
-        SegmentReport(span.start, span.end, None, False, EMPTY, 0, 0)
-        if span.start == span.end
-        else SegmentReport(span.start, span.end, next(left), True, ENCODED, 0, 0)
-        for span in link.spans
-    )
+    left = zip(names, [True] * len(names) if held is None else held, strict=True)
+    segments = []
+    for span in link.spans:
+        name, is_held = next(left) if span.start < span.end else (None, False)
+        reason = EMPTY if name is None else ENCODED if is_held else MISSING
+        segments.append(SegmentReport(span.start, span.end, name, is_held, reason, 0, 0))
     outside = sum(span.end - span.start for span in link.spans)
     options: LinkOptions = link.options
     return EncodedReport(
@@ -486,6 +603,6 @@ def report(prompt: Prompt, names: Sequence[str], cached: int) -> EncodedReport:
         tokens_computed=len(ids) - outside - cached,
         prefix_tokens=cached,
         turn_tokens=0,
-        segments=segments,
+        segments=tuple(segments),
         tokens_outside=outside,
     )

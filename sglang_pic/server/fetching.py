@@ -1,8 +1,9 @@
 """Segments that the store has: asked for ahead, waited for, linked without a compile.
 
-The scheduler's process reads them (``manage.incoming``); here it is told to begin, and
+The scheduler's process reads them (``manage.coming``); here it is told to begin, and
 asked until they have come. What is asked for in one turn of the loop goes in one command,
 as far as one prompt may be long. Nothing here raises: what does not come is compiled.
+Encoded documents are fetched alike (``stored``).
 """
 
 from __future__ import annotations
@@ -11,26 +12,24 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from typing import Any, Generic, Protocol
 
 from cachetools import TTLCache
 
-from sglang_pic.forest.keys import segment_id
 from sglang_pic.server.items import CompileItem
 from sglang_pic.server.sources import (
-    ADAPTER,
     COMPUTED,
     HELD,
     IN_STORE,
     LATE,
-    NO_SEGMENT,
     STORE,
     BackOff,
     Pace,
     Source,
     source_of,
 )
+from sglang_pic.server.stored import Item, Kind
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +81,10 @@ class NoStore:
 
     has_store = False
 
-    async def known(self, items: Sequence[CompileItem]) -> list[bool]:
+    async def known(self, items: Sequence[Any]) -> list[bool]:
         return [False] * len(items)
 
-    async def fetch(self, item: CompileItem, *, no_logs: bool = False) -> Source:
+    async def fetch(self, item: Any, *, no_logs: bool = False) -> Source:
         return Source()
 
     def computed(self, tokens: int, seconds: float) -> None:
@@ -96,11 +95,11 @@ class NoStore:
 
 
 @dataclasses.dataclass(eq=False)
-class _Coming:
-    """One segment that is read: who waits for it waits for ``known``, whether the store has
+class _Coming(Generic[Item]):
+    """One item that is read: who waits for it waits for ``known``, whether the store has
     it, or for ``source``, of which somebody has asked (``is_awaited``)."""
 
-    item: CompileItem
+    item: Item
     name: str
     begun: float
     known: asyncio.Future[bool]
@@ -108,17 +107,14 @@ class _Coming:
     is_awaited: bool = False
 
 
-class FromStore:
-    """Asks one server's schedulers.
+class FromStore(Generic[Item]):
+    """Asks one server's schedulers for items of one kind.
 
     Args:
         command: sends commands to them (``server.commands``), its manager bound.
-        tenant_of: the salt of a client, of a namespace.
-        context: tokens of the compile context.
         longest: tokens that one command's prompt may have.
-        timeout_s: how long a segment is waited for.
+        timeout_s: how long one is waited for.
         always: read what is there whatever that takes.
-        ranks: of data parallelism.
     """
 
     has_store = True
@@ -126,33 +122,29 @@ class FromStore:
     def __init__(
         self,
         command: Command,
-        tenant_of: Callable[[str], str],
-        context: int,
+        kind: Kind[Item],
         longest: Callable[[], int],
         timeout_s: float,
         always: bool = False,
-        ranks: int = 1,
     ):
-        self._ranks = ranks
+        self._kind = kind
         self._always = always
         self._command = command
-        self._tenant_of = tenant_of
-        self._context = context
         self._longest = longest
         self._timeout_s = timeout_s
         self._reading, self._computing = Pace(), Pace()
         self._back_off = BackOff()
-        self._coming: dict[CompileItem, _Coming] = {}
+        self._coming: dict[Item, _Coming[Item]] = {}
         # Came before anybody waited for it, and will be asked for in a moment.
-        self._early: TTLCache[CompileItem, Source] = TTLCache(MOST_EARLY, EARLY_S)
+        self._early: TTLCache[Item, Source] = TTLCache(MOST_EARLY, EARLY_S)
         # Asked for in this turn of the loop.
-        self._asked: list[_Coming] = []
+        self._asked: list[_Coming[Item]] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
     def computed(self, tokens: int, seconds: float) -> None:
         self._computing.see(tokens, seconds)
 
-    async def known(self, items: Sequence[CompileItem]) -> list[bool]:
+    async def known(self, items: Sequence[Item]) -> list[bool]:
         coming = [self._begin(item, always=self._always) for item in items]
         waits = [one.known for one in coming if isinstance(one, _Coming)]
         if waits:
@@ -170,10 +162,10 @@ class FromStore:
         read, computed = self._reading.seconds(tokens), self._computing.seconds(tokens)
         return 0.0 if read is None or not computed else read / computed
 
-    async def fetch(self, item: CompileItem, *, no_logs: bool = False) -> Source:
+    async def fetch(self, item: Item, *, no_logs: bool = False) -> Source:
         return await self.read(item, always=self._always)
 
-    async def read(self, item: CompileItem, *, always: bool) -> Source:
+    async def read(self, item: Item, *, always: bool) -> Source:
         """``fetch``.
 
         Args:
@@ -189,14 +181,14 @@ class FromStore:
             return await asyncio.shield(coming.source)
         return coming
 
-    def _begin(self, item: CompileItem, *, always: bool) -> _Coming | Source:
+    def _begin(self, item: Item, *, always: bool) -> _Coming[Item] | Source:
         """One that is on its way, or why it is not."""
         coming = self._coming.get(item)
         if coming is not None:
             return coming
         kind, reason = source_of(
-            len(item.ids),
-            refusal=self._refusal(item),
+            len(self._kind.tokens(item)),
+            refusal=self._kind.refusal(item),
             backs_off=self._back_off.is_on,
             always=always,
             reading=self._reading,
@@ -204,8 +196,7 @@ class FromStore:
         )
         if kind != STORE:
             return Source(kind, reason)
-        name = segment_id(item.salt or "", item.extra_key, item.ids[self._context :])
-        loop = asyncio.get_running_loop()
+        name, loop = self._kind.name(item), asyncio.get_running_loop()
         coming = _Coming(item, name, time.monotonic(), loop.create_future(), loop.create_future())
         self._coming[item] = coming
         if not self._asked:
@@ -216,15 +207,14 @@ class FromStore:
     def _send(self) -> None:
         """Begin all that was asked for, in as few commands as may be."""
         asked, self._asked = self._asked, []
-        groups: dict[Any, list[_Coming]] = {}
+        groups: dict[Hashable, list[_Coming[Item]]] = {}
         for coming in asked:
-            item = coming.item
-            groups.setdefault((item.salt, item.rank, item.seams, item.named), []).append(coming)
+            groups.setdefault(self._kind.alike(coming.item), []).append(coming)
         for alike in groups.values():
-            batch: list[_Coming] = []
+            batch: list[_Coming[Item]] = []
             tokens = 0
             for coming in alike:
-                more = len(coming.item.ids)
+                more = len(self._kind.tokens(coming.item))
                 if batch and (tokens + more > self._longest() or len(batch) == MOST_OF_ONE):
                     self._start(batch)
                     batch, tokens = [], 0
@@ -232,27 +222,26 @@ class FromStore:
                 tokens += more
             self._start(batch)
 
-    def _start(self, batch: list[_Coming]) -> None:
+    def _start(self, batch: list[_Coming[Item]]) -> None:
         task = asyncio.get_running_loop().create_task(self._run(batch))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _run(self, batch: Sequence[_Coming]) -> None:
+    async def _run(self, batch: Sequence[_Coming[Item]]) -> None:
         """Have one batch read, and settle each of it when it has come or will not."""
-        first = batch[0].item
-        where = {"cache_salt": self._tenant_of(first.salt or "") or None, "rank": first.rank}
+        where = self._kind.where(batch[0].item)
+        paths = [self._kind.tokens(coming.item) for coming in batch]
+        follow = {**self._kind.follow(), **where}
         left = {coming.name: coming for coming in batch}
         reason = LATE
         try:
             await self._command(
-                "fetch",
-                ids=[token for coming in batch for token in coming.item.ids],
-                lengths=[len(coming.item.ids) for coming in batch],
-                seam=first.seams[0],
-                named=first.named,
+                **self._kind.begin(batch[0].item),
+                ids=[token for path in paths for token in path],
+                lengths=[len(path) for path in paths],
                 **where,
             )
-            await self._follow(left, where)
+            await self._follow(left, follow)
         except Exception as error:
             logger.warning("sglang_pic: the store was not asked: %s", error)
             reason = "store_not_asked"
@@ -264,11 +253,11 @@ class FromStore:
             # A slow store is as bad as none.
             self._back_off.failed()
             try:
-                await self._command("fetched", segments=dropped, drop=True, **where)
+                await self._command(**follow, segments=dropped, drop=True)
             except Exception as error:
                 logger.warning("sglang_pic: what the store is late with was kept: %s", error)
 
-    async def _follow(self, left: dict[str, _Coming], where: dict[str, Any]) -> None:
+    async def _follow(self, left: dict[str, _Coming[Item]], follow: dict[str, Any]) -> None:
         """Ask until all have come, or it is too late for the rest."""
         end = time.monotonic() + self._timeout_s
         pause = FIRST_S
@@ -276,7 +265,7 @@ class FromStore:
             await asyncio.sleep(pause)
             pause = min(MOST_S, 1.5 * pause)
             names = list(left)
-            (told,) = await self._command("fetched", segments=names, **where)
+            (told,) = await self._command(**follow, segments=names)
             for name, one in zip(names, told["segments"], strict=True):
                 coming, state = left[name], one["state"]
                 if state == "looking":
@@ -287,11 +276,11 @@ class FromStore:
                     del left[name]
                     self._settle(coming, self._source(coming, one))
 
-    def _source(self, coming: _Coming, one: dict[str, Any]) -> Source:
+    def _source(self, coming: _Coming[Item], one: dict[str, Any]) -> Source:
         seconds = time.monotonic() - coming.begun
         if one["state"] == "here":
             if one["reason"] is None:
-                self._reading.see(len(coming.item.ids), seconds)
+                self._reading.see(len(self._kind.tokens(coming.item)), seconds)
             self._back_off.worked()
             if one["reason"] is not None:
                 return Source(HELD, one["reason"], seconds)
@@ -302,15 +291,7 @@ class FromStore:
             self._back_off.worked()
         return Source(COMPUTED, one["reason"], seconds, one["bytes"])
 
-    def _refusal(self, item: CompileItem) -> str | None:
-        """Why one cannot be in the store, or nobody knows for which rank it would be."""
-        if not item.segment or item.company or len(item.seams) != 1:
-            return NO_SEGMENT
-        if item.rank is None and self._ranks > 1:
-            return NO_SEGMENT
-        return ADAPTER if item.extra_key or item.lora_path else None
-
-    def _settle(self, coming: _Coming, source: Source) -> None:
+    def _settle(self, coming: _Coming[Item], source: Source) -> None:
         del self._coming[coming.item]
         if not coming.known.done():
             coming.known.set_result(False)

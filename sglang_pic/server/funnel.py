@@ -28,6 +28,7 @@ from sglang.srt.runtime_context import get_memory, get_parallel, get_schedule
 
 from sglang_pic.config import EXACT, IDLE, OFF, PAYS, PicConfig
 from sglang_pic.link.policy import ENCODE, floor_to
+from sglang_pic.server import stored
 from sglang_pic.server.answers import (
     interleaved,
     leaving,
@@ -43,7 +44,7 @@ from sglang_pic.server.cold import Cold
 from sglang_pic.server.commands import command
 from sglang_pic.server.companions import Companions, Maker, WhenAsked, WhenIdle
 from sglang_pic.server.compiler import Compiler, Job
-from sglang_pic.server.documents import Documents, NoDocuments, WithEncoder
+from sglang_pic.server.documents import Documents, Fetches, NoDocuments, WithEncoder
 from sglang_pic.server.documents import Job as Document
 from sglang_pic.server.exchange import Exchange, current, noting
 from sglang_pic.server.fetching import Fetching, FromStore, NoStore
@@ -59,6 +60,7 @@ from sglang_pic.server.queue import FairQueue
 from sglang_pic.server.resolve import Resolver, is_list_of_one
 from sglang_pic.server.roster import roster_of
 from sglang_pic.server.send import is_batch, split
+from sglang_pic.server.stored import Item, Kind
 from sglang_pic.server.urgency import urgency
 from sglang_pic.server.waited import NOTHING, Waited
 from sglang_pic.server.waiting import Waiting
@@ -207,14 +209,8 @@ class Funnel:
         def tenant_of(space: str) -> str:
             return space.removeprefix(self.wanted.space(None))
 
-        store = FromStore(
-            functools.partial(command, manager),
-            tenant_of,
-            len(self.context),
-            lambda: manager.max_req_input_len - 1,
-            config.store_timeout_s,
-            always=config.store_when != PAYS,
-            ranks=get_parallel().dp_size,
+        store = self._from_store(
+            stored.Segments(tenant_of, len(self.context), get_parallel().dp_size)
         )
         if config.peers is None:
             return store
@@ -231,6 +227,17 @@ class Funnel:
             len(self.context),
         )
 
+    def _from_store(self, kind: Kind[Item]) -> FromStore[Item]:
+        """Asks this server's schedulers for what the store has of one kind."""
+        manager, config = self._manager, self.config
+        return FromStore(
+            functools.partial(command, manager),
+            kind,
+            lambda: manager.max_req_input_len - 1,
+            config.store_timeout_s,
+            always=config.store_when != PAYS,
+        )
+
     def _documents(self, urgency_of: Callable[[int | None], int]) -> Documents:
         """Prompts whose documents an encoder reads."""
         config = self.config
@@ -240,8 +247,11 @@ class Funnel:
             config.compiles, config.tenant_compiles, config.compile_queue
         )
         send = functools.partial(command, self._manager)
+        fetching: Fetches = NoStore()
+        if config.store is not None:
+            fetching = self._from_store(stored.Documents())
         return WithEncoder(
-            self._manager, config, self.waiting, urgency_of, queue, send, self.guards
+            self._manager, config, self.waiting, urgency_of, queue, send, fetching, self.guards
         )
 
     def _inviting(self) -> Inviting:

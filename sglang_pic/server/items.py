@@ -1,4 +1,4 @@
-"""What is compiled: one item, one internal request."""
+"""What is compiled, one item, one internal request; and what an encoder reads."""
 
 from __future__ import annotations
 
@@ -31,3 +31,12 @@ class CompileItem:
     guests: int = 0
     shipped: bool = False
     here: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentItem:
+    """A document's token ids, and whose it is; ``named``: no prompt waits for it."""
+
+    ids: tuple[int, ...]
+    tenant: str | None
+    named: bool = False

@@ -45,7 +45,7 @@ class FromPeers:
 
     def __init__(
         self,
-        store: FromStore,
+        store: FromStore[CompileItem],
         roster: Roster,
         own: str,
         waiting: Callable[[], Awaitable[int]],

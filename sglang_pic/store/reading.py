@@ -8,9 +8,10 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 from sglang_pic.store.base import ABSENT, Problem, SegmentStore
-from sglang_pic.store.value import BadValue, Codec, SavedSegment
+from sglang_pic.store.value import BadValue
 from sglang_pic.store.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -23,11 +24,24 @@ MOST_BYTES = 1 << 30
 # Not read, since so much is in flight already.
 BUSY = "store_busy"
 
+Saved = TypeVar("Saved")
+Decoded = TypeVar("Decoded", covariant=True)
+
+
+class Decoder(Protocol[Decoded]):
+    """Reads the values of one kind."""
+
+    def decode(
+        self, value: Any, name: str, *, salt: str, path: Sequence[int] | None = None
+    ) -> Decoded:
+        """What a value holds; raises ``BadValue``."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Want:
     """A value that is wanted: its name, the namespace and token ids that it must be of,
-    compile context first, and bytes that it has at most."""
+    of a segment compile context first, and bytes that it has at most."""
 
     name: str
     salt: str
@@ -36,7 +50,7 @@ class Want:
 
 
 @dataclasses.dataclass(eq=False)
-class Read:
+class Read(Generic[Saved]):
     """One value on its way.
 
     Attributes:
@@ -49,7 +63,7 @@ class Read:
     want: Want
     begun: float
     known: bool | None = None
-    saved: SavedSegment | None = None
+    saved: Saved | None = None
     problem: Problem | None = None
     seconds: float = 0.0
     nbytes: int = 0
@@ -57,7 +71,7 @@ class Read:
     dropped: bool = False
 
 
-class Reader:
+class Reader(Generic[Saved]):
     """Values on their way from a store. Asked from the scheduler's thread alone.
 
     Args:
@@ -67,8 +81,8 @@ class Reader:
     def __init__(
         self,
         store: SegmentStore,
-        codec: Codec,
-        check: Callable[[SavedSegment], None],
+        codec: Decoder[Saved],
+        check: Callable[[Saved], None],
         most_bytes: int = MOST_BYTES,
     ):
         self._store = store
@@ -76,7 +90,7 @@ class Reader:
         self._check = check
         self._most = most_bytes
         self._workers = Workers("pic-store-read", READERS, MOST_WAITING)
-        self._reads: dict[str, Read] = {}
+        self._reads: dict[str, Read[Saved]] = {}
         self._lock = threading.Lock()
         self._flying = 0
 
@@ -86,7 +100,8 @@ class Reader:
         for want in wants:
             if want.name in self._reads:
                 continue
-            read = self._reads[want.name] = Read(want, now)
+            read: Read[Saved] = Read(want, now)
+            self._reads[want.name] = read
             with self._lock:
                 fits = self._flying + want.most <= self._most
                 self._flying += want.most
@@ -98,7 +113,7 @@ class Reader:
             for read in begun:
                 self._end(read, problem=Problem(BUSY))
 
-    def find(self, name: str) -> Read | None:
+    def find(self, name: str) -> Read[Saved] | None:
         """What has become of one that was begun and not dropped."""
         return self._reads.get(name)
 
@@ -124,7 +139,7 @@ class Reader:
 
     # -- on the readers' threads --------------------------------------------------------
 
-    def _look(self, reads: Sequence[Read]) -> None:
+    def _look(self, reads: Sequence[Read[Saved]]) -> None:
         """Which of these there are: the others need not be waited for."""
         there = self._store.exist([read.want.name for read in reads])
         for i, read in enumerate(reads):
@@ -137,7 +152,7 @@ class Reader:
             elif not self._workers.submit(lambda read=read: self._get(read)):  # type: ignore[misc]
                 self._end(read, problem=Problem(BUSY))
 
-    def _get(self, read: Read) -> None:
+    def _get(self, read: Read[Saved]) -> None:
         want = read.want
         if read.dropped:
             self._end(read)
@@ -159,7 +174,7 @@ class Reader:
             self._end(read, saved=saved)
 
     def _end(
-        self, read: Read, *, saved: SavedSegment | None = None, problem: Problem | None = None
+        self, read: Read[Saved], *, saved: Saved | None = None, problem: Problem | None = None
     ) -> None:
         read.seconds = time.monotonic() - read.begun
         read.saved, read.problem = saved, problem

@@ -150,7 +150,7 @@ class Codec:
             "path": torch.tensor(saved.path, dtype=torch.int64),
         }
         content = json.dumps([saved.hits, saved.core_end, list(saved.heads)])
-        return self._sealed(name, {"segment": content}, tensors)
+        return self.sealed(name, {"segment": content}, tensors)
 
     def decode(
         self, value: Any, name: str, *, salt: str, path: Sequence[int] | None = None
@@ -167,7 +167,7 @@ class Codec:
             BadValue: it is no such value, damaged, of another model, setting, version,
                 tenant, seam or text, or not signed with the operator's key.
         """
-        head, tensors = self._opened(value, name)
+        head, tensors = self.opened(value, name)
         try:
             hits, core_end, heads = json.loads(head["segment"])
             found = array("q", tensors.pop("path").tolist())
@@ -185,7 +185,7 @@ class Codec:
 
     def encode_own(self, name: str, content: Any) -> np.ndarray:
         """uint8, a value of a server's own: JSON."""
-        return self._sealed(name, {"content": json.dumps(content)}, {})
+        return self.sealed(name, {"content": json.dumps(content)}, {})
 
     def decode_own(self, value: Any, name: str) -> Any:
         """What ``encode_own`` was given.
@@ -193,15 +193,20 @@ class Codec:
         Raises:
             BadValue: as ``decode``.
         """
-        head, _ = self._opened(value, name)
+        head, _ = self.opened(value, name)
         try:
             return json.loads(head["content"])
         except (KeyError, ValueError) as error:
             raise BadValue(DAMAGED, f"not of a server: {error!r}") from error
 
-    def _sealed(
+    def sealed(
         self, name: str, head: dict[str, str], tensors: dict[str, torch.Tensor]
     ) -> np.ndarray:
+        """uint8, a value of this server's with what its kind says in its head.
+
+        Args:
+            tensors: contiguous, on the host.
+        """
         head = {"format": str(FORMAT), "fingerprint": json.dumps(self._marks), "name": name, **head}
         # The widest first, so that each begins at a multiple of its own width.
         order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
@@ -229,8 +234,12 @@ class Codec:
         made[_ALIGN:front] = np.frombuffer(written, np.uint8)
         return made
 
-    def _opened(self, value: Any, name: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-        """Head and tensors of a value that is whole, ours and signed."""
+    def opened(self, value: Any, name: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+        """Head and tensors of a value that is whole, ours and signed; views of it.
+
+        Raises:
+            BadValue: it is not.
+        """
         whole = np.frombuffer(value, dtype=np.uint8)
         if not whole.flags.writeable:
             whole = whole.copy()

@@ -7,14 +7,15 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 from sglang.srt.utils.auth import AuthLevel, auth_level
 from sglang.srt.utils.json_response import orjson_response
 
 from sglang_pic.errors import PicRefused, PicRequestError
-from sglang_pic.forest.keys import company_id, namespace, segment_id
+from sglang_pic.forest.keys import company_id, document_id, namespace, segment_id
+from sglang_pic.link.policy import ENCODE
 from sglang_pic.request.commands import UNWRITTEN, WRITTEN
 from sglang_pic.request.fields import MAX_SEAM, MAX_SEGMENTS
 from sglang_pic.request.tokenize import check_tokenizer
@@ -75,6 +76,9 @@ class CompileBody(Tenant):
         False, description="for a peer: compile here, and answer when the store has them"
     )
     no_logs: bool = Field(False, description="log no token of them")
+    mode: Literal["encode"] | None = Field(
+        None, description="`encode`: have the server's encoder read them, as in such requests"
+    )
 
 
 class CompiledSegment(Answer):
@@ -97,15 +101,17 @@ class Compiled(Answer):
 @router.post("/compile", response_model=Compiled)
 @auth_level(AuthLevel.ADMIN_OPTIONAL)
 async def compile_segments(body: CompileBody) -> Any:
-    """Compile segments ahead of their first use; one entry a segment."""
+    """Compile, or encode, segments ahead of their first use; one entry a segment."""
     funnel = funnel_of(manager())
+    if body.mode == ENCODE:
+        return await _encode(body, funnel)
     if body.company:
         funnel.maker.check()
     elif body.opening is not None:
         raise PicRequestError("opening", "is of segments compiled in 'company'")
-    if body.publish and funnel.config.store is None:
-        raise PicRefused(409, "the server was started without --pic-store", "publish")
+    _check_publish(body, funnel)
     segments = _read(body, funnel)
+    _check_segments(segments, body, funnel)
     with funnel.lending.lent(len(segments)) if body.publish else contextlib.nullcontext():
         return await _compiled(body, funnel, segments)
 
@@ -161,6 +167,48 @@ async def _compiled(body: CompileBody, funnel: Funnel, segments: Sequence[list[i
                 for i, (name, ids) in enumerate(zip(names, segments, strict=True))
             ],
             "companies": companies,
+        }
+    )
+
+
+# What links alone have.
+_OF_LINKS = ("extra_key", "lora_path", "company", "opening", "seam")
+
+
+async def _encode(body: CompileBody, funnel: Funnel) -> Any:
+    """Encode documents; those that are held count as asked for by name from now on."""
+    for field in _OF_LINKS:
+        if getattr(body, field) not in (None, False):
+            raise PicRequestError(field, "means nothing to encoded documents")
+    _check_publish(body, funnel)
+    salt, field = body.cache_salt, _field(body)
+    documents = [tuple(ids) for ids in _read(body, funnel)]
+    for i, ids in enumerate(documents):
+        if not ids:
+            raise PicRequestError(f"{field}[{i}]", "must not be empty")
+    by_field = {f"{field}[{i}]": ids for i, ids in enumerate(documents)}
+    funnel.documents.check_documents(by_field, field)
+    names = [document_id(salt or None, ids) for ids in documents]
+    (told,) = await tell("name", segments=names, seam=funnel.config.seam, cache_salt=salt)
+    absent = [i for i, held in enumerate(told["held"]) if not held]
+    caller = Caller(salt or None, no_logs=body.no_logs)
+    made = await funnel.documents.make([documents[i] for i in absent], caller)
+    if made is None:
+        raise PicRefused(503, "too many documents wait to be encoded", field)
+    computed = dict(zip(absent, made, strict=True))
+    (kept,) = await tell("held", segments=names, cache_salt=salt)
+    for i, name in enumerate(names):
+        if not kept["held"][i]:
+            raise PicRefused(507, f"no room to keep it: {name}", f"segments[{i}]")
+    if body.publish:
+        await _publish(names, salt)
+    return orjson_response(
+        {
+            "segments": [
+                {"id": name, "tokens": len(ids), "tokens_computed": computed.get(i, 0)}
+                for i, (name, ids) in enumerate(zip(names, documents, strict=True))
+            ],
+            "companies": [],
         }
     )
 
@@ -269,18 +317,32 @@ async def _key(body: CompileBody) -> str | None:
     return key
 
 
+def _check_publish(body: CompileBody, funnel: Funnel) -> None:
+    if body.publish and funnel.config.store is None:
+        raise PicRefused(409, "the server was started without --pic-store", "publish")
+
+
+def _field(body: CompileBody) -> str:
+    return "input_ids" if body.text is None else "text"
+
+
 def _read(body: CompileBody, funnel: Funnel) -> list[list[int]]:
     """Token ids of every segment."""
     if (body.text is None) == (body.input_ids is None):
         raise PicRequestError("text", "give either 'text' or 'input_ids'")
-    field = "input_ids" if body.text is None else "text"
     if body.text is not None:
         check_tokenizer(manager().tokenizer)
         segments = [funnel.resolver.segment(text) for text in body.text]
     else:
         segments = body.input_ids or []
     if not 0 < len(segments) <= MAX_SEGMENTS:
-        raise PicRequestError(field, f"1 to {MAX_SEGMENTS} segments a request")
+        raise PicRequestError(_field(body), f"1 to {MAX_SEGMENTS} segments a request")
+    return segments
+
+
+def _check_segments(segments: Sequence[list[int]], body: CompileBody, funnel: Funnel) -> None:
+    """Raise ``PicRequestError`` for what cannot be compiled."""
+    field = _field(body)
     model, shortest = manager().model_config, funnel.config.min_segment
     limit = model.context_len - len(funnel.context)
     for i, ids in enumerate(segments):
@@ -289,4 +351,3 @@ def _read(body: CompileBody, funnel: Funnel) -> list[list[int]]:
                 f"{field}[{i}]", f"{len(ids)} tokens are fewer than the minimum of {shortest}"
             )
         check_prompt(ids, f"{field}[{i}]", limit=limit, vocabulary=model.vocab_size)
-    return segments

@@ -16,10 +16,12 @@ from sglang.srt.utils.json_response import orjson_response
 
 from sglang_pic.errors import PicRequestError
 from sglang_pic.find.finder import Looked
+from sglang_pic.forest.keys import document_id
 from sglang_pic.link.policy import ENCODE
 from sglang_pic.link.report import LinkReport
 from sglang_pic.request.base import LinkRequest
 from sglang_pic.server.answers import as_found
+from sglang_pic.server.documents import cut, report
 from sglang_pic.server.exchange import Exchange, carry
 from sglang_pic.server.finding import Found
 from sglang_pic.server.funnel import Funnel, funnel_of
@@ -63,10 +65,12 @@ class ShownCut:
 @dataclasses.dataclass(frozen=True)
 class Explanation(LinkReport):
     """The report that the request would get now; ``tokens_to_compile``, of missing
-    segments, which are compiled first; and its ``cuts``, beside what it names."""
+    segments, which are compiled, or encoded, first; and its ``cuts``, beside what it names.
+    ``tokens_outside``: of ``mode: encode``, those in documents."""
 
     tokens_to_compile: int
     cuts: list[ShownCut]
+    tokens_outside: int = 0
 
 
 @router.post("/explain", response_model=Explanation)
@@ -85,7 +89,7 @@ async def explain(body: ExplainBody, request: Request) -> Any:
     if found is not None and found.looked.linked:
         ids, link = found.prompt
     if link.options.mode == ENCODE:
-        raise PicRequestError("pic.mode", "prompts with encoded documents are not foretold")
+        return orjson_response(await _encoded(obj, (ids, link), field, funnel))
     limit, vocabulary = manager().max_req_input_len, manager().model_config.vocab_size
     check_prompt(ids, field, limit=limit, vocabulary=vocabulary)
     ids, link = funnel.guards.settled(ids, link)
@@ -101,6 +105,30 @@ async def explain(body: ExplainBody, request: Request) -> Any:
     if found is not None and found.looked.linked:
         told = as_found(told, found.how)
     return orjson_response({**told, "cuts": [] if found is None else _shown(found.looked)})
+
+
+async def _encoded(obj: Any, prompt: Read, field: str, funnel: Funnel) -> dict[str, Any]:
+    """The same of a prompt whose segments an encoder reads."""
+    funnel.documents.check(prompt)
+    made = cut(prompt)
+    limit, vocabulary = manager().max_req_input_len, manager().model_config.vocab_size
+    check_prompt(made.row, field, limit=limit, vocabulary=vocabulary)
+    if obj.lora_path is not None:
+        raise PicRequestError("pic.mode", "not with encoded documents: adapter")
+    names = [document_id(obj.cache_salt or None, ids) for _, ids in made.documents]
+    (told,) = await tell(
+        "foretell",
+        ids=made.row,
+        documents=names,
+        cache_salt=obj.cache_salt,
+        extra_key=obj.extra_key,
+    )
+    absent = {ids for (_, ids), held in zip(made.documents, told["held"], strict=True) if not held}
+    return {
+        **report(prompt, names, told["cached"], told["held"]).to_json(),
+        "tokens_to_compile": sum(map(len, absent)),
+        "cuts": [],
+    }
 
 
 def _shown(looked: Looked) -> list[dict[str, Any]]:

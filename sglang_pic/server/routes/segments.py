@@ -1,4 +1,4 @@
-"""List, pin, unpin, delete: the segments that one tenant has compiled."""
+"""List, pin, unpin, delete: the segments that one tenant has compiled, or encoded."""
 
 from __future__ import annotations
 
@@ -48,8 +48,21 @@ class Segment(Answer):
     ranks: int = Field(description="data-parallel ranks that hold it")
 
 
+class Document(Answer):
+    """One segment that an encoder has read."""
+
+    id: str
+    tokens: int
+    bytes: int
+    hits: int = Field(description="requests that have seen it")
+    last_use: int = Field(description="when, on a clock that such requests advance")
+    pinned: bool
+    in_use: bool = Field(description="a request sees it: it stays")
+
+
 class Segments(Answer):
     segments: list[Segment]
+    documents: list[Document]
 
 
 class Deleted(Answer):
@@ -59,6 +72,7 @@ class Deleted(Answer):
 
 class Flushed(Answer):
     segments: int
+    documents: int
     freed_tokens: int
 
 
@@ -70,8 +84,10 @@ pins = Pins(_unpin)
 
 
 def merge(cards: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """One segment, from what each rank says of it."""
+    """One segment, from what each rank says of it; a document is on one alone."""
     first, *others = cards
+    if "in_use" in first:
+        return first
     merged = {**first, "ranks": 1 + len(others)}
     for card in others:
         for name in ("hits", "kv_bytes", "state_bytes"):
@@ -84,16 +100,18 @@ def merge(cards: Iterable[dict[str, Any]]) -> dict[str, Any]:
 @router.get("/segments", response_model=Segments)
 @auth_level(AuthLevel.ADMIN_OPTIONAL)
 async def list_segments(asked: Asked) -> Any:
-    """The tenant's segments, the one used last first."""
+    """The tenant's segments, and encoded documents, the one used last first."""
     cards: dict[str, list[dict[str, Any]]] = {}
-    for rank in await tell("list", cache_salt=asked.cache_salt):
+    ranks = await tell("list", cache_salt=asked.cache_salt)
+    for rank in ranks:
         for card in rank["segments"]:
             cards.setdefault(card["id"], []).append(card)
     merged = sorted(map(merge, cards.values()), key=lambda card: -card["last_use"])
-    return orjson_response({"segments": merged})
+    documents = [card for rank in ranks for card in rank["documents"]]
+    return orjson_response({"segments": merged, "documents": documents})
 
 
-@router.get("/segments/{id}", response_model=Segment)
+@router.get("/segments/{id}", response_model=Segment | Document)
 @auth_level(AuthLevel.ADMIN_OPTIONAL)
 async def get_segment(id: Id, asked: Asked) -> Any:
     """One of the tenant's segments."""
@@ -108,7 +126,7 @@ async def delete_segment(id: Id, asked: Asked) -> Any:
     return orjson_response({"id": id, "freed_tokens": sum(rank["freed_tokens"] for rank in ranks)})
 
 
-@router.post("/segments/{id}/pin", response_model=Segment)
+@router.post("/segments/{id}/pin", response_model=Segment | Document)
 @auth_level(AuthLevel.ADMIN_OPTIONAL)
 async def pin_segment(id: Id, body: Pin = FOR_GOOD) -> Any:
     """Keep a segment from eviction, until unpinned or for ``ttl_s`` seconds."""
@@ -120,7 +138,7 @@ async def pin_segment(id: Id, body: Pin = FOR_GOOD) -> Any:
     return orjson_response(await pins.pin(id, body.cache_salt, body.ttl_s, pin))
 
 
-@router.post("/segments/{id}/unpin", response_model=Segment)
+@router.post("/segments/{id}/unpin", response_model=Segment | Document)
 @auth_level(AuthLevel.ADMIN_OPTIONAL)
 async def unpin_segment(id: Id, body: Tenant = DEFAULT_TENANT) -> Any:
     """Let a segment be evicted again."""
@@ -130,8 +148,8 @@ async def unpin_segment(id: Id, body: Tenant = DEFAULT_TENANT) -> Any:
 @router.post("/flush", response_model=Flushed)
 @auth_level(AuthLevel.ADMIN_OPTIONAL)
 async def flush(body: Tenant = DEFAULT_TENANT) -> Any:
-    """Forget all of the tenant's segments and ordinary prefixes that are neither
+    """Forget all of the tenant's segments, documents and ordinary prefixes that are neither
     pinned nor in use."""
     ranks = await tell("flush", cache_salt=body.cache_salt)
-    names = ("segments", "freed_tokens")
+    names = ("segments", "documents", "freed_tokens")
     return orjson_response({name: sum(rank[name] for rank in ranks) for name in names})

@@ -1,4 +1,4 @@
-"""Save compiled segments to the operator's directory, and load them again."""
+"""Save what is compiled, or encoded, to the operator's store, and load it again."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ router = pic_router()
 
 
 class Save(Tenant):
-    """Which segments to save; all of the tenant's if ``ids`` is null."""
+    """Which segments and documents to save; all of the tenant's if ``ids`` is null."""
 
     ids: list[Annotated[str, StringConstraints(pattern="^[0-9a-f]{32}$")]] | None = None
 
 
 class Saved(Answer):
     segments: int
+    documents: int
     bytes: int = Field(description="of all files written")
 
 
@@ -31,6 +32,7 @@ class RefusedFile(Answer):
 
 class Restored(Answer):
     segments: int = Field(description="loaded")
+    documents: int = Field(description="loaded")
     present: int = Field(description="held already")
     refused: list[RefusedFile] = Field(description="of these nothing was loaded")
 
@@ -47,6 +49,7 @@ async def save(body: Save = ALL) -> Any:
     return orjson_response(
         {
             "segments": max(rank["segments"] for rank in ranks),
+            "documents": max(rank["documents"] for rank in ranks),
             "bytes": sum(rank["bytes"] for rank in ranks),
         }
     )
@@ -60,6 +63,7 @@ async def restore(body: Tenant = DEFAULT_TENANT) -> Any:
     return orjson_response(
         {
             "segments": max(rank["segments"] for rank in ranks),
+            "documents": max(rank["documents"] for rank in ranks),
             "present": max(rank["present"] for rank in ranks),
             "refused": [refused for rank in ranks for refused in rank["refused"]],
         }

@@ -91,7 +91,8 @@ class KvBytes(Answer):
 
 
 class StateBytes(Answer):
-    """Bytes of linear states; zeros in models without linear layers."""
+    """Bytes of linear states; zeros in models without linear layers, but budget and pins of
+    a server with an encoder, whose documents share them."""
 
     budget: int
     segment: int
