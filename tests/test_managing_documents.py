@@ -10,7 +10,7 @@ import pytest
 from driver import Driver
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_documents import EACH, asked, held_by, ids, wanted
+from test_documents import EACH, asked, clock, held_by, ids, wanted
 
 from sglang_pic.config import PicConfig
 from sglang_pic.errors import PicRefused
@@ -221,13 +221,6 @@ def test_without_an_encoder_nothing_is_there() -> None:
         documents.foretell(driver.forest, driver.request([1, 2]), [name])
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 ACTIONS = ["encode", "name", "see", "end", "pin", "unpin", "delete", "flush", "adopt", "wait"]
 actions = st.lists(
     st.tuples(st.sampled_from(ACTIONS), st.integers(1, 6), st.sampled_from(["a", "b"])),
@@ -242,8 +235,7 @@ def test_whatever_a_tenant_does_the_sums_hold(
 ) -> None:
     """What is pinned or seen stays, what is another tenant's is not touched."""
     scheduler = Scheduler(room, driver=driver)
-    encoded, clock = scheduler.encoded, Clock()
-    encoded._clock = clock
+    encoded = scheduler.encoded
     running: list[tuple[Any, str, str]] = []
     pinned: set[tuple[str, str]] = set()
     for action, seed, tenant in actions:
