@@ -348,6 +348,11 @@ class WithEncoder:
                     elif not kept:
                         pause = asyncio.sleep(PAUSE_S)
                         await self._waiting.until(stay, obj, request, pause)
+                        if samples == 1:
+                            # What was held may have gone meanwhile.
+                            outputs, missing = await self._ask(
+                                generate, obj, request, made.row, asked
+                            )
                     elif samples > 1:
                         set_encoded(obj, made.row, asked)
                         outputs, missing = generate(self._manager, obj, request), ()
