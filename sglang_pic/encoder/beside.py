@@ -5,8 +5,9 @@ is given is an output that still has to be added to the residual stream, which S
 with the batch; a block's contribution is added to that output, for the tokens alone whose
 rows have documents. So all other rows stay as SGLang computes them, to the last bit.
 
-On several tensor-parallel ranks SGLang leaves the sum over them to whoever reads the output;
-here it is made, and every rank adds the whole of what the block contributes.
+On several tensor-parallel ranks SGLang leaves the sum over them to whoever reads the output,
+where one kernel may do both; here it is made first, for all rows of the batch. Then every rank
+adds the whole of what the block contributes.
 """
 
 from __future__ import annotations
