@@ -4,13 +4,14 @@ encoder, or nothing."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import pathlib
 import random
 import time
 import types
 from array import array
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -19,10 +20,12 @@ from driver import Driver
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from sglang.srt.managers.io_struct import GenerateReqInput
 from test_documents import EACH, Beside, Noted, Told, asked, ids, wanted
 from test_store import NOTHING, Faulty, Together, _flip, _listed, _runner, _settled, _store
 
 from sglang_pic.config import PicConfig
+from sglang_pic.encoder.config import DecoderShape, EncoderConfig
 from sglang_pic.encoder.encoder import EncoderKV
 from sglang_pic.errors import PicRefused
 from sglang_pic.forest.budget import Budgets, Need
@@ -31,16 +34,22 @@ from sglang_pic.forest.encoded import Document, Wanted
 from sglang_pic.forest.kept import Kept
 from sglang_pic.forest.keys import document_id
 from sglang_pic.forest.pins import Pins
+from sglang_pic.link.policy import LinkOptions
 from sglang_pic.manage import coming, segments
 from sglang_pic.manage.coming import COMING, GONE, HERE, LOOKING
 from sglang_pic.manage.commands import obey
 from sglang_pic.manage.store import Store
 from sglang_pic.request import commands
+from sglang_pic.request.base import LinkRequest, TokenSpan
 from sglang_pic.request.commands import UNWRITTEN, WRITING, WRITTEN
-from sglang_pic.server import stored
+from sglang_pic.request.hints import MISSING
+from sglang_pic.server import documents, stored
+from sglang_pic.server.documents import Job, WithEncoder
 from sglang_pic.server.fetching import FromStore
 from sglang_pic.server.items import DocumentItem
-from sglang_pic.server.sources import COMPUTED, IN_STORE, LATE, STORE
+from sglang_pic.server.queue import FairQueue
+from sglang_pic.server.sources import COMPUTED, IN_STORE, LATE, STORE, Source
+from sglang_pic.server.waited import NOTHING as NO_WAIT
 from sglang_pic.store import value as values
 from sglang_pic.store.base import Guarded
 from sglang_pic.store.directory import SUFFIX, Directory
@@ -635,3 +644,115 @@ def test_the_front_asks_for_documents_by_their_names(tmp_path: pathlib.Path) -> 
     asyncio.run(run())
     assert scheduler.documents._incoming.count == 0
     scheduler.encoded.check()
+
+
+class Nobody:
+    """As ``Waiting`` of requests that nobody ends."""
+
+    @contextlib.contextmanager
+    def stay(self, obj: Any) -> Iterator[None]:
+        yield
+
+    async def until(self, stay: Any, obj: Any, request: Any, work: Any) -> Any:
+        return await work
+
+    async def refuse(self, stay: Any, message: str) -> None:
+        raise AssertionError(message)
+
+
+class FromBoth:
+    """Has the documents that begin with these tokens in a store; what it was asked for."""
+
+    has_store = True
+
+    def __init__(self, *first: int):
+        self._first = first
+        self.asked: list[int] = []
+
+    async def fetch(self, item: DocumentItem) -> Source:
+        self.asked.append(item.ids[0])
+        return Source(STORE, IN_STORE) if item.ids[0] in self._first else Source(COMPUTED, LATE)
+
+    def computed(self, tokens: int, seconds: float) -> None:
+        pass
+
+
+def lived(
+    path: pathlib.Path, fetching: FromBoth, missing: list[list[int]], kept: list[bool]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a prompt of three documents, which begin with 1, 2 and 3, waited for, and the
+    leases that were sent for it.
+
+    Args:
+        missing: what the scheduler lacks, one time after another.
+        kept: whether there is room, one time after another.
+    """
+    shape = DecoderShape(8, 2, 1, 1, 8, 64, "f")
+    EncoderConfig(shape, (0,), intermediate_size=8).save(path)
+    model = types.SimpleNamespace(vocab_size=64, dtype=torch.float32)
+    manager = types.SimpleNamespace(max_req_input_len=1000, model_config=model)
+    leases: list[dict[str, Any]] = []
+
+    async def send(do: str, **fields: Any) -> list[Any]:
+        leases.extend(fields["leases"])
+        return [{"kept": [kept.pop(0) for _ in fields["leases"]]}]
+
+    async def generate(manager: Any, obj: Any, request: Any) -> AsyncGenerator[Any, None]:
+        lacks = missing.pop(0)
+        reason = {"type": "abort", "message": MISSING + json.dumps(lacks)} if lacks else None
+        yield {"meta_info": {"finish_reason": reason, "cached_tokens": 0}}
+
+    async def run() -> dict[str, Any]:
+        queue: FairQueue[Job] = FairQueue(64, 64, 64)
+        config = PicConfig(encoder=str(path))
+        waiting: Any = Nobody()
+        front = WithEncoder(manager, config, waiting, lambda _: 0, queue, send, fetching)
+        spans = tuple(TokenSpan(4 * i, 4 * i + 4) for i in range(3))
+        prompt = ([1] * 4 + [2] * 4 + [3] * 4 + [9], LinkRequest(spans, LinkOptions()))
+        obj = GenerateReqInput(input_ids=prompt[0], sampling_params={"max_new_tokens": 1})
+        waited = [NO_WAIT]
+        async for _ in front.live(generate, obj, None, prompt, waited, 0):
+            pass
+        return waited[0].to_json()
+
+    return asyncio.run(run()), leases
+
+
+def test_a_prompt_reads_what_it_can_and_has_the_rest_encoded(tmp_path: pathlib.Path) -> None:
+    fetching = FromBoth(1, 2)
+    told, leases = lived(tmp_path, fetching, [[0, 1, 2], []], [True])
+    assert fetching.asked == [1, 2, 3]
+    assert {(one["segment"], one["outcome"], one["source"]) for one in told["waited_for"]} == {
+        (0, "fetched", "store"), (1, "fetched", "store"), (2, "compiled", "computed"),
+    }  # fmt: skip
+    assert told["tokens_compiled"] == 4
+    # What has come is kept with what is encoded.
+    (lease,) = leases
+    assert (lease["lengths"], len(lease["held"])) == ([4], 2)
+    told, leases = lived(tmp_path, FromBoth(1, 2, 3), [[0, 2], []], [])
+    assert [one["outcome"] for one in told["waited_for"]] == ["fetched"] * 2 and not leases
+
+
+def test_what_has_come_and_gone_is_encoded(tmp_path: pathlib.Path) -> None:
+    """Not read again and again, by prompts that take each other's room."""
+    fetching = FromBoth(1, 2, 3)
+    told, leases = lived(tmp_path, fetching, [[0, 1, 2], [1], []], [True])
+    assert fetching.asked == [1, 2, 3]
+    (lease,) = leases
+    assert (lease["lengths"], len(lease["held"])) == ([4], 2)
+    outcomes = {one["segment"]: (one["outcome"], one["source"]) for one in told["waited_for"]}
+    assert outcomes[1] == ("compiled", "computed") and outcomes[0] == ("fetched", "store")
+
+
+def test_a_prompt_without_room_asks_what_it_lacks_by_then(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was held may have gone: it would wait for that until its limit."""
+    monkeypatch.setattr(documents, "PAUSE_S", 0.0)
+    told, leases = lived(tmp_path, FromBoth(), [[0], [0, 1], [0, 1], []], [False, False, True])
+    assert [lease["lengths"] for lease in leases] == [[4], [4, 4], [4, 4]]
+    assert [len(lease["held"]) for lease in leases] == [2, 1, 1]
+    assert [one["segment"] for one in told["waited_for"]] == [0, 1]
+    # What another prompt brought meanwhile is not waited for.
+    _, leases = lived(tmp_path, FromBoth(), [[0], []], [False])
+    assert len(leases) == 1
