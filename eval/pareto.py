@@ -415,7 +415,7 @@ def main() -> None:
     parser.add_argument(
         "--model",
         default="smollm2",
-        help="a directory; a hybrid's segments are compiled alone (SmolLM2-135M)",
+        help="a directory; a hybrid has no guests, and companies of one width (SmolLM2-135M)",
     )
     parser.add_argument("--questions", type=int, help="how many, at least 2 (all)")
     parser.add_argument("--words", type=int, default=WORDS, help="of a passage (%(default)s)")
