@@ -27,7 +27,7 @@ from test_store import NOTHING, Faulty, Together, _flip, _listed, _runner, _sett
 from sglang_pic.config import PicConfig
 from sglang_pic.encoder.config import DecoderShape, EncoderConfig
 from sglang_pic.encoder.encoder import EncoderKV
-from sglang_pic.errors import PicRefused
+from sglang_pic.errors import PicRefused, PicRequestError
 from sglang_pic.forest.budget import Budgets, Need
 from sglang_pic.forest.cost import PrefillCost
 from sglang_pic.forest.encoded import Document, Wanted
@@ -678,7 +678,11 @@ class FromBoth:
 
 
 def lived(
-    path: pathlib.Path, fetching: FromBoth, missing: list[list[int]], kept: list[bool]
+    path: pathlib.Path,
+    fetching: FromBoth,
+    missing: list[list[int]],
+    kept: list[bool],
+    refused: PicRefused | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What a prompt of three documents, which begin with 1, 2 and 3, waited for, and the
     leases that were sent for it.
@@ -686,6 +690,7 @@ def lived(
     Args:
         missing: what the scheduler lacks, one time after another.
         kept: whether there is room, one time after another.
+        refused: what the scheduler says instead.
     """
     shape = DecoderShape(8, 2, 1, 1, 8, 64, "f")
     EncoderConfig(shape, (0,), intermediate_size=8).save(path)
@@ -695,6 +700,8 @@ def lived(
 
     async def send(do: str, **fields: Any) -> list[Any]:
         leases.extend(fields["leases"])
+        if refused is not None:
+            raise refused
         return [{"kept": [kept.pop(0) for _ in fields["leases"]]}]
 
     async def generate(manager: Any, obj: Any, request: Any) -> AsyncGenerator[Any, None]:
@@ -757,3 +764,15 @@ def test_a_prompt_without_room_asks_what_it_lacks_by_then(
     # What another prompt brought meanwhile is not waited for.
     _, leases = lived(tmp_path, FromBoth(), [[0], []], [False])
     assert len(leases) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "error"), [(503, AssertionError), (400, PicRequestError), (409, PicRequestError)]
+)
+def test_what_the_scheduler_refuses_ends_the_prompt(
+    status: int, error: type[Exception], tmp_path: pathlib.Path
+) -> None:
+    """With 503, as ``Nobody`` says, where it is no fault of the prompt's."""
+    refused = PicRefused(status, "ranks differ", "pic.mode")
+    with pytest.raises(error, match="ranks differ"):
+        lived(tmp_path, FromBoth(), [[0]], [], refused)

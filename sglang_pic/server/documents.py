@@ -14,8 +14,9 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from sglang.srt.managers.io_struct import GenerateReqInput
 
@@ -40,7 +41,7 @@ from sglang_pic.server.queue import FairQueue
 from sglang_pic.server.send import set_encoded
 from sglang_pic.server.sources import COMPUTED, Source
 from sglang_pic.server.waited import Waited
-from sglang_pic.server.waiting import EndedError, Waiting, ended
+from sglang_pic.server.waiting import EndedError, Stay, Waiting, ended
 from sglang_pic.server.wanted import caller_of
 
 logger = logging.getLogger(__name__)
@@ -472,18 +473,21 @@ class WithEncoder:
             told, sources = dict[int, Made](), dict[tuple[int, ...], Source]()
             try:
                 if self._refusal is not None:
-                    refusal = self._waiting.refuse(stay, self._refusal)
-                    await self._waiting.until(stay, obj, request, refusal)
+                    await self._end(stay, obj, request, self._refusal)
                 if samples == 1:
                     outputs, missing = await self._ask(generate, obj, request, made.row, asked)
                 while missing or outputs is None:
                     work = self._bring(obj, lease, made, names, missing, told, sources)
-                    kept = await self._waiting.until(stay, obj, request, work)
+                    try:
+                        kept = await self._waiting.until(stay, obj, request, work)
+                    except PicRefused as error:
+                        if error.status != HTTPStatus.SERVICE_UNAVAILABLE:
+                            raise
+                        await self._end(stay, obj, request, error.message)
                     seconds = time.monotonic() - start
                     waited[index] = Waited(tuple(told), tuple(told.values()), seconds)
                     if kept is None or seconds > self._limit_s:
-                        refusal = self._waiting.refuse(stay, NO_LONGER)
-                        await self._waiting.until(stay, obj, request, refusal)
+                        await self._end(stay, obj, request, NO_LONGER)
                     elif not kept:
                         pause = asyncio.sleep(PAUSE_S)
                         await self._waiting.until(stay, obj, request, pause)
@@ -553,6 +557,15 @@ class WithEncoder:
                 source = dataclasses.replace(sources[ids], kind=COMPUTED)
                 told[at] = Made(COMPILED, len(ids), source=source)
         return kept
+
+    async def _end(self, stay: Stay, obj: GenerateReqInput, request: Any, why: str) -> NoReturn:
+        """Answer a request that waits with 503.
+
+        Raises:
+            EndedError: always.
+        """
+        await self._waiting.until(stay, obj, request, self._waiting.refuse(stay, why))
+        raise AssertionError("a request goes on that has ended")
 
     async def _ask(
         self,
