@@ -58,7 +58,11 @@ COMMANDS: tuple[dict[str, Any], ...] = (
     {
         "do": "encode",
         "leases": [{"id": "x", "tenant": None, "held": ["0" * 32], "lengths": [8]}],
+        "now": 0.0,
     },
+    {"do": "fetch_documents", "lengths": [8], "named": False},
+    {"do": "fetch_documents", "lengths": [1 << 40], "named": True},
+    {"do": "foretell", "documents": ["0" * 32]},
     {"do": "timer", "on": True},
     {"do": "reserve", "tokens": [4]},
     {"do": "selfcheck", "at": 0, "seam": 8},

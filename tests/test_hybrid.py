@@ -64,14 +64,6 @@ def paged(request: pytest.FixtureRequest) -> tuple[Server, int]:
     return request.getfixturevalue(f"hybrid{request.param}"), request.param
 
 
-def test_a_hybrid_makes_no_companies(paged: tuple[Server, int]) -> None:
-    server, _ = paged
-    texts = {"input_ids": [ids_of(31, 40), ids_of(32, 40)], "cache_salt": fresh_salt()}
-    refused = server.post("/pic/compile", {**texts, "company": True})
-    assert refused.status_code == 409 and "company" in refused.text
-    assert server.post("/pic/compile", texts).json()["companies"] == []
-
-
 def test_a_healthy_start_says_nothing_alarming(paged: tuple[Server, int]) -> None:
     assert start_log.unexpected(paged[0].log) == []
 
@@ -265,8 +257,49 @@ def test_calibration_chooses_the_better_policy(hybrid1: Server) -> None:
     print(calibration, {state: sum(found) / 4 for state, found in kl.items()})
 
 
+def test_a_company_answers_as_its_oracle(paged: tuple[Server, int]) -> None:
+    """Of its linear layers it has what links of the server's own width need: nothing but the
+    convolution's three tokens is computed again."""
+    server, page = paged
+    salt, opening = fresh_salt(), ids_of(30, 21)
+    documents = [ids_of(31 + i, 45 + 20 * i) for i in range(3)]
+    sent = {"input_ids": documents, "cache_salt": salt, "opening": opening, "company": True}
+    made = server.post("/pic/compile", sent)
+    assert made.status_code == 200, made.text
+    assert [one["guests"] for one in made.json()["companies"]] == [0]
+    parts = [("segment", one) for one in documents[::-1]]
+    ids, segments = assemble([("text", opening), *parts, ("text", ids_of(39, 9))])
+    before = forest_state(server)
+    for wide, size in ((0, 3), (3, 3), (20, 0)):
+        where = {"state": "compose", "company_seam": wide, "seam": 16}
+        answer = server.generate(**body(ids, segments, 4, salt, **where))
+        segments_of = answer["meta_info"]["pic"]["segments"]
+        assert [one["company"] for one in segments_of] == [size] * 3
+        expected = hybrid.linked_logprobs(
+            model(page),
+            ids,
+            segments,
+            seam=3 if size else 16,
+            page=page,
+            companies=[range(3)] if size else [],
+            forced=answer["output_ids"],
+        )
+        worst = (distributions(answer) - expected).abs().max().item()
+        assert worst < TOLERANCE, f"log-probabilities differ by {worst}"
+    assert before["integrity"] == "ok"
+    server.post("/pic/flush", {"cache_salt": salt}).raise_for_status()
+    after = forest_state(server)
+    assert after["companies"] == [] and after["state_bytes"] < before["state_bytes"]
+
+
+def forest_state(server: Server) -> dict[str, Any]:
+    (forest,) = server.get("/pic/forest").json()
+    return forest
+
+
 def test_state_memory_is_reported_and_bounded(paged: tuple[Server, int]) -> None:
     server, page = paged
+    server.post("/flush_cache", {}).raise_for_status()
     ids, segments = four_documents(page, 400)
     server.generate(**body(ids, segments, 1, fresh_salt(), seam=4, state="compose"))
     (forest,) = server.get("/pic/forest").json()
@@ -514,6 +547,7 @@ def test_a_longer_prefix_is_not_taken_for_an_earlier_turns(hybrid1: Server) -> N
 
 
 def test_what_is_flushed_keeps_no_state(hybrid1: Server) -> None:
+    hybrid1.post("/flush_cache", {}).raise_for_status()
     salt = fresh_salt()
 
     def state_bytes() -> int:

@@ -45,7 +45,7 @@ def test_sglang_calls_its_own_server_when_that_listens(
 
     settled: list[bool] = []
     guards = SimpleNamespace(canary=SimpleNamespace(settle=settle))
-    front = SimpleNamespace(guards=guards)
+    front = SimpleNamespace(guards=guards, documents=SimpleNamespace(settle=settle))
     monkeypatch.setattr(startup, "get_global_state", lambda: state)
     monkeypatch.setattr(startup, "get_model", lambda: model)
     monkeypatch.setattr(startup, "funnel_of", lambda manager: front)
@@ -79,7 +79,7 @@ def test_sglang_calls_its_own_server_when_that_listens(
 
     async def start() -> None:
         async with startup.canary_first(sglangs)(app):
-            assert settled == [True]
+            assert settled == [True, True]
             await asyncio.sleep(0.5)
             assert not ready
             listening = http.server.ThreadingHTTPServer(("127.0.0.1", args.port), Handler)
