@@ -262,7 +262,7 @@ def test_a_company_answers_as_its_oracle(paged: tuple[Server, int]) -> None:
     convolution's three tokens is computed again."""
     server, page = paged
     salt, opening = fresh_salt(), ids_of(30, 21)
-    documents = [ids_of(31 + i, 45 + 20 * i) for i in range(3)]
+    documents = [ids_of(31 + i, 65 + 20 * i) for i in range(3)]
     sent = {"input_ids": documents, "cache_salt": salt, "opening": opening, "company": True}
     made = server.post("/pic/compile", sent)
     assert made.status_code == 200, made.text
