@@ -502,7 +502,7 @@ def test_an_encoder_of_no_numbers_is_not_served(
         assert refused.status_code == 503, refused.text
         assert "failed its canary" in refused.text
         assert "failed its canary" in server.post("/generate", {**made, "stream": True}).text
-        ids, segments = assemble([*parts, ("text", ids_of(4, 20))])
+        ids, segments = assemble([*parts[::-1], ("text", ids_of(4, 20))])
         linked = server.generate(**body(ids, segments, 2, fresh_salt(), turns=False))
         assert linked["meta_info"]["pic"]["exactness"] == "composed"
         assert server.forest()["encoded"]["documents"] == 0
