@@ -273,6 +273,54 @@ def test_a_failed_copy_leaks_nothing(monkeypatch: pytest.MonkeyPatch, step: str)
     assert driver.forest.companies.count == 0
 
 
+def test_what_loses_what_it_carries_goes() -> None:
+    """As evicted states do: the others of its company stay."""
+    driver = driver_of()
+    driver.company([A, B], OPENING)
+    variant = next(driver.forest.companies.variants())
+    driver.forest.kept._on_evict(variant.name)
+    driver.check()
+    left = [one.segment for one in driver.forest.companies.variants()]
+    assert len(left) == 1 and variant.segment not in left
+    assert driver.forest.pages.tokens == 24
+
+
+def test_a_first_order_that_loses_what_it_carries_is_none() -> None:
+    driver = driver_of()
+
+    def lose() -> None:
+        (half,) = driver.forest.assembly._halves.values()
+        driver.forest.kept._on_evict(half.names[1])
+
+    driver.company([A, B], OPENING, between=lose)
+    driver.check()
+    assert driver.forest.companies.count == 0 == driver.forest.pages.tokens
+
+
+@pytest.mark.parametrize("guests", [[], [C]], ids=["both orders", "guests"])
+@pytest.mark.parametrize("fails", [False, True], ids=["no room", "fault"])
+@pytest.mark.parametrize("at", [0, 1])
+def test_pages_are_of_no_use_without_what_is_carried(
+    monkeypatch: pytest.MonkeyPatch, guests: list[list[int]], fails: bool, at: int
+) -> None:
+    driver, asked = driver_of(), []
+
+    def keep(*args: Any, **kwargs: Any) -> bool:
+        asked.append(kwargs.get("others", ()))
+        if len(asked) <= at:
+            return True
+        if fails:
+            raise RuntimeError("no")
+        return False
+
+    monkeypatch.setattr(driver.forest.carried, "keep_members", keep, raising=False)
+    driver.company([A] if guests else [A, B], OPENING, guests=guests)
+    driver.check()
+    if len(asked) > at:
+        assert driver.forest.companies.count == 0
+    assert [len(names) for names in asked] == ([0] if guests else [0, 2][: len(asked)])
+
+
 def test_what_is_kept_is_the_mean_of_both_orders() -> None:
     driver = driver_of()
     driver.company([A, B], OPENING)

@@ -502,6 +502,8 @@ def test_an_encoder_of_no_numbers_is_not_served(
         assert refused.status_code == 503, refused.text
         assert "failed its canary" in refused.text
         assert "failed its canary" in server.post("/generate", {**made, "stream": True}).text
+        ahead = server.post("/pic/compile", {"input_ids": ids_of(2, 40), "mode": "encode"})
+        assert ahead.status_code == 503 and "failed its canary" in ahead.text
         ids, segments = assemble([*parts[::-1], ("text", ids_of(4, 20))])
         linked = server.generate(**body(ids, segments, 2, fresh_salt(), turns=False))
         assert linked["meta_info"]["pic"]["exactness"] == "composed"

@@ -280,6 +280,7 @@ def compile_company(
         rows = [CaptureRow(capture, 0, prefix, len(part), 0) for capture in captures]
         step = build_capture(rows, torch.arange(1))
         if step is not None:
+            assert step.lengths == [len(part)], "a row's tokens are taken once"
             delta.capture(gdn.RULE, step, 0, layer, x, a, b, conv, states)
         q, k, v = delta.split_convolved(layer, x, conv, [len(part)])
         g, beta = gdn.gating.fused_gdn_gating(layer.A_log, a, b, layer.dt_bias)

@@ -115,11 +115,11 @@ class Lookups:
         chosen = self._in_company(texts, owner, ids[: spans[0].start] if spans else ids, options)
         found = self._each(spans, texts, owner, tenant, options, opens_at, chosen)
         # In company, but without what this width of seam needs: as compiled alone.
-        lacking = [
+        lacking = {
             text.tobytes()
             for text, one in zip(texts, found, strict=True)
             if one is not None and one.company and one.miss is not None
-        ]
+        }
         if not lacking:
             return found
         left = {text: variant for text, variant in chosen.items() if text not in lacking}

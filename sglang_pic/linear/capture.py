@@ -155,7 +155,9 @@ def build_capture(rows: Sequence[CaptureRow], slots: torch.Tensor) -> CaptureSte
     device = slots.device
     stretches: list[tuple[Capture, int, int, int, int]] = []  # capture, key, row, from, to
     ending: list[tuple[Capture, int, int]] = []  # capture, row, core end within the chunk
+    # Several captures may be of one row, whose tokens are taken once.
     taken: list[CaptureRow] = []
+    places: dict[int, int] = {}
     starts, at = [], 0
     for row in rows:
         capture = row.capture
@@ -163,21 +165,24 @@ def build_capture(rows: Sequence[CaptureRow], slots: torch.Tensor) -> CaptureSte
             capture.restart(device)
         begin, stop = row.prefix, row.prefix + row.extend
         core_end = capture.start + capture.core_end
+        place = places.get(row.row, len(taken))
         here = []
         for key in capture.running:
             first = capture.start + key if key != END else 0
             low, high = max(begin, first), min(stop, core_end)
             # The end state is the request's own until the last chunk with core tokens.
             if low < high and (key != END or core_end <= stop):
-                here.append((capture, key, len(taken), low - begin, high - begin))
+                here.append((capture, key, place, low - begin, high - begin))
         if not here:
             continue
         stretches += here
         if core_end <= stop:
-            ending.append((capture, len(taken), core_end - begin))
-        taken.append(row)
-        starts.append(at)
-        at += row.extend
+            ending.append((capture, place, core_end - begin))
+        if row.row not in places:
+            places[row.row] = place
+            taken.append(row)
+            starts.append(at)
+            at += row.extend
     if not stretches:
         return None
     rows = taken

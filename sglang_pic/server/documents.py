@@ -282,6 +282,9 @@ class Documents(Protocol):
 
         Returns:
             Tokens that were encoded for each; ``None`` where too many of the tenant wait.
+
+        Raises:
+            PicRefused: 503, the encoder must not be served; else as the command does.
         """
         ...
 
@@ -424,6 +427,8 @@ class WithEncoder:
             )
 
     async def make(self, documents: Sequence[tuple[int, ...]], caller: Caller) -> list[int] | None:
+        if self._refusal is not None:
+            raise PicRefused(HTTPStatus.SERVICE_UNAVAILABLE, self._refusal, "mode")
         tenant, urgency = caller.tenant, self._urgency(caller.priority)
         sources = await self._fetch(documents, tenant, named=True)
         absent = [ids for ids in documents if sources[ids].kind == COMPUTED]
