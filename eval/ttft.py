@@ -299,18 +299,23 @@ def plot(rows: Sequence[dict[str, Any]]) -> Any:
             (x[-1], y[-1]), textcoords="offset points", xytext=(8, 0), va="center",
             color=drawn.get_color(),
         )  # fmt: skip
+    counts = sorted({row["segments"] for row in rows if row["segment_tokens"] == length})
+    over_documents(axis, counts, f"documents of {length} tokens in a new order")
+    return figure
+
+
+def over_documents(axis: Any, counts: Sequence[int], title: str) -> None:
+    """Seconds over so many documents, with room for labels at the lines' ends."""
     axis.set(
-        title=f"documents of {length} tokens in a new order",
+        title=title,
         xlabel="documents in the prompt",
         ylabel="seconds to first token",
         yscale="log",
     )
-    counts = sorted({row["segments"] for row in rows if row["segment_tokens"] == length})
     axis.set_xscale("log", base=2)
     axis.set_xticks(counts, [str(count) for count in counts])
     axis.set_xlim(counts[0] / 1.1, counts[-1] * 1.9)
     axis.yaxis.set_major_formatter("{x:g}")
-    return figure
 
 
 def main() -> None:

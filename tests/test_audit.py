@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import math
 import time
@@ -40,7 +41,7 @@ from sglang_pic.server.audit import POSITIONS, QUEUE, WINDOW, Audit, is_chosen
 from sglang_pic.server.canary import Canary, Model
 from sglang_pic.server.compare import TOP, Prompt
 from sglang_pic.server.gate import AUDIT_FAILED, CANARY_FAILED, Gate
-from sglang_pic.server.verdict import FAILED, PASSED, UNTESTED
+from sglang_pic.server.verdict import FAILED, PASSED, UNTESTED, Once
 
 # -- without a server ---------------------------------------------------------------
 
@@ -200,7 +201,7 @@ def test_above_the_bound_it_says_so_or_stops(
 SOUND = {"found": 1e-6, "bound": 1e-3}
 
 
-def ask_canary(model: FakeModel, told: dict[str, Any], **config: Any) -> tuple[Canary, Gate]:
+def ask_canary(model: FakeModel, told: dict[str, Any], **config: Any) -> tuple[Once, Gate]:
     gate = Gate()
 
     async def tell(do: str, **fields: Any) -> list[Any]:
@@ -215,7 +216,10 @@ def ask_canary(model: FakeModel, told: dict[str, Any], **config: Any) -> tuple[C
         return [answer]
 
     made = Model(vocabulary=512, longest=4096, page=16, context=())
-    canary = Canary(model.generate, tell, lambda: made, PicConfig(**config), gate)
+    settings = PicConfig(**config)
+    checks = Canary(model.generate, tell, lambda: made, settings).checks
+    closed = functools.partial(gate.close, CANARY_FAILED)
+    canary = Once("the canary", checks, settings.canary_timeout_s, closed)
 
     async def both() -> None:
         await asyncio.gather(canary.settle(), canary.settle())

@@ -13,7 +13,7 @@ from sglang_pic.errors import PicRefused
 from sglang_pic.request.internal import read_internal
 from sglang_pic.server.compare import TOP
 from sglang_pic.server.encoded_canary import EncodedCanary
-from sglang_pic.server.verdict import FAILED, PASSED, UNTESTED
+from sglang_pic.server.verdict import FAILED, PASSED, UNTESTED, Once
 
 
 class FakeEncoder:
@@ -53,9 +53,7 @@ class FakeEncoder:
         self.flushed.append(salt)
 
 
-def judged(
-    fake: FakeEncoder, document: int = 300, prompt: int = 4096
-) -> tuple[EncodedCanary, list[str]]:
+def judged(fake: FakeEncoder, document: int = 300, prompt: int = 4096) -> tuple[Once, list[str]]:
     failures: list[str] = []
     canary = EncodedCanary(
         fake.encode,
@@ -63,15 +61,14 @@ def judged(
         fake.flush,
         lambda: 512,
         lambda: (document, prompt),
-        5.0,
-        failures.append,
     )
+    once = Once("the canary of documents", canary.checks, 5.0, failures.append)
 
     async def both() -> None:
-        await asyncio.gather(canary.settle(), canary.settle())
+        await asyncio.gather(once.settle(), once.settle())
 
     asyncio.run(both())
-    return canary, failures
+    return once, failures
 
 
 def test_it_asks_once_over_documents_in_both_orders_and_leaves_nothing() -> None:

@@ -174,16 +174,7 @@ def plot(rows: Sequence[dict[str, Any]]) -> Any:
             label, (sizes[-1], line[-1]), textcoords="offset points", xytext=(8, 0), va="center",
             color=drawn.get_color(),
         )  # fmt: skip
-    axis.set(
-        title=f"documents of {LENGTH} tokens",
-        xlabel="documents in the prompt",
-        ylabel="seconds to first token",
-        yscale="log",
-    )
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(sizes, [str(size) for size in sizes])
-    axis.set_xlim(sizes[0] / 1.1, sizes[-1] * 1.9)
-    axis.yaxis.set_major_formatter("{x:g}")
+    ttft.over_documents(axis, sizes, f"documents of {LENGTH} tokens")
     return figure
 
 

@@ -155,7 +155,10 @@ def attended(walked: Walk, module: Any, h: Tensor, **where: Any) -> Tensor:
     live = walked.live
     at = (~live[walked.sources[0]]).nonzero().squeeze(1)
     cache = DynamicCache()
-    means = [walked.mean(t[0].transpose(0, 1))[at].transpose(0, 1)[None] for t in held_of(held)]
+    means = [
+        walked.mean(t[0].transpose(0, 1))[at].transpose(0, 1)[None]
+        for t in (held.keys, held.values)
+    ]
     cache.update(*means, module.layer_idx)
     own = live[walked.sources[0]].nonzero().squeeze(1)
     unseen = torch.cat([at, own])[None, :] > own[:, None]
@@ -166,11 +169,6 @@ def attended(walked: Walk, module: Any, h: Tensor, **where: Any) -> Tensor:
     }
     found = module(h[live][None], attention_mask=mask, past_key_values=cache, **part)[0][0]
     return out.index_put((live,), found)
-
-
-def held_of(layer: Any) -> tuple[Tensor, Tensor]:
-    """Keys and values of a cache's layer, [1, heads, n, dim]."""
-    return layer.keys, layer.values
 
 
 def over_rows(

@@ -6,11 +6,12 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sglang_pic.errors import PicRefused
 from sglang_pic.forest.consensus import Group
 from sglang_pic.store.base import Problem, SegmentStore
+from sglang_pic.store.value import BadValue
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,33 @@ def within(seconds: float, call: Callable[[], T]) -> T | Problem:
     thread.start()
     thread.join(seconds)
     return found[0] if found else Problem(LATE, f"no answer in {seconds:g} s")
+
+
+def read(
+    store: SegmentStore,
+    wanted: Wanted,
+    most: Callable[[int], int],
+    decode: Callable[[Any, str, str], Saved],
+) -> Saved | str:
+    """A value that this rank has, or why it cannot be used.
+
+    Args:
+        most: bytes of a value of so many tokens, at most.
+        decode: what a value of a name and a namespace holds; raises ``BadValue``.
+    """
+    name = wanted.name
+    assert name is not None
+    limit = MAX_VALUE if wanted.tokens is None else most(wanted.tokens)
+    value = within(ANSWER_S, lambda: store.get(name, limit))
+    if isinstance(value, Problem):
+        return str(value)
+    try:
+        return decode(value, name, wanted.salt)
+    except BadValue as error:
+        return str(error)
+    except Exception as error:
+        # The other ranks wait for what this one says.
+        return f"it could not be read: {error!r}"
 
 
 def everywhere(name: str) -> str:

@@ -29,12 +29,12 @@ from sglang_pic.manage.kv import KvPages
 from sglang_pic.manage.lasting import LastingPins
 from sglang_pic.manage.loading import (
     ANSWER_S,
-    MAX_VALUE,
     NO_ROOM,
     Loaded,
     Wanted,
     listed,
     load_all,
+    read,
     within,
 )
 from sglang_pic.manage.outgoing import Outgoing, by_head
@@ -313,20 +313,11 @@ class Store:
 
     def _get(self, wanted: Wanted) -> SavedSegment | str:
         """A value, or why it cannot be used."""
-        name = wanted.name
-        assert name is not None
-        most = MAX_VALUE if wanted.tokens is None else self.incoming.most(wanted.tokens)
-        value = within(ANSWER_S, lambda: self._store.get(name, most))
-        if isinstance(value, Problem):
-            return str(value)
-        try:
-            saved = self._codec.decode(value, name, salt=wanted.salt)
-            self._check(saved)
-        except BadValue as error:
-            return str(error)
-        except Exception as error:
-            # The other ranks wait for what this one says.
-            return f"it could not be read: {error!r}"
+        return read(self._store, wanted, self.incoming.most, self._decoded)
+
+    def _decoded(self, value: Any, name: str, salt: str) -> SavedSegment:
+        saved = self._codec.decode(value, name, salt=salt)
+        self._check(saved)
         return saved
 
     def _check(self, saved: SavedSegment) -> None:

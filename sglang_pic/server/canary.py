@@ -23,9 +23,8 @@ from sglang_pic.link.policy import LinkOptions, ceil_to
 from sglang_pic.request.base import LinkRequest, TokenSpan
 from sglang_pic.server.compare import Distribution, Generate, Prompt, fresh_salt, in_full, linked
 from sglang_pic.server.compiler import Caller, compile_request
-from sglang_pic.server.gate import CANARY_FAILED, Gate
 from sglang_pic.server.items import CompileItem
-from sglang_pic.server.verdict import Once, UntestedError, Verdict
+from sglang_pic.server.verdict import UntestedError
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ class Model:
 
 
 class Canary:
-    """Runs once; closes the gate if the model must not be linked.
+    """To be asked once (``verdict.Once``).
 
     Args:
         generate: runs one internal request and returns its last output.
@@ -75,38 +74,28 @@ class Canary:
         tell: Tell,
         model: Callable[[], Model],
         config: PicConfig,
-        gate: Gate,
     ):
         self._generate = generate
         self._tell = tell
         self._model = model
         self._config = config
-        self._once = Once(
-            "the canary",
-            self._judge,
-            config.canary_timeout_s,
-            lambda why: gate.close(CANARY_FAILED, why),
-        )
 
-    @property
-    def verdict(self) -> Verdict:
-        return self._once.verdict
+    async def checks(self) -> dict[str, Check]:
+        """What must hold; leaves nothing.
 
-    async def settle(self) -> None:
-        """Wait for the verdict; who comes first has it found."""
-        await self._once.settle()
-
-    async def _judge(self) -> dict[str, Check]:
+        Raises:
+            UntestedError, PicRefused: this server cannot hold what it takes.
+        """
         salt = fresh_salt("canary")
         if any(rank["refusal"] is not None for rank in await self._tell("stats")):
             raise UntestedError("this server does not link")
         try:
-            return await self._checks(salt)
+            return await self._found(salt)
         finally:
             for used in (salt, _stock(salt)):
                 await self._tell("flush", cache_salt=used)
 
-    async def _checks(self, salt: str) -> dict[str, Check]:
+    async def _found(self, salt: str) -> dict[str, Check]:
         model = self._model()
         head = ceil_to(SEAM, model.page)
         shortest = max(SHORTEST, self._config.min_segment, 2 * (head + model.page))

@@ -40,6 +40,7 @@ from sglang_pic.server.life import Prompt
 from sglang_pic.server.queue import FairQueue
 from sglang_pic.server.send import set_encoded
 from sglang_pic.server.sources import COMPUTED, Source
+from sglang_pic.server.verdict import FAILED, Once
 from sglang_pic.server.waited import Waited
 from sglang_pic.server.waiting import EndedError, Stay, Waiting, ended
 from sglang_pic.server.wanted import caller_of
@@ -47,6 +48,7 @@ from sglang_pic.server.wanted import caller_of
 logger = logging.getLogger(__name__)
 
 NO_ENCODER = "this server has no encoder: --pic-encoder"
+FAILED_CANARY = "the encoder failed its canary"
 # Between two tries of a prompt whose documents find no room.
 PAUSE_S = 0.2
 
@@ -373,15 +375,20 @@ class WithEncoder:
             lambda: manager.max_req_input_len - 1,
             fetching.computed,
         )
-        self._refusal: str | None = None
-        self._canary = EncodedCanary(
+        canary = EncodedCanary(
             self._encode_uncounted,
             guards.generate,
             guards.flush,
             lambda: manager.model_config.vocab_size,
             lambda: (self._encoder.max_tokens, manager.max_req_input_len),
+        )
+        self._canary = Once(
+            "the canary of documents",
+            canary.checks,
             config.canary_timeout_s,
-            self._refuse_all,
+            lambda why: logger.error(
+                "sglang_pic: encoded documents are refused: %s: %s", FAILED_CANARY, why
+            ),
         )
 
     async def _encode_uncounted(
@@ -393,9 +400,11 @@ class WithEncoder:
         (kept,) = await self._encoder.send([(job, job.documents)])
         return kept
 
-    def _refuse_all(self, why: str) -> None:
-        self._refusal = f"the encoder failed its canary: {why}"
-        logger.error("sglang_pic: encoded documents are refused: %s", self._refusal)
+    @property
+    def _refusal(self) -> str | None:
+        """Why no document is served, or ``None``."""
+        verdict = self._canary.verdict
+        return f"{FAILED_CANARY}: {verdict.why}" if verdict.result == FAILED else None
 
     async def settle(self) -> None:
         await self._canary.settle()

@@ -16,7 +16,7 @@ from sglang_pic.forest.keys import document_id
 from sglang_pic.request.internal import EncodedRequest
 from sglang_pic.server.canary import EXACT_KL, SEED
 from sglang_pic.server.compare import Distribution, Generate, encoded, fresh_salt
-from sglang_pic.server.verdict import Once, UntestedError, Verdict
+from sglang_pic.server.verdict import UntestedError
 
 DOCUMENTS, TOKENS, ROW = 3, 48, 40
 
@@ -25,7 +25,7 @@ Flush = Callable[[str], Awaitable[None]]
 
 
 class EncodedCanary:
-    """Runs once.
+    """To be asked once (``verdict.Once``).
 
     Args:
         encode: has documents (lease, tenant, tokens) encoded and kept; whether they are.
@@ -33,8 +33,6 @@ class EncodedCanary:
         flush: forgets all that a namespace holds.
         vocabulary: of the model.
         longest: tokens of the longest document, and of the longest prompt.
-        limit_s: after so many seconds it is given up.
-        failed: told why the encoder must not be served.
     """
 
     def __init__(
@@ -44,32 +42,22 @@ class EncodedCanary:
         flush: Flush,
         vocabulary: Callable[[], int],
         longest: Callable[[], tuple[int, int]],
-        limit_s: float,
-        failed: Callable[[str], None],
     ):
         self._encode = encode
         self._generate = generate
         self._flush = flush
         self._vocabulary = vocabulary
         self._longest = longest
-        self._once = Once("the canary of documents", self._judge, limit_s, failed)
 
-    @property
-    def verdict(self) -> Verdict:
-        return self._once.verdict
-
-    async def settle(self) -> None:
-        """Wait for the verdict; who comes first has it found."""
-        await self._once.settle()
-
-    async def _judge(self) -> dict[str, Check]:
+    async def checks(self) -> dict[str, Check]:
+        """As ``Canary.checks``."""
         salt = fresh_salt("canary")
         try:
-            return await self._checks(salt)
+            return await self._found(salt)
         finally:
             await self._flush(salt)
 
-    async def _checks(self, salt: str) -> dict[str, Check]:
+    async def _found(self, salt: str) -> dict[str, Check]:
         document, prompt = self._longest()
         if prompt <= ROW:
             raise UntestedError("it does not fit into the model's context")

@@ -20,7 +20,8 @@ from sglang_pic.server.audit import Audit
 from sglang_pic.server.calibrate import Calibration
 from sglang_pic.server.canary import Canary, Model
 from sglang_pic.server.commands import command
-from sglang_pic.server.gate import Gate
+from sglang_pic.server.gate import CANARY_FAILED, Gate
+from sglang_pic.server.verdict import Once
 
 
 class Guards:
@@ -58,8 +59,12 @@ class Guards:
         self.gate = Gate()
         self.calibration = Calibration(generate)
         self.audit = Audit(generate, flush, lambda: not manager.rid_to_state, config, self.gate)
-        self.canary = Canary(
-            generate, functools.partial(command, manager), model, config, self.gate
+        canary = Canary(generate, functools.partial(command, manager), model, config)
+        self.canary = Once(
+            "the canary",
+            canary.checks,
+            config.canary_timeout_s,
+            lambda why: self.gate.close(CANARY_FAILED, why),
         )
 
     def settled(self, ids: list[int], link: LinkRequest) -> tuple[list[int], LinkRequest]:
