@@ -404,11 +404,13 @@ def test_it_says_what_it_holds(server: Server) -> None:
     assert info["encoder"] == {"max_tokens": MAX_TOKENS, "cross_layers": [0, 1]}
     assert canary["result"] == "passed", canary
     assert all(check["found"] < 1e-6 for check in canary["checks"].values())
+    salt = fresh_salt()
+    server.generate(**encoded_body([("segment", ids_of(540, 40)), ("text", [1, 2])], 1, salt))
     stats = server.get("/pic/stats").json()
     assert stats["front"]["documents_encoded"] >= stats["ranks"][0]["encoded"]["documents"] > 0
     assert stats["front"]["tokens_outside"] > 0
     # Nothing of it in the pool of pages.
-    flushed = server.post("/pic/flush", {"cache_salt": "room"})
+    flushed = server.post("/pic/flush", {"cache_salt": salt})
     assert flushed.status_code == 200, flushed.text
     assert server.forest()["encoded"]["bytes"] < stats["ranks"][0]["encoded"]["bytes"]
 
