@@ -36,6 +36,7 @@ from sglang_pic.link.policy import LinkOptions, ceil_to
 from sglang_pic.platforms import host_tier
 from sglang_pic.request.base import LinkRequest, TokenSpan
 from sglang_pic.request.internal import compile_hints, link_hints
+from sglang_pic.store.value import SavedSegment
 
 _rids = itertools.count()
 
@@ -114,11 +115,21 @@ class Driver:
         self.forest = plant(self.cache, config, PrefillCost(1e6, 10.0, 16), copies=copies)
         # Of each slot, the tokens that have had a part in what it holds, as bits.
         self.touched = [0] * (size + page)
+        self._adopt = self.forest.holder.adopt
+        self.forest.holder.adopt = self._adopting  # type: ignore[method-assign]
         # Tokens of guests that ship with the project.
         self.nobodys = 0
         # Tokens brought back: from the host, and private copies.
         self.loaded = 0
         self.running: list[Req] = []
+
+    def _adopting(self, saved: SavedSegment, slots: torch.Tensor, **options: Any) -> bool:
+        """Pages that a store filled hold what their own tokens left there."""
+        touched = 0
+        for slot, token in zip(slots.tolist(), saved.path, strict=False):
+            touched |= 1 << token
+            self.touched[slot] = touched
+        return self._adopt(saved, slots, **options)
 
     # -- requests -----------------------------------------------------------------------
 

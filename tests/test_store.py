@@ -431,6 +431,10 @@ def test_what_is_read_takes_the_place_of_what_is_worth_less(tmp_path: pathlib.Pa
         assert driver.compile(_tokens(50 + i, 60), named=True)
     assert _states(_ahead(store, documents[:2], named=True)) == [(HERE, None)] * 2
     driver.check()
+    # One of the two lies where another segment's tokens were.
+    req = driver.link([*documents[1], *documents[0], 7], [(0, 60), (60, 120)])
+    assert driver.start(req)
+    driver.finish(req, abort=True)
     # More than there is room for, beside what is in use.
     req = driver.link([*documents[0], 7], [(0, 60)])
     assert driver.start(req)
