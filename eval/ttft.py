@@ -172,13 +172,15 @@ def run(
     seam: int = SEAM,
     repeats: int | None = None,
     seed: int = 0,
+    grid: Sequence[tuple[int, int]] | None = None,
 ) -> Outcome:
-    """Measure the grid; one row a method and point."""
+    """Measure the grid, of segments and their tokens; one row a method and point."""
     rng = random.Random(seed)
     page = pair.ours.get("/server_info").json()["page_size"]
     repeats = repeats or (QUICK_REPEATS if quick else REPEATS)
     room = pair.context - QUESTION_TOKENS
-    grid = [point for point in (QUICK if quick else FULL) if point[0] * point[1] <= room]
+    asked = grid or (QUICK if quick else FULL)
+    grid = [point for point in asked if point[0] * point[1] <= room]
     once = functools.partial(measure, pair, rng, seam=seam, narrow=narrowest(pair), page=page)
     once(1, 64)  # first calls pay for lazy set-up
     rows = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,13 +22,15 @@ BOUND = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One comparison: largest difference, relative to the largest value expected."""
+    """One comparison: largest difference, relative to the largest value expected; infinite
+    where a kernel raised ``failure``."""
 
     kernel: str
     model: str
     dtype: str
     error: float
     bound: float
+    failure: str = ""
 
     @property
     def ok(self) -> bool:
@@ -37,6 +41,21 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference, relative to the largest value expected."""
     found, expected = found.double().cpu(), expected.double().cpu()
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def compared(
+    kernel: str, model: str, dtype: torch.dtype, bound: float,
+    run: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+) -> Check:  # fmt: skip
+    """Hold what ``run`` found against what it expected. A kernel that does not compile, or
+    that a device refuses, is one failed check: of the others is still told."""
+    name = str(dtype).removeprefix("torch.")
+    try:
+        error = difference(*run())
+    except Exception as failed:
+        traceback.print_exc()
+        return Check(kernel, model, name, math.inf, bound, f"{type(failed).__name__}: {failed}")
+    return Check(kernel, model, name, error, bound)
 
 
 def attention_checks(
@@ -51,10 +70,10 @@ def attention_checks(
     ours = triton_kernels()
 
     def check(kernel: str, run: Callable[[Kernels, Any, Any], torch.Tensor], query: Any) -> Check:
-        found = run(ours, query, made.pool())
-        expected = run(TORCH, query.float(), pool)
-        name = str(dtype).removeprefix("torch.")
-        return Check(kernel, shape.name, name, difference(found, expected), BOUND[dtype])
+        def both() -> tuple[torch.Tensor, torch.Tensor]:
+            return run(ours, query, made.pool()), run(TORCH, query.float(), pool)
+
+        return compared(kernel, shape.name, dtype, BOUND[dtype], both)
 
     for name, rows, size, splits in (
         ("walk_rows, link", link, tile, 1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from sglang_pic.attention.kernels import TORCH
 from sglang_pic.attention.step import StepRow
 from sglang_pic.attention.tables import tile_of
 from sglang_pic.eval.gpu.attention_times import BATCHES, LINK, Time
-from sglang_pic.eval.gpu.checks import BOUND, Check, difference
+from sglang_pic.eval.gpu.checks import BOUND, Check, compared
 from sglang_pic.eval.gpu.measure import Floors, time_s
 from sglang_pic.eval.gpu.scenario import Layout, Scenario
 from sglang_pic.eval.gpu.shapes import ModelShape
@@ -41,15 +42,19 @@ def launch_checks(shape: ModelShape, layout: Layout, seed: int) -> Iterator[Chec
     pool = [t.float() if t.is_floating_point() else t for t in made.pool()]
     for name, rows in (("link", made.link_rows()), ("decode", made.decode_rows())):
         query = made.normal(sum(row.extend for row in rows), shape.heads, shape.dim)
-        found = _launcher(made, rows).run(query, made.keys, made.values, rope, made.scale)
-        walked = made.walkers(rows, tile_of(shape.heads, shape.kv_heads), 1)
-        expected = torch.empty_like(query, dtype=torch.float32)
-        TORCH.walk_rows(
-            query.float(), *pool, walked.table, made.turns(walked.offset), expected,
-            scale=made.scale,
-        )  # fmt: skip
-        error, bound = difference(found, expected), BOUND[torch.bfloat16]
-        yield Check(f"FlashInfer, {name}", shape.name, "bfloat16", error, bound)
+
+        def both(rows: Any = rows, query: Any = query) -> tuple[torch.Tensor, torch.Tensor]:
+            found = _launcher(made, rows).run(query, made.keys, made.values, rope, made.scale)
+            walked = made.walkers(rows, tile_of(shape.heads, shape.kv_heads), 1)
+            expected = torch.empty_like(query, dtype=torch.float32)
+            TORCH.walk_rows(
+                query.float(), *pool, walked.table, made.turns(walked.offset), expected,
+                scale=made.scale,
+            )  # fmt: skip
+            return found, expected
+
+        dtype = torch.bfloat16
+        yield compared(f"FlashInfer, {name}", shape.name, dtype, BOUND[dtype], both)
 
 
 def launch_times(shape: ModelShape, floors: Floors) -> Iterator[Time]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from sglang_pic.eval.gpu.attention_times import Time
-from sglang_pic.eval.gpu.checks import Check, difference
+from sglang_pic.eval.gpu.checks import Check, compared
 from sglang_pic.eval.gpu.measure import Floors, graph_s
 from sglang_pic.eval.gpu.shapes import Linear, ModelShape
 from sglang_pic.kernels.operators import gated_delta, states, wy
@@ -94,8 +94,8 @@ def state_checks(shape: ModelShape, linear: Linear, device: str, seed: int) -> I
 
     made = Layer(linear, device, seed)
 
-    def check(kernel: str, found: torch.Tensor, expected: torch.Tensor, bound: float) -> Check:
-        return Check(kernel, shape.name, "float32", difference(found, expected), bound)
+    def check(kernel: str, bound: float, both: Callable[[], Any]) -> Check:
+        return compared(kernel, shape.name, torch.float32, bound, both)
 
     rows, segments = 2, 3
     inner = made.pairs(rows * (segments - 1))
@@ -103,36 +103,45 @@ def state_checks(shape: ModelShape, linear: Linear, device: str, seed: int) -> I
     wide = Pair(inner.A.double(), inner.B.double())
     for stored in STORED:
         cores = made.cores(rows * segments, stored)
-        found = triton_states.states_before(cores, 0, inner, walk, slots)
-        expected = states.states_before(cores, 0, wide, walk, slots.double())
-        yield check(f"states_before, {_name(stored)} pairs", found, expected, STATE_BOUND)
+
+        def before(cores: Cores = cores) -> tuple[torch.Tensor, torch.Tensor]:
+            found = triton_states.states_before(cores, 0, inner, walk, slots)
+            return found, states.states_before(cores, 0, wide, walk, slots.double())
+
+        yield check(f"states_before, {_name(stored)} pairs", STATE_BOUND, before)
 
     width = linear.width - 1
     conv, cores = made.normal(4, linear.channels, width), made.cores(3, torch.float32)
     inputs, borrowed = made.normal(9, linear.channels), torch.tensor([2, 5], device=device)
     places = 2 * width + 3 * width + 2
-    before = torch.randint(0, places, (5, width), generator=made._random).to(device)
-    gather = (before, conv, torch.tensor([3, 1], device=device), cores, 0, inputs, borrowed)
+    chosen = torch.randint(0, places, (5, width), generator=made._random).to(device)
+    gather = (chosen, conv, torch.tensor([3, 1], device=device), cores, 0, inputs, borrowed)
     yield check(
         "histories_before",
-        triton_states.histories_before(*gather),
-        states.histories_before(*gather),
         0.0,
+        lambda: (triton_states.histories_before(*gather), states.histories_before(*gather)),
     )
 
     lengths = [1, CHUNK, CHUNK + 7, 3]
     k, v, g, beta = made.tokens(lengths)
-    w, u, total = wy.factors(k, v, g, beta, lengths)
-    running = torch.zeros(len(lengths), linear.heads, linear.dv + linear.dk, linear.dk)
-    running[:, :, linear.dv :] = torch.eye(linear.dk)
-    running = running.to(device)
-    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], device=device)
-    triton_wy.advance(running, k, w, u, total, bounds)
     keys = k.repeat_interleave(linear.heads // linear.key_heads, 1)
-    wide_k, wide_v, wide_g, wide_beta = (x.double() for x in (keys, v, g, beta))
-    captured = gated_delta.capture(wide_k, wide_v, wide_g, wide_beta, lengths)
-    yield check("advance (WY), A", running[:, :, linear.dv :].mT, captured.A, FACTOR_BOUND)
-    yield check("advance (WY), B", running[:, :, : linear.dv].mT, captured.B, FACTOR_BOUND)
+    captured = gated_delta.capture(*(x.double() for x in (keys, v, g, beta)), lengths)
+
+    def advanced() -> torch.Tensor:
+        w, u, total = wy.factors(k, v, g, beta, lengths)
+        running = torch.zeros(len(lengths), linear.heads, linear.dv + linear.dk, linear.dk)
+        running[:, :, linear.dv :] = torch.eye(linear.dk)
+        running = running.to(device)
+        bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], device=device)
+        triton_wy.advance(running, k, w, u, total, bounds)
+        return running
+
+    yield check(
+        "advance (WY), A", FACTOR_BOUND, lambda: (advanced()[:, :, linear.dv :].mT, captured.A)
+    )
+    yield check(
+        "advance (WY), B", FACTOR_BOUND, lambda: (advanced()[:, :, : linear.dv].mT, captured.B)
+    )
 
 
 def _name(dtype: torch.dtype) -> str:

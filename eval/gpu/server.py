@@ -16,6 +16,7 @@ FLAGS = (
     f"--max-total-tokens={hybrid_demo.POOL_TOKENS}",
     "--dtype=bfloat16",
     "--attention-backend=triton",
+    "--sampling-backend=pytorch",
 )
 
 
