@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import pathlib
 import tempfile
 from typing import Any
@@ -17,6 +18,8 @@ FLAGS = (
     "--dtype=bfloat16",
     "--attention-backend=triton",
     "--sampling-backend=pytorch",
+    # A small model; the rest of the card is others'.
+    "--mem-fraction-static=0.05",
 )
 
 
@@ -31,6 +34,7 @@ def serve_hybrid() -> list[dict[str, Any]]:
         refusal = ours.forest()["refusal"]
         if refusal is not None:
             raise RuntimeError(f"the server does not link: {refusal}")
+        print(f"canary: {json.dumps(ours.get('/pic/info').json()['canary'])}", flush=True)
         asked = hybrid_demo.run(ours, stock)
     right = {
         way: sum(row["is_right"] for row in asked if row["method"] == way)

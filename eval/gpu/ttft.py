@@ -41,8 +41,10 @@ def first_tokens(*, quick: bool) -> Iterator[Outcome]:
             with bench(
                 str(model), *FLAGS, STOCK_SHARE, ours=OUR_FLAGS, pool=ttft.pool_of(grid)
             ) as pair:
+                canary = pair.ours.get("/pic/info").json()["canary"]
                 outcome = ttft.run(
                     pair, quick=quick, grid=grid, repeats=QUICK_REPEATS if quick else REPEATS
                 )
-        outcome.config.update(model=name, dtype="bfloat16", device=torch.cuda.get_device_name())
+        device = torch.cuda.get_device_name()
+        outcome.config.update(model=name, dtype="bfloat16", device=device, canary=canary)
         yield outcome
