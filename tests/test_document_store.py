@@ -30,7 +30,7 @@ from sglang_pic.encoder.encoder import EncoderKV
 from sglang_pic.errors import PicRefused, PicRequestError
 from sglang_pic.forest.budget import Budgets, Need
 from sglang_pic.forest.cost import PrefillCost
-from sglang_pic.forest.encoded import Document, Wanted
+from sglang_pic.forest.documents import Document, Wanted
 from sglang_pic.forest.kept import Kept
 from sglang_pic.forest.keys import document_id
 from sglang_pic.forest.pins import Pins

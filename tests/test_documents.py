@@ -27,9 +27,11 @@ from sglang_pic.encoder.limits import ENCODE_TOKENS
 from sglang_pic.encoder.step import Steps
 from sglang_pic.errors import PicActionError, PicIntegrityError, PicRefused, PicRequestError
 from sglang_pic.forest.cost import PrefillCost
-from sglang_pic.forest.encoded import DOCUMENT, LEASE_S, Encoded, Wanted
+from sglang_pic.forest.documents import Wanted
+from sglang_pic.forest.encoded import DOCUMENT, Encoded
 from sglang_pic.forest.kept import Kept
 from sglang_pic.forest.keys import document_id
+from sglang_pic.forest.users import LEASE_S
 from sglang_pic.link.policy import LinkOptions
 from sglang_pic.manage.arrival import Answer, answer
 from sglang_pic.request import commands

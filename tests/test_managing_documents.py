@@ -15,9 +15,11 @@ from test_documents import EACH, asked, clock, held_by, ids, wanted
 from sglang_pic.config import PicConfig
 from sglang_pic.errors import PicRefused
 from sglang_pic.forest.budget import Budgets, Need
-from sglang_pic.forest.encoded import LEASE_S, Encoded, Wanted
+from sglang_pic.forest.documents import Wanted
+from sglang_pic.forest.encoded import Encoded
 from sglang_pic.forest.keys import document_id
 from sglang_pic.forest.pins import Pins
+from sglang_pic.forest.users import LEASE_S
 from sglang_pic.manage import documents, segments
 from sglang_pic.manage.commands import obey
 from sglang_pic.request import commands

@@ -8,5 +8,6 @@ weights  both as files beside a model
 ranks    both over tensor-parallel ranks
 beside   both beside SGLang's model; models/ has its classes with them
 step     which tokens of a batch see which documents
+rows     which requests see which, and so which rows of the batch that runs next
 limits   how much is encoded at once
 """

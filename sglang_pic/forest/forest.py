@@ -23,7 +23,7 @@ from sglang_pic.forest.consensus import Consensus
 from sglang_pic.forest.containment import Containment
 from sglang_pic.forest.conversations import Conversations
 from sglang_pic.forest.cost import PrefillCost
-from sglang_pic.forest.encoded import Documents, NoDocuments
+from sglang_pic.forest.documents import Documents, NoDocuments
 from sglang_pic.forest.eviction import Eviction
 from sglang_pic.forest.holder import Holder
 from sglang_pic.forest.kept import Kept

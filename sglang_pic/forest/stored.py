@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from sglang_pic.forest.encoded import Document
+    from sglang_pic.forest.documents import Document
 
 
 class StoredDocuments(Protocol):

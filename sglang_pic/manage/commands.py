@@ -15,7 +15,7 @@ import orjson
 from sglang_pic import timer
 from sglang_pic.errors import PicRefused
 from sglang_pic.faults import faults
-from sglang_pic.forest.encoded import Document, Wanted
+from sglang_pic.forest.documents import Document, Wanted
 from sglang_pic.forest.forest import Forest
 from sglang_pic.manage import documents, segments
 from sglang_pic.manage.selfcheck import selfcheck

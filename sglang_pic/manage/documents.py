@@ -11,7 +11,7 @@ from typing import Any
 
 from sglang_pic.errors import PicRefused
 from sglang_pic.forest.budget import Need
-from sglang_pic.forest.encoded import Document
+from sglang_pic.forest.documents import Document
 from sglang_pic.forest.forest import Forest
 
 

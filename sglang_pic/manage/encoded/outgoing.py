@@ -14,7 +14,8 @@ from typing import Any
 from cachetools import LRUCache
 
 from sglang_pic.encoder.encoder import EncoderKV
-from sglang_pic.forest.encoded import Document, Encoded
+from sglang_pic.forest.documents import Document
+from sglang_pic.forest.encoded import Encoded
 from sglang_pic.manage.outgoing import MOST_KNOWN, MOST_PENDING, STEP_BYTES, HostCopies
 from sglang_pic.request.commands import UNWRITTEN, WRITING, WRITTEN
 from sglang_pic.store.base import DROPPED

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 from sglang_pic.errors import PicRefused
 from sglang_pic.forest.consensus import Group
-from sglang_pic.forest.encoded import DOCUMENT, Document, Encoded
+from sglang_pic.forest.documents import Document
+from sglang_pic.forest.encoded import DOCUMENT, Encoded
 from sglang_pic.forest.forest import Forest
 from sglang_pic.forest.keys import document_id
 from sglang_pic.manage.documents import pin
