@@ -43,8 +43,9 @@ from sglang_pic.request import commands
 from sglang_pic.request.base import LinkRequest, TokenSpan
 from sglang_pic.request.commands import UNWRITTEN, WRITING, WRITTEN
 from sglang_pic.request.hints import MISSING
-from sglang_pic.server import documents, stored
-from sglang_pic.server.documents import Job, WithEncoder
+from sglang_pic.server import encoded_life, stored
+from sglang_pic.server.encoded_life import WithEncoder
+from sglang_pic.server.encoding import Job
 from sglang_pic.server.fetching import FromStore
 from sglang_pic.server.items import DocumentItem
 from sglang_pic.server.queue import FairQueue
@@ -756,7 +757,7 @@ def test_a_prompt_without_room_asks_what_it_lacks_by_then(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was held may have gone: it would wait for that until its limit."""
-    monkeypatch.setattr(documents, "PAUSE_S", 0.0)
+    monkeypatch.setattr(encoded_life, "PAUSE_S", 0.0)
     told, leases = lived(tmp_path, FromBoth(), [[0], [0, 1], [0, 1], []], [False, False, True])
     assert [lease["lengths"] for lease in leases] == [[4], [4, 4], [4, 4]]
     assert [len(lease["held"]) for lease in leases] == [2, 1, 1]

@@ -32,6 +32,7 @@ from sglang_pic.forest.encoded import DOCUMENT, Encoded
 from sglang_pic.forest.kept import Kept
 from sglang_pic.forest.keys import document_id
 from sglang_pic.forest.users import LEASE_S
+from sglang_pic.link.encoded_report import make_encoded_report
 from sglang_pic.link.policy import LinkOptions
 from sglang_pic.manage.arrival import Answer, answer
 from sglang_pic.request import commands
@@ -45,7 +46,8 @@ from sglang_pic.request.internal import (
     link_hints,
     read_internal,
 )
-from sglang_pic.server.documents import Encoder, Job, cut, report
+from sglang_pic.server.cut import cut
+from sglang_pic.server.encoding import Encoder, Job
 from sglang_pic.server.queue import FairQueue
 
 MAX = 100
@@ -551,7 +553,7 @@ def test_documents_leave_the_prompt() -> None:
     made = cut(prompt)
     assert made.row == [0, 3, 6]
     assert made.documents == [(0, (1, 2)), (2, (4, 5))]
-    told = report(prompt, ["a", "b"], cached=2).to_json()
+    told = make_encoded_report(7, prompt[1], names=["a", "b"], cached=2).to_json()
     assert told["tokens_outside"] == 4 and told["tokens_computed"] == 1
     assert [(one["id"], one["reason"]) for one in told["segments"]] == [
         ("a", "encoded"), (None, "empty"), ("b", "encoded"),

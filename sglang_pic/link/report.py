@@ -13,7 +13,7 @@ from sglang_pic.link.policy import LinkOptions
 
 EXACT = "exact"
 COMPOSED = "composed"
-# By documents that a trained encoder has read (``server.documents``); of a segment too.
+# By documents that a trained encoder has read (``link.encoded_report``); of a segment too.
 ENCODED = "encoded"
 
 # Why a segment was, or was not, reused.

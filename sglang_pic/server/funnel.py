@@ -11,7 +11,7 @@ life of one with segments, six functions of six modules:
 5. ``send.set_link``: the scheduler gets it as a link;
 6. ``answers.tidy``: its report is put in order.
 
-One whose segments a trained encoder reads lives in ``documents`` instead of 3 to 5.
+One whose segments a trained encoder reads lives in ``encoded_life`` instead of 3 to 5.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ from sglang_pic.server.cold import Cold
 from sglang_pic.server.commands import command
 from sglang_pic.server.companions import Companions, Maker, WhenAsked, WhenIdle
 from sglang_pic.server.compiler import Compiler, Job
-from sglang_pic.server.documents import Documents, Fetches, NoDocuments, WithEncoder
-from sglang_pic.server.documents import Job as Document
+from sglang_pic.server.documents import Documents, NoDocuments
+from sglang_pic.server.encoded_life import Fetches, WithEncoder
+from sglang_pic.server.encoding import Job as EncodeJob
 from sglang_pic.server.exchange import Exchange, current, noting
 from sglang_pic.server.fetching import Fetching, FromStore, NoStore
 from sglang_pic.server.finding import Finding, Found
@@ -243,7 +244,7 @@ class Funnel:
         config = self.config
         if config.encoder is None:
             return NoDocuments()
-        queue: FairQueue[Document] = FairQueue(
+        queue: FairQueue[EncodeJob] = FairQueue(
             config.compiles, config.tenant_compiles, config.compile_queue
         )
         send = functools.partial(command, self._manager)

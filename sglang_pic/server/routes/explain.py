@@ -17,11 +17,12 @@ from sglang.srt.utils.json_response import orjson_response
 from sglang_pic.errors import PicRequestError
 from sglang_pic.find.finder import Looked
 from sglang_pic.forest.keys import document_id
+from sglang_pic.link.encoded_report import make_encoded_report
 from sglang_pic.link.policy import ENCODE
 from sglang_pic.link.report import LinkReport
 from sglang_pic.request.base import LinkRequest
 from sglang_pic.server.answers import as_found
-from sglang_pic.server.documents import cut, report
+from sglang_pic.server.cut import cut
 from sglang_pic.server.exchange import Exchange, carry
 from sglang_pic.server.finding import Found
 from sglang_pic.server.funnel import Funnel, funnel_of
@@ -115,7 +116,7 @@ async def _encoded(obj: Any, prompt: Read, field: str, funnel: Funnel) -> dict[s
     check_prompt(made.row, field, limit=limit, vocabulary=vocabulary)
     if obj.lora_path is not None:
         raise PicRequestError("pic.mode", "not with encoded documents: adapter")
-    names = [document_id(obj.cache_salt or None, ids) for _, ids in made.documents]
+    names = [document_id(obj.cache_salt or None, one) for _, one in made.documents]
     (told,) = await tell(
         "foretell",
         ids=made.row,
@@ -123,9 +124,13 @@ async def _encoded(obj: Any, prompt: Read, field: str, funnel: Funnel) -> dict[s
         cache_salt=obj.cache_salt,
         extra_key=obj.extra_key,
     )
-    absent = {ids for (_, ids), held in zip(made.documents, told["held"], strict=True) if not held}
+    ids, link = prompt
+    report = make_encoded_report(
+        len(ids), link, names=names, cached=told["cached"], held=told["held"]
+    )
+    absent = {one for (_, one), held in zip(made.documents, told["held"], strict=True) if not held}
     return {
-        **report(prompt, names, told["cached"], told["held"]).to_json(),
+        **report.to_json(),
         "tokens_to_compile": sum(map(len, absent)),
         "cuts": [],
     }
