@@ -218,7 +218,7 @@ class Scheduler:
                 if one["state"] in (HERE, GONE):
                     found[name] = (one["state"], one["reason"])
             time.sleep(0.002)
-        assert self.documents._incoming.count == 0
+        assert len(self.documents._incoming) == 0
         return [found[name] for name in names]
 
 
@@ -492,7 +492,7 @@ def test_so_many_bytes_are_filled_in_at_a_command(
     row = [*made[0], *made[1]]
     scheduler.obey(commands.FetchDocuments([30, 30], named=True), row=row)
     names = [document_id(None, one) for one in made]
-    while scheduler.documents._incoming._coming._reader.flying == 0:
+    while scheduler.documents._reader.flying == 0:
         time.sleep(0.001)
     for _ in range(2000):
         if all(read.done for read in scheduler.documents._reader._reads.values()):
@@ -643,7 +643,7 @@ def test_the_front_asks_for_documents_by_their_names(tmp_path: pathlib.Path) -> 
         assert (source.kind, source.reason) == (COMPUTED, LATE)
 
     asyncio.run(run())
-    assert scheduler.documents._incoming.count == 0
+    assert len(scheduler.documents._incoming) == 0
     scheduler.encoded.check()
 
 

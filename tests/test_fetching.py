@@ -44,7 +44,7 @@ def name(one: CompileItem) -> str:
 
 
 class Scheduler:
-    """Answers ``fetch`` and ``fetched`` as ``manage.incoming`` does.
+    """Answers ``fetch`` and ``fetched`` as ``manage.commands`` does.
 
     Args:
         fates: by the item's first token, what is told of it one question after another;

@@ -129,7 +129,7 @@ def test_ranks_load_a_segment_all_or_none(tmp_path: pathlib.Path) -> None:
         driver.forest.holder.delete(record.id)
     paths = [array("q", document) for document in documents]
     for store in loading:
-        store.incoming.begin(driver.forest.segments.namespace(None), paths, seam=16, named=True)
+        store.begin(driver.forest.segments.namespace(None), paths, seam=16, named=True)
     names = [_name(drivers[0], document) for document in documents]
     told = together.run(lambda rank: _fetched(loading[rank], names))
     assert [one["state"] for one in told[0]] == [one["state"] for one in told[1]]
@@ -328,10 +328,10 @@ def _ahead(
     forest = store._forest
     space, context = forest.segments.namespace(None), forest.segments.context
     paths = [context + array("q", document) for document in documents]
-    store.incoming.begin(space, paths, seam=seam, named=named)
+    store.begin(space, paths, seam=seam, named=named)
     names = [segment_id(space, None, array("q", document)) for document in documents]
     found = _fetched(store, names)
-    assert store.incoming.count == 0 and store._reader._reads == {}
+    assert len(store.incoming) == 0 and store._reader._reads == {}
     return found
 
 
@@ -463,7 +463,7 @@ def test_reserved_pages_are_given_back(
     names = [segment_id(space, None, array("q", document)) for document in documents]
 
     def half() -> None:
-        store.incoming.begin(space, [array("q", one) for one in documents], seam=16, named=True)
+        store.begin(space, [array("q", one) for one in documents], seam=16, named=True)
         for _ in range(2000):
             store.incoming.look(names)
             if driver.forest.pages.reserved:
@@ -485,7 +485,7 @@ def test_reserved_pages_are_given_back(
     assert driver.allocator.available_size() == free
     half()
     driver.forest.reset()
-    assert driver.forest.pages.reserved == 0 and store.incoming.count == 0
+    assert driver.forest.pages.reserved == 0 and len(store.incoming) == 0
 
 
 class Faulty:
@@ -546,7 +546,7 @@ def test_a_slow_store_holds_nothing_up_and_leaves_nothing(
     space = driver.forest.segments.namespace(None)
     names = [segment_id(space, None, array("q", document)) for document in documents]
     paths = [array("q", document) for document in documents]
-    store.incoming.begin(space, paths, seam=16, named=False)
+    store.begin(space, paths, seam=16, named=False)
     states = {one["state"] for one in store.incoming.look(names)}
     assert states <= {LOOKING, COMING}
     assert store.stats()["reading_bytes"] > 0
@@ -570,7 +570,7 @@ def test_so_many_bytes_are_on_their_way_and_no_more(tmp_path: pathlib.Path) -> N
     store = _store(driver, tmp_path)
     for document in documents:
         driver.forest.holder.delete(_name(driver, document))
-    store._reader._most = 2 * store.incoming.most(60)
+    store._reader._most = 2 * store._places.most(60)
     states = _states(_ahead(store, documents))
     assert states == [(HERE, None)] * 2 + [(GONE, "store_busy")] * 2
     assert store.stats()["reading_bytes"] == 0
@@ -766,7 +766,7 @@ def test_other_weights_have_other_names(
     monkeypatch.setattr(coming, "FILL_BYTES", 16 * 8)
     driver.forest.holder.delete(_name(driver, document))
     space = driver.forest.segments.namespace(None)
-    store.incoming.begin(space, [array("q", document)], seam=16, named=True)
+    store.begin(space, [array("q", document)], seam=16, named=True)
     for _ in range(2000):
         store.incoming.look([_name(driver, document)])
         if driver.forest.pages.reserved:
@@ -775,7 +775,7 @@ def test_other_weights_have_other_names(
     torch.nn.init.zeros_(store._runner.model.weight)
     assert store.restore(None)["segments"] == 0
     # What was on its way is of the old ones.
-    assert driver.forest.pages.reserved == 0 and store.incoming.count == 0
+    assert driver.forest.pages.reserved == 0 and len(store.incoming) == 0
     assert _states(_ahead(store, [document])) == [(GONE, "not_in_store")]
     _worth(driver, store, [document])
     assert len(_listed(tmp_path)) == 2

@@ -124,7 +124,7 @@ def _fetch(scheduler: Any, req: Any, command: asked.Fetch) -> Any:
     context = len(_forest(scheduler).segments.context)
     paths = _cut(req.origin_input_ids, command.lengths, context + 1)
     salt = _forest(scheduler).segments.namespace(tenant_of(req))
-    _store(scheduler).incoming.begin(salt, paths, seam=command.seam, named=command.named)
+    _store(scheduler).begin(salt, paths, seam=command.seam, named=command.named)
     return {}
 
 

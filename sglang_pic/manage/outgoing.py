@@ -14,20 +14,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from cachetools import LRUCache
 
 from sglang_pic.forest.forest import Forest
 from sglang_pic.forest.segments import SegmentRecord
+from sglang_pic.manage.known import Known
 from sglang_pic.manage.kv import KvPages
-from sglang_pic.request.commands import UNWRITTEN, WRITING, WRITTEN
-from sglang_pic.store.base import DROPPED
+from sglang_pic.request.commands import WRITING
 from sglang_pic.store.value import Codec, SavedSegment
 from sglang_pic.store.writing import Writer
 
 # Copied between two forward passes.
 STEP_BYTES = 64 << 20
-# Segments that wait to be copied; names of values that need not be written again.
-MOST_PENDING, MOST_KNOWN = 4096, 65536
+# What may wait to be copied.
+MOST_PENDING = 4096
 
 
 def by_head(tensors: dict[str, torch.Tensor]) -> list[tuple[tuple[int, ...], dict[str, Any]]]:
@@ -106,32 +105,23 @@ class Outgoing:
 
     Args:
         kv: their pages.
+        known: what need not be written.
     """
 
-    def __init__(self, forest: Forest, kv: KvPages, codec: Codec, writer: Writer):
+    def __init__(self, forest: Forest, kv: KvPages, codec: Codec, writer: Writer, known: Known):
         self._forest = forest
         self._kv = kv
         self._codec = codec
         self._writer = writer
+        self._known = known
         self._copies = HostCopies(next(kv.buffers())[1].device)
         # In the order in which they are copied.
         self._pending: OrderedDict[str, _Copy | None] = OrderedDict()
-        self._known: LRUCache[str, bool] = LRUCache(MOST_KNOWN)
-        # Names of the values of what was to be written whatever it is worth.
-        self._published: LRUCache[str, list[str]] = LRUCache(MOST_PENDING)
 
     @property
     def pending(self) -> int:
         """Segments that are not copied yet."""
         return len(self._pending)
-
-    def know(self, name: str) -> None:
-        """The store has a value by this name."""
-        self._known[name] = True
-
-    def forget(self, name: str) -> None:
-        """It has it no longer."""
-        self._known.pop(name, None)
 
     def names(self, record: SegmentRecord) -> list[str]:
         """Of the values that a held segment is written as."""
@@ -147,32 +137,18 @@ class Outgoing:
         key = f"{record.id} {record.compiled}"
         if key in self._known or len(self._pending) >= MOST_PENDING:
             return
-        self._known[key] = True
+        self._known.add(key)
         self._pending[record.id] = None
 
     def publish(self, record: SegmentRecord) -> None:
-        """Have a held segment written whatever it is worth. What the store had, it may have
-        evicted; what it did not take, it may take now."""
-        names = self.names(record)
-        for name in names:
-            self.forget(name)
-            self._writer.forgive(name)
+        """Have a held segment written whatever it is worth."""
+        self._known.publish(record.id, self.names(record))
         if record.id in self._pending or len(self._pending) < MOST_PENDING:
             self._pending.setdefault(record.id, None)
-        self._published[record.id] = names
 
     def published(self, segment: str) -> tuple[str, str | None]:
-        """What has become of one that was to be written: ``WRITING``, ``WRITTEN``, or
-        ``UNWRITTEN`` and why."""
-        names = self._published.get(segment, ())
-        if segment in self._pending or any(map(self._writer.is_under_way, names)):
-            return WRITING, None
-        problem = next(filter(None, map(self._writer.refusal, names)), None)
-        if problem is not None:
-            return UNWRITTEN, problem.reason
-        if names and all(name in self._known for name in names):
-            return WRITTEN, None
-        return UNWRITTEN, DROPPED
+        """As ``Known.published``, of one that may still have to be copied."""
+        return (WRITING, None) if segment in self._pending else self._known.published(segment)
 
     def step(self, most: int = STEP_BYTES) -> None:
         """Copy a piece of what waits."""
@@ -239,9 +215,8 @@ class Outgoing:
                 return self._codec.encode(name, dataclasses.replace(saved, tensors=on_host))
 
             if self._writer.write(name, encode, saved.nbytes):
-                self.know(name)
+                self._known.add(name)
 
     def clear(self) -> None:
         """Everything was flushed: what is half copied is given up."""
         self._pending.clear()
-        self._published.clear()

@@ -2,15 +2,16 @@
 
 Which store is the operator's choice (``--pic-store``), never a client's. What is worth
 keeping is written behind (``outgoing``), what a link lacks is read ahead of it
-(``incoming``); saving, restoring and the pins of a former run are here, encoded documents
-in ``encoded.store``. Each tensor-parallel rank keeps its part under a name of its own; a
-segment is loaded by all of them or by none.
+(``coming``), into ``places``; saving, restoring and the pins of a former run are here,
+encoded documents in ``encoded.store``. Each tensor-parallel rank keeps its part under a name
+of its own; a segment is loaded by all of them or by none.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+from array import array
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -23,8 +24,9 @@ from sglang_pic.forest.forest import Forest
 from sglang_pic.forest.keys import segment_id
 from sglang_pic.forest.segments import SegmentRecord
 from sglang_pic.link.policy import floor_to
+from sglang_pic.manage.coming import Coming
 from sglang_pic.manage.encoded.store import document_store
-from sglang_pic.manage.incoming import Incoming
+from sglang_pic.manage.known import Known
 from sglang_pic.manage.kv import KvPages
 from sglang_pic.manage.lasting import LastingPins
 from sglang_pic.manage.loading import (
@@ -38,6 +40,7 @@ from sglang_pic.manage.loading import (
     within,
 )
 from sglang_pic.manage.outgoing import Outgoing, by_head
+from sglang_pic.manage.places import Places
 from sglang_pic.manage.segments import pin
 from sglang_pic.request.commands import UNWRITTEN, WRITING, WRITTEN
 from sglang_pic.store.base import Problem, SegmentStore
@@ -76,7 +79,8 @@ class Store:
         ranks: of tensor parallelism.
 
     Attributes:
-        documents: the same for encoded documents.
+        incoming: segments on their way from the store, by name.
+        documents: the store of encoded documents.
     """
 
     def __init__(
@@ -108,9 +112,15 @@ class Store:
         self._marks = self._fingerprint()
         self._codec = Codec(self._marks, self._key)
         self._reader = Reader(self._store, self._codec, self._check)
-        self._outgoing = Outgoing(self._forest, self._kv, self._codec, self._writer)
-        self.incoming = Incoming(
-            self._forest, self._kv, self._codec, self._reader, self._outgoing, self._ranks
+        self._known = Known(self._writer)
+        self._outgoing = Outgoing(self._forest, self._kv, self._codec, self._writer, self._known)
+        self._places = Places(self._forest, self._kv, self._codec)
+        self.incoming = Coming(
+            self._reader,
+            self._ranks,
+            self._forest.segments.is_held,
+            self._places.place,
+            self._known.add,
         )
         self._forest.holder.on_worth = self._outgoing.offer
         self.documents.join(self._marks)
@@ -137,6 +147,10 @@ class Store:
     def step(self) -> None:
         self._outgoing.step()
         self.documents.step()
+
+    def begin(self, salt: str, paths: Sequence[array], *, seam: int, named: bool) -> None:
+        """Read segments, compile context first, ahead of their link, by this seam width."""
+        self.incoming.begin(self._places.wants(salt, paths, seam), named=named)
 
     def publish(
         self, segments: Sequence[str], tenant: str | None, *, begin: bool
@@ -176,8 +190,7 @@ class Store:
     def deleted(self, segment: str) -> None:
         record = self._forest.segments.find_held(segment)
         for name in self._outgoing.names(record) if record is not None else ():
-            self._outgoing.forget(name)
-            self._writer.remove(name)
+            self._known.remove(name)
 
     def pinned(self, segment: str, *, lasting: bool) -> None:
         record = self._forest.segments.find_held(segment) if lasting else None
@@ -191,6 +204,7 @@ class Store:
     def clear(self) -> None:
         self.incoming.clear()
         self._outgoing.clear()
+        self._known.clear()
         self._lasting.clear()
         self.documents.clear()
         # Whoever loads other weights flushes then.
@@ -277,7 +291,7 @@ class Store:
             problem = within(ANSWER_S, lambda name=name, value=value: self._put(name, value))  # type: ignore[misc]
             if problem is not None:
                 return problem
-            self._outgoing.know(name)
+            self._known.add(name)
             written += len(value)
         return written
 
@@ -313,7 +327,7 @@ class Store:
 
     def _get(self, wanted: Wanted) -> SavedSegment | str:
         """A value, or why it cannot be used."""
-        return read(self._store, wanted, self.incoming.most, self._decoded)
+        return read(self._store, wanted, self._places.most, self._decoded)
 
     def _decoded(self, value: Any, name: str, salt: str) -> SavedSegment:
         saved = self._codec.decode(value, name, salt=salt)
@@ -342,7 +356,7 @@ class Store:
         if slots is None:
             return False, NO_ROOM
         self._kv.fill(saved, slots, 0, len(slots))
-        self._outgoing.know(self._codec.name(saved.salt, saved.path, saved.heads))
+        self._known.add(self._codec.name(saved.salt, saved.path, saved.heads))
         if not forest.holder.adopt(saved, slots, named=True, evict=False):
             return False, NO_ROOM
         return False, None

@@ -11,14 +11,12 @@ import weakref
 from collections import OrderedDict
 from typing import Any
 
-from cachetools import LRUCache
-
 from sglang_pic.encoder.encoder import EncoderKV
 from sglang_pic.forest.documents import Document
 from sglang_pic.forest.encoded import Encoded
-from sglang_pic.manage.outgoing import MOST_KNOWN, MOST_PENDING, STEP_BYTES, HostCopies
-from sglang_pic.request.commands import UNWRITTEN, WRITING, WRITTEN
-from sglang_pic.store.base import DROPPED
+from sglang_pic.manage.known import Known
+from sglang_pic.manage.outgoing import MOST_PENDING, STEP_BYTES, HostCopies
+from sglang_pic.request.commands import WRITING
 from sglang_pic.store.document import DocumentCodec, SavedDocument
 from sglang_pic.store.writing import Writer
 
@@ -37,34 +35,34 @@ class _Copy:
 
 
 class Outgoing:
-    """Documents of one scheduler on their way into the store."""
+    """Documents of one scheduler on their way into the store.
 
-    def __init__(self, encoded: Encoded, codec: DocumentCodec, writer: Writer, copies: HostCopies):
+    Args:
+        known: what need not be written.
+    """
+
+    def __init__(
+        self,
+        encoded: Encoded,
+        codec: DocumentCodec,
+        writer: Writer,
+        known: Known,
+        copies: HostCopies,
+    ):
         self._encoded = encoded
         self._codec = codec
         self._writer = writer
+        self._known = known
         self._copies = copies
         # In the order in which they are copied. What has gone must not stay in memory for it.
         self._pending: OrderedDict[str, weakref.ref[Document]] = OrderedDict()
         self._copy: _Copy | None = None
         self._offered: weakref.WeakSet[Document] = weakref.WeakSet()
-        # Names of values that need not be written again.
-        self._known: LRUCache[str, bool] = LRUCache(MOST_KNOWN)
-        # Of what was to be written whatever it is worth, names of the values.
-        self._published: LRUCache[str, str] = LRUCache(MOST_PENDING)
 
     @property
     def pending(self) -> int:
         """Documents that are not copied yet."""
         return len(self._pending) + (self._copy is not None)
-
-    def know(self, name: str) -> None:
-        """The store has a value by this name."""
-        self._known[name] = True
-
-    def forget(self, name: str) -> None:
-        """It has it no longer."""
-        self._known.pop(name, None)
 
     def name_of(self, document: Document) -> str:
         """Of its value."""
@@ -78,28 +76,16 @@ class Outgoing:
             self._pending[document.name] = weakref.ref(document)
 
     def publish(self, document: Document) -> None:
-        """Have a held one written whatever it is worth. What the store had, it may have
-        evicted; what it did not take, it may take now."""
-        name = self.name_of(document)
-        self.forget(name)
-        self._writer.forgive(name)
+        """Have a held one written whatever it is worth."""
+        self._known.publish(document.name, [self.name_of(document)])
         if not self._is_copied(document) and len(self._pending) < MOST_PENDING:
             self._pending[document.name] = weakref.ref(document)
-        self._published[document.name] = name
 
     def published(self, document: Document) -> tuple[str, str | None]:
-        """As ``manage.outgoing.Outgoing.published``."""
-        name = self._published.get(document.name)
+        """As ``Known.published``, of one that may still have to be copied."""
         if document.name in self._pending or self._is_copied(document):
             return WRITING, None
-        if name is None:
-            return UNWRITTEN, DROPPED
-        if self._writer.is_under_way(name):
-            return WRITING, None
-        problem = self._writer.refusal(name)
-        if problem is not None:
-            return UNWRITTEN, problem.reason
-        return (WRITTEN, None) if name in self._known else (UNWRITTEN, DROPPED)
+        return self._known.published(document.name)
 
     def _is_copied(self, document: Document) -> bool:
         return self._copy is not None and self._copy.document is document
@@ -154,10 +140,9 @@ class Outgoing:
             return self._codec.encode(name, saved)
 
         if self._writer.write(name, encode, saved.nbytes):
-            self.know(name)
+            self._known.add(name)
 
     def clear(self) -> None:
         """Everything was flushed: what is half copied is given up."""
         self._pending.clear()
         self._copy = None
-        self._published.clear()

@@ -15,9 +15,11 @@ from sglang_pic.forest.documents import Document
 from sglang_pic.forest.encoded import DOCUMENT, Encoded
 from sglang_pic.forest.forest import Forest
 from sglang_pic.forest.keys import document_id
+from sglang_pic.manage.coming import Coming
 from sglang_pic.manage.documents import pin
-from sglang_pic.manage.encoded.incoming import Incoming
 from sglang_pic.manage.encoded.outgoing import Outgoing
+from sglang_pic.manage.encoded.places import Places
+from sglang_pic.manage.known import Known
 from sglang_pic.manage.lasting import LastingPins
 from sglang_pic.manage.loading import (
     ANSWER_S,
@@ -205,9 +207,11 @@ class WithEncoder:
         self._codec = DocumentCodec(self._values)
         self._reader = Reader(self._store, self._codec, self._check)
         copies = HostCopies(like.device)
-        self._outgoing = Outgoing(self._encoded, self._codec, self._writer, copies)
-        self._incoming = Incoming(
-            self._encoded, self._codec, self._reader, self._ranks, self._outgoing.know
+        self._known = Known(self._writer)
+        self._outgoing = Outgoing(self._encoded, self._codec, self._writer, self._known, copies)
+        self._places = Places(self._encoded, self._codec)
+        self._incoming = Coming(
+            self._reader, self._ranks, self._encoded.holds, self._places.place, self._known.add
         )
         self._encoded.on_worth = self._outgoing.offer
 
@@ -247,12 +251,10 @@ class WithEncoder:
         self._lasting.set(document.name, [(document.tenant, document.tokens, name)])
 
     def deleted(self, document: Document) -> None:
-        name = self._outgoing.name_of(document)
-        self._outgoing.forget(name)
-        self._writer.remove(name)
+        self._known.remove(self._outgoing.name_of(document))
 
     def begin(self, tenant: str | None, documents: Sequence[Any], *, named: bool) -> None:
-        self._incoming.begin(tenant, documents, named=named)
+        self._incoming.begin(self._places.wants(tenant, documents), named=named)
 
     def look(self, names: Sequence[str]) -> list[dict[str, Any]]:
         return self._incoming.look(names)
@@ -268,7 +270,7 @@ class WithEncoder:
         problem = within(ANSWER_S, lambda: self._store.put(name, value))
         if problem is not None:
             return problem
-        self._outgoing.know(name)
+        self._known.add(name)
         return len(value)
 
     def restore(self, tenant: str | None) -> Loaded:
@@ -294,7 +296,7 @@ class WithEncoder:
         return self._encoded.find(document_id(tenant, saved.ids), tenant)
 
     def _get(self, wanted: Wanted) -> SavedDocument | str:
-        return read(self._store, wanted, self._incoming.most, self._decoded)
+        return read(self._store, wanted, self._places.most, self._decoded)
 
     def _decoded(self, value: Any, name: str, salt: str) -> SavedDocument:
         saved = self._codec.decode(value, name, salt=salt)
@@ -311,7 +313,7 @@ class WithEncoder:
         where = (saved.salt or None, saved.ids, kv)
         if not self._encoded.adopt(*where, uses=saved.hits, named=True, evict=False):
             return False, NO_ROOM
-        self._outgoing.know(self._codec.name(saved.salt, saved.ids))
+        self._known.add(self._codec.name(saved.salt, saved.ids))
         return False, None
 
     def drop_all(self) -> None:
@@ -320,6 +322,7 @@ class WithEncoder:
     def clear(self) -> None:
         self._incoming.clear()
         self._outgoing.clear()
+        self._known.clear()
         self._lasting.clear()
 
 

@@ -1,21 +1,18 @@
-"""Segments on their way from the store (``coming``), into pages that are reserved for them."""
+"""Segments from the store (``coming``): which are read, and the pages that they go into."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from sglang_pic.forest.consensus import Group
 from sglang_pic.forest.forest import Forest
 from sglang_pic.forest.keys import segment_id
 from sglang_pic.link.policy import floor_to
-from sglang_pic.manage.coming import SLACK, Coming
+from sglang_pic.manage.coming import SLACK
 from sglang_pic.manage.kv import KvPages
-from sglang_pic.manage.outgoing import Outgoing
-from sglang_pic.store.reading import Reader, Want
+from sglang_pic.store.reading import Want
 from sglang_pic.store.value import Codec, SavedSegment
 
 
@@ -52,24 +49,15 @@ class _Pages:
         self._forest.holder.unreserve(self._slots)
 
 
-class Incoming:
-    """Segments of one scheduler on their way from the store."""
+class Places:
+    """What is read of one scheduler's segments, and where it goes."""
 
-    def __init__(
-        self,
-        forest: Forest,
-        kv: KvPages,
-        codec: Codec,
-        reader: Reader[SavedSegment],
-        outgoing: Outgoing,
-        ranks: Group,
-    ):
+    def __init__(self, forest: Forest, kv: KvPages, codec: Codec):
         self._forest = forest
         self._kv = kv
         self._codec = codec
-        self._coming = Coming(reader, ranks, forest.segments.is_held, self._place, outgoing.know)
 
-    def want(self, salt: str, path: array, seam: int) -> Want:
+    def _want(self, salt: str, path: array, seam: int) -> Want:
         """The value of a segment that a link of this seam width needs."""
         forest = self._forest
         heads = forest.carried.heads(len(path) - len(forest.segments.context), seam)
@@ -80,38 +68,18 @@ class Incoming:
         each = self._forest.cost.kv_bytes + array("q").itemsize
         return tokens * each + 2 * self._forest.carried.usual_nbytes + SLACK
 
-    @property
-    def count(self) -> int:
-        """Segments that are on their way."""
-        return len(self._coming)
-
-    def begin(self, salt: str, paths: Sequence[array], *, seam: int, named: bool) -> None:
-        """Read these, compile context first, ahead of their link."""
+    def wants(self, salt: str, paths: Sequence[array], seam: int) -> list[tuple[str, Want]]:
+        """What of these, compile context first, such a link lacks, by the names of segments."""
         forest, wants = self._forest, []
         for path in paths:
             name = segment_id(salt, None, path[len(forest.segments.context) :])
             record = forest.segments.find_held(name)
             if record is None or not forest.holder.is_ready(record, seam):
-                wants.append((name, self.want(salt, path, seam)))
-        self._coming.begin(wants, named=named)
+                wants.append((name, self._want(salt, path, seam)))
+        return wants
 
-    def _place(self, saved: SavedSegment) -> _Pages | None:
+    def place(self, saved: SavedSegment) -> _Pages | None:
+        """Where a value goes; nowhere, if there is no room."""
         holder, page = self._forest.holder, self._forest.pages.page_size
         slots = holder.reserve(floor_to(len(saved.path), page), evict=True)
         return None if slots is None else _Pages(self._forest, self._kv, saved, slots)
-
-    def look(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """As ``Coming.look``."""
-        return self._coming.look(names)
-
-    def drop(self, name: str) -> None:
-        """Nobody waits for it any more: nothing of it is kept."""
-        self._coming.drop(name)
-
-    def drop_all(self) -> None:
-        """``drop`` every one."""
-        self._coming.drop_all()
-
-    def clear(self) -> None:
-        """Everything was flushed, reserved pages too."""
-        self._coming.clear()

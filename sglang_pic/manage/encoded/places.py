@@ -1,17 +1,16 @@
-"""Documents on their way from the store (``manage.coming``), into memory of their own."""
+"""Documents from the store (``manage.coming``): which are read, and the memory that they go
+into."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from sglang_pic.forest.consensus import Group
 from sglang_pic.forest.encoded import Encoded
 from sglang_pic.forest.keys import document_id
-from sglang_pic.manage.coming import SLACK, Coming
+from sglang_pic.manage.coming import SLACK
 from sglang_pic.store.document import DocumentCodec, SavedDocument
-from sglang_pic.store.reading import Reader, Want
+from sglang_pic.store.reading import Want
 
 
 class _Room:
@@ -48,61 +47,29 @@ class _Room:
         pass
 
 
-class Incoming:
-    """Documents of one scheduler on their way from the store.
+class Places:
+    """What is read of one scheduler's documents, and where it goes."""
 
-    Args:
-        come: told the name of a value that has come.
-    """
-
-    def __init__(
-        self,
-        encoded: Encoded,
-        codec: DocumentCodec,
-        reader: Reader[SavedDocument],
-        ranks: Group,
-        come: Callable[[str], None],
-    ):
+    def __init__(self, encoded: Encoded, codec: DocumentCodec):
         self._encoded = encoded
         self._codec = codec
-        self._coming = Coming(reader, ranks, encoded.holds, self._place, come)
-
-    @property
-    def count(self) -> int:
-        """Documents that are on their way."""
-        return len(self._coming)
 
     def most(self, tokens: int) -> int:
         """Bytes that the value of a document of so many tokens has at most."""
         return tokens * (self._encoded.beside.bytes_per_token + array("q").itemsize) + SLACK
 
-    def begin(self, tenant: str | None, documents: Sequence[array], *, named: bool) -> None:
-        """Read these ahead of their prompt."""
+    def wants(self, tenant: str | None, documents: Sequence[array]) -> list[tuple[str, Want]]:
+        """What of these is not held, by the names of documents."""
         salt, wants = tenant or "", []
         for ids in documents:
             name = document_id(tenant, ids)
             if self._encoded.find(name, tenant) is None:
                 want = Want(self._codec.name(salt, ids), salt, ids, self.most(len(ids)))
                 wants.append((name, want))
-        self._coming.begin(wants, named=named)
+        return wants
 
-    def _place(self, saved: SavedDocument) -> _Room | None:
+    def place(self, saved: SavedDocument) -> _Room | None:
+        """Where a value goes; nowhere, if there is no room."""
         if not self._encoded.may_have(saved.nbytes):
             return None
         return _Room(self._encoded, saved)
-
-    def look(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """As ``Coming.look``."""
-        return self._coming.look(names)
-
-    def drop(self, name: str) -> None:
-        """Nobody waits for it any more: nothing of it is kept."""
-        self._coming.drop(name)
-
-    def drop_all(self) -> None:
-        """``drop`` every one."""
-        self._coming.drop_all()
-
-    def clear(self) -> None:
-        """Everything was flushed."""
-        self._coming.clear()
