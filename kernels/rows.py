@@ -32,6 +32,8 @@ class RowTable:
     Attributes:
         batch_row: [rows], index into the batch's rows.
         q_start, q_len: [rows], queries among the batch's tokens.
+        q_at: [rows], of them among all queries of these rows.
+        token: [queries], which of the batch's tokens each is; empty unless keys are cut.
         done: [rows], rank of the first of them.
         span_indptr: [rows + 1], spans of each row.
         span_start, span_len: [spans], row entries.
@@ -45,6 +47,8 @@ class RowTable:
     batch_row: torch.Tensor
     q_start: torch.Tensor
     q_len: torch.Tensor
+    q_at: torch.Tensor
+    token: torch.Tensor
     done: torch.Tensor
     span_indptr: torch.Tensor
     span_start: torch.Tensor

@@ -101,10 +101,11 @@ def run_layers(batch: Batch, extend: list[int], layers: int, **shape: Any) -> Co
     ("extend", "shape", "kernels"),
     [
         (3, {}, {"_walk_rows"}),
+        (3, {"programs": 64}, {"_walk_rows", "_merge"}),
         (1, {"programs": 64}, {"_walk_rows", "_merge"}),
         (1, {"programs": 1}, {"_gather_rotate", "_attend_parts", "_merge"}),
     ],
-    ids=["link", "decode, cut", "decode, shared"],
+    ids=["link", "link, cut", "decode, cut", "decode, shared"],
 )
 def test_a_layer_launches_a_few_kernels_whatever_the_batch(
     launched: Counter[str],

@@ -23,18 +23,39 @@ TRITON = triton_kernels()
 @settings(max_examples=12)
 @given(batch=batches, data=st.data())
 def test_walking_is_attention_at_true_positions(batch: Batch, data: Any) -> None:
-    """Oracle against float64, kernel against oracle; several requests, in chunks."""
+    """Oracle against float64, kernel against oracle; several requests, in chunks, the keys
+    of each tile cut or whole."""
     counts = computed(batch)
     done = [data.draw(st.integers(0, n - 1)) for n in counts]
     rows, query, exact = batch.rows(done, [n - d for n, d in zip(counts, done, strict=True)])
-    made = walkers(rows, range(len(rows)), 8, 1, CPU)
-    for kernels in (TORCH, TRITON):
-        out = torch.full_like(query, 7.0)
-        kernels.walk_rows(
-            query, *batch.pool(), made.table, batch.turns(made.offset), out,
-            scale=batch.scale, neox=batch.layer.neox,
-        )  # fmt: skip
-        close(out, exact)
+    for splits in (1, data.draw(st.integers(2, 4))):
+        made = walkers(rows, range(len(rows)), 8, splits, CPU)
+        for kernels in (TORCH, TRITON):
+            out = torch.full_like(query, 7.0)
+            kernels.walk_rows(
+                query, *batch.pool(), made.table, batch.turns(made.offset), out,
+                scale=batch.scale, neox=batch.layer.neox, splits=splits,
+            )  # fmt: skip
+            close(out, exact)
+
+
+def test_only_the_rows_that_walk_are_written() -> None:
+    """Cut as well: the others' results are theirs."""
+    batch = Batch(Layer(), [[0, 1], [1, 2], [2]], seam=3, page=1, seed=4)
+    rows, query, exact = batch.rows(
+        [0, 1, 0], [n - d for n, d in zip(computed(batch), [0, 1, 0], strict=True)]
+    )
+    made = walkers(rows, [0, 2], 4, 3, CPU)
+    out = torch.full_like(query, 7.0)
+    TRITON.walk_rows(
+        query, *batch.pool(), made.table, batch.turns(made.offset), out,
+        scale=batch.scale, neox=batch.layer.neox, splits=3,
+    )  # fmt: skip
+    other = slice(rows[1].first_query, rows[1].first_query + rows[1].extend)
+    assert (out[other] == 7.0).all()
+    for row in (rows[0], rows[2]):
+        mine = slice(row.first_query, row.first_query + row.extend)
+        close(out[mine], exact[mine])
 
 
 @settings(max_examples=8)
@@ -239,3 +260,9 @@ def test_the_sharing_degree_chooses() -> None:
     assert made is not None and made.links is not None and made.ordinary
     assert made.linked == [0, 1, 2]
     assert build_tables([StepRow(None, 0, 0, 3)], shape, CPU) is None
+    # Keys of a link are cut where its tiles are few and its keys many.
+    assert len(made.links.table.tile_row) == 3
+    for prefix, programs, splits in ((0, 60, 1), (1000, 3, 1), (300, 60, 3), (9000, 60, 20)):
+        row = dataclasses.replace(mixed[0], prefix=prefix)
+        step = build_tables([row], dataclasses.replace(shape, programs=programs), CPU)
+        assert step is not None and step.links is not None and step.links.splits == splits

@@ -40,7 +40,11 @@ def launches(shape: ModelShape, dtype: torch.dtype) -> Iterator[str]:
     made = Scenario(shape, LAYOUT, "cpu", dtype)
     tile = tile_of(shape.heads, shape.kv_heads)
     link, decode = made.link_rows(), made.decode_rows()
-    forms = (("link", link, tile, 1), ("decode, cut", decode, 1, 2))
+    forms = (
+        ("link", link, tile, 1),
+        ("link, cut", link, tile, 2),
+        ("decode, cut", decode, 1, 2),
+    )
     for (what, rows, size, splits), window in itertools.product(forms, (None, WINDOW)):
         by_position = window is not None
         walked = walkers(rows, range(len(rows)), size, splits, made.device, by_position=by_position)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from sglang_pic.attention.kernels import triton_kernels
-from sglang_pic.attention.tables import Shape, build_tables, tile_of
+from sglang_pic.attention.step import StepRow
+from sglang_pic.attention.tables import Shape, TableStep, build_tables, tile_of
 from sglang_pic.eval.gpu.measure import Floors, graph_s
 from sglang_pic.eval.gpu.scenario import Layout, Scenario
 from sglang_pic.eval.gpu.shapes import ModelShape
@@ -61,19 +62,30 @@ def plain_prefill(made: Scenario, queries: int, keys: int) -> dict[str, Callable
     return {"FlashInfer": flashinfer_prefill, **found}
 
 
+def _step(shape: ModelShape, rows: list[StepRow]) -> TableStep:
+    """As a server would run them."""
+    cores = torch.cuda.get_device_properties(0).multi_processor_count
+    of = Shape(tile_of(shape.heads, shape.kv_heads), shape.kv_heads, 2 * cores)
+    made = build_tables(rows, of, "cuda")
+    assert made is not None
+    return made
+
+
 def link_times(shape: ModelShape, floors: Floors) -> Iterator[Time]:
     """A 20-segment link's attention, one layer; rates in pairs of query and key."""
     made = Scenario(shape, LINK, "cuda", torch.bfloat16)
     rows = made.link_rows()
     (row,) = rows
-    walked = made.walkers(rows, tile_of(shape.heads, shape.kv_heads), 1)
+    walked = _step(shape, rows).links
+    assert walked is not None
     turns = made.turns(walked.offset)
     query = made.normal(row.extend, shape.heads, shape.dim)
     out = torch.empty_like(query)
     kernels = triton_kernels()
     ours = graph_s(
         lambda: kernels.walk_rows(
-            query, *made.pool(), walked.table, turns, out, scale=made.scale
+            query, *made.pool(), walked.table, turns, out,
+            scale=made.scale, splits=walked.splits,
         )
     )  # fmt: skip
     # A token that is computed sees all that stands before it.
@@ -122,9 +134,8 @@ def decode_times(shape: ModelShape, floors: Floors, batches: tuple[int, ...]) ->
         )  # fmt: skip
         apart = Scenario(shape, dataclasses.replace(layout, shared=False), "cuda", torch.bfloat16)
         own = apart.decode_rows()
-        table = build_tables(own, Shape(tile, shape.kv_heads, 2 * cores), "cuda")
-        assert table is not None and table.decodes is not None
-        walked = table.decodes
+        walked = _step(shape, own).decodes
+        assert walked is not None
         turns = apart.turns(walked.offset)
 
         def alone(made: Any = apart, walked: Any = walked, query: Any = query,

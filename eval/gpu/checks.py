@@ -77,6 +77,7 @@ def attention_checks(
 
     for name, rows, size, splits in (
         ("walk_rows, link", link, tile, 1),
+        ("walk_rows, link in 3 splits", link, tile, 3),
         ("walk_rows, decode in 3 splits", decode, 1, 3),
     ):
         walked = made.walkers(rows, size, splits)

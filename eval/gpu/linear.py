@@ -125,7 +125,8 @@ def state_checks(shape: ModelShape, linear: Linear, device: str, seed: int) -> I
     lengths = [1, CHUNK, CHUNK + 7, 3]
     k, v, g, beta = made.tokens(lengths)
     keys = k.repeat_interleave(linear.heads // linear.key_heads, 1)
-    captured = gated_delta.capture(*(x.double() for x in (keys, v, g, beta)), lengths)
+    wide_k, wide_v, wide_g, wide_beta = (x.double() for x in (keys, v, g, beta))
+    captured = gated_delta.capture(wide_k, wide_v, wide_g, wide_beta, lengths)
 
     def advanced() -> torch.Tensor:
         w, u, total = wy.factors(k, v, g, beta, lengths)

@@ -44,7 +44,7 @@ def _turned(
 @triton.jit
 def _walk_rows(
     Query, Keys, Values, Slots, PoolRows,
-    BatchRow, QStart, QLen, Done, SpanIndptr, SpanStart, SpanLen, SpanSeer, SpanStep, SpanAt,
+    BatchRow, QStart, QLen, QAt, Done, SpanIndptr, SpanStart, SpanLen, SpanSeer, SpanStep, SpanAt,
     TileRow, TileFirst, Cos, Sin, Out, Partial, Lse,
     scale, window, q_n, q_h, k_n, k_h, v_n, v_h, slots_n, o_n, o_h,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -134,8 +134,9 @@ def _walk_rows(
         out_at = Out + (token * o_n + head * o_h)[:, None] + d[None, :]
         tl.store(out_at, acc.to(Out.dtype.element_ty), mask=mask)
     else:
-        # Every tile holds one query here: partial results of a row lie together.
-        place = (row * splits + split).to(tl.int64) * HEADS + head
+        # Partial results of a query lie together.
+        at = (tl.load(QAt + row) + query) * splits + split
+        place = at.to(tl.int64) * HEADS + head
         tl.store(Partial + place[:, None] * DIM + d[None, :], acc, mask=mask)
         some = total > 0.0
         lse = tl.where(some, top / LOG2E + tl.log(tl.where(some, total, 1.0)), float("-inf"))
@@ -157,22 +158,22 @@ def walk_rows(
     splits: int = 1,
     window: int | None = None,
 ) -> None:
-    """As ``kernels.rows.walk_rows``. With ``splits`` above 1 every row has one query,
-    and its keys go to so many programs, whose results are merged."""
+    """As ``kernels.rows.walk_rows``. With ``splits`` above 1 the keys of a tile of queries
+    go to so many programs, whose results are merged."""
     cos, sin = turns if turns is not None else (query, query)
     half = cos.shape[-1] if turns is not None else 1
     heads, dim = query.shape[1:]
     kv_heads = keys.shape[1]
     group = heads // kv_heads
-    rows = table.batch_row.numel()
+    queries = table.token.numel()
     partial = lse = query
     if splits > 1:
-        partial = query.new_empty((rows * splits, heads, dim), dtype=torch.float32)
-        lse = partial.new_empty((rows * splits, heads))
+        partial = query.new_empty((queries * splits, heads, dim), dtype=torch.float32)
+        lse = partial.new_empty((queries * splits, heads))
     block_m = max(16, triton.next_power_of_2(table.tile * group))
     _walk_rows[(table.tile_row.numel(), kv_heads, splits)](
         query, keys, values, req_to_token, pool_rows,
-        table.batch_row, table.q_start, table.q_len, table.done,
+        table.batch_row, table.q_start, table.q_len, table.q_at, table.done,
         table.span_indptr, table.span_start, table.span_len, table.span_seer, table.span_step,
         table.span_at, table.tile_row, table.tile_first, cos, sin, out, partial, lse,
         scale, 0 if window is None else window,
@@ -184,13 +185,13 @@ def walk_rows(
         num_warps=warps_of(block_m, dim), num_stages=2,
     )  # fmt: skip
     if splits > 1:
-        bounds, index = _cut(rows, splits, query.device)
-        out[table.q_start] = merge(partial, lse, bounds, index).to(out.dtype)
+        bounds, index = _cut(queries, splits, query.device)
+        out[table.token] = merge(partial, lse, bounds, index).to(out.dtype)
 
 
 @functools.lru_cache(maxsize=8)
-def _cut(rows: int, splits: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which of the partial results are each row's, for ``merge``; the same tensors for all
+def _cut(queries: int, splits: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of the partial results are each query's, for ``merge``; the same tensors for all
     layers."""
-    index = torch.arange(rows * splits, device=device)
-    return torch.arange(0, rows * splits + 1, splits, device=device), index
+    index = torch.arange(queries * splits, device=device)
+    return torch.arange(0, queries * splits + 1, splits, device=device), index

@@ -35,7 +35,7 @@ MIN_CHUNK, MAX_CHUNK = 128, 8192
 @dataclasses.dataclass(frozen=True)
 class Walkers:
     """Rows that walk: their table, int64 [spans] ``offset`` of every span, into how many
-    ``splits`` a GPU cuts each row's keys; on the host ``lengths`` of the spans, and of each
+    ``splits`` a GPU cuts the keys of each tile; on the host ``lengths`` of the spans, and of each
     row's ``last`` span its index and the rank of its first token."""
 
     table: RowTable
@@ -46,7 +46,7 @@ class Walkers:
 
     def grown(self, rows: Sequence[StepRow], shape: Shape) -> Walkers | None:
         """For the same rows one step on, or ``None`` if they must be cut anew."""
-        if _splits(rows, shape) != self.splits:
+        if _splits(rows, 1, shape) != self.splits:
             return None
         lengths, done = list(self.lengths), []
         for row, (at, rank) in zip(rows, self.last, strict=True):
@@ -198,13 +198,14 @@ def build_tables(
     links = [i for i in linked if rows[i].extend > 1]
     singles = [i for i in linked if rows[i].extend == 1]
     shared = sharing_degree([rows[i] for i in singles]) > SHARING
-    splits = _splits([rows[i] for i in singles], shape) if singles else 1
+    splits = _splits([rows[i] for i in singles], 1, shape)
+    cut = _splits([rows[i] for i in links], shape.tile, shape)
 
     def within(some: list[int], tile: int, splits: int) -> Walkers | None:
         return walkers(rows, some, tile, splits, device, by_position=True) if some else None
 
     return TableStep(
-        links=walkers(rows, links, shape.tile, 1, device) if links else None,
+        links=walkers(rows, links, shape.tile, cut, device) if links else None,
         decodes=(walkers(rows, singles, 1, splits, device) if singles and not shared else None),
         parts=parts(rows, singles, shape, device) if shared else None,
         within=(
@@ -225,10 +226,18 @@ def _sees_all(row: StepRow) -> bool:
     return all(span.first_seer <= row.prefix - plan.reused for span in plan.spans)
 
 
-def _splits(rows: Sequence[StepRow], shape: Shape) -> int:
+def _splits(rows: Sequence[StepRow], tile: int, shape: Shape) -> int:
+    """Into how many pieces to cut the keys of each tile of so many queries, so that the
+    device is kept busy. Of several new tokens the first see few of a row's keys and the last
+    all of them: their programs count half."""
+    if not rows:
+        return 1
     longest = max(row.prefix + row.extend for row in rows)
-    wanted = math.ceil(shape.programs / (len(rows) * shape.kv_heads))
-    return max(1, min(wanted, math.ceil(longest / MIN_CHUNK)))
+    tiles = sum(math.ceil(row.extend / tile) for row in rows)
+    wanted = shape.programs / (tiles * shape.kv_heads)
+    if tile > 1:
+        wanted *= 2
+    return max(1, min(math.ceil(wanted), math.ceil(longest / MIN_CHUNK)))
 
 
 def _ship(
@@ -254,6 +263,7 @@ def walkers(
     columns["span_indptr"].append(0)
     offset: list[int] = []
     last: list[tuple[int, int]] = []
+    queries = 0
     for i, index in enumerate(chosen):
         row = rows[index]
         plan = row.plan
@@ -261,6 +271,10 @@ def walkers(
         columns["batch_row"].append(index)
         columns["q_start"].append(row.first_query)
         columns["q_len"].append(row.extend)
+        columns["q_at"].append(queries)
+        queries += row.extend
+        if splits > 1:
+            columns["token"] += range(row.first_query, row.first_query + row.extend)
         columns["done"].append(row.prefix - plan.reused)
         total = row.prefix + row.extend
         found = [
