@@ -33,7 +33,6 @@ from sglang_pic.eval.encoder.sources import RUNGS, Curriculum, Source, Texts
 from sglang_pic.eval.models.hybrid import task
 from sglang_pic.eval.models.hybrid.train import Optimizers, kl, save_whole
 
-LOG_EVERY = 20
 SAVE_SECONDS = 120
 WARM_UP = 50
 MASKED = 0.15
@@ -111,7 +110,7 @@ class Training:
         self.step += 1
         if self.source.advance(self.running, self.on_stage):
             self.on_stage, self.running = 0, {}
-        if self.step % LOG_EVERY == 0:
+        if self.step % self.options.log_every == 0:
             self._log()
 
     def _learn_from(self, batch: data.Batch, rng: np.random.Generator) -> dict[str, float]:
@@ -210,6 +209,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.015, help="of Muon")
     parser.add_argument("--other-lr", type=float, default=3e-3, help="of AdamW")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--log-every", type=int, default=20, help="steps a point of the curve (%(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args(arguments)
 
