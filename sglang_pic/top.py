@@ -36,6 +36,7 @@ STYLES = {
     "company": "bright_green",
     "turn": "cyan",
     "checkpoint": "bright_cyan",
+    "document": "bright_yellow",
     "prefix": "blue",
     "running": "yellow",
     "free": "bright_black",
@@ -103,6 +104,7 @@ def frame(now: Poll, before: Poll | None = None) -> RenderableType:
         _counters("segments named", now, before, lambda poll: poll.front["segments"]),
         _counters("answers", now, before, _answers),
         *([_found(now)] if now.front["chunks_seen"] else []),
+        *([_documents(now, before)] if now.ranks[0]["encoded"]["encoder"] else []),
         _counters("evicted tokens, states", now, before, lambda poll: _over_ranks(poll, "evicted")),
         _counters("refused", now, before, lambda poll: _over_ranks(poll, "refused")),
     ]
@@ -146,7 +148,9 @@ def _budgets(now: Poll) -> Group:
         lines += _bar(f"KV{suffix}", {**kv, "running": running}, kv["capacity"], limit)
         if state["budget"]:
             limit = f"budget {_bytes(state['budget'])}"
-            lines += _bar(f"state{suffix}", state, state["budget"], limit)
+            encoded = stats["encoded"]
+            held = {**state, "document": encoded["bytes"]} if encoded["encoder"] else state
+            lines += _bar(f"state{suffix}", held, state["budget"], limit)
     return Group(*lines)
 
 
@@ -208,6 +212,20 @@ def _found(now: Poll) -> Table:
     for rule in sorted(front["chunks_seen"], key=lambda rule: -front["tokens_found"].get(rule, 0)):
         table.add_row(rule, *(_short(front[key].get(rule, 0)) for key in names.values()))
     return table
+
+
+def _documents(now: Poll, before: Poll | None) -> Table:
+    """What a trained encoder has read."""
+
+    def read(poll: Poll) -> dict[str, float]:
+        return {
+            "encoded": poll.front["documents_encoded"],
+            "tokens encoded": poll.front["tokens_encoded"],
+            "tokens of prompts": poll.front["tokens_outside"],
+            "no room": sum(stats["encoded"]["no_room"] for stats in poll.ranks),
+        }
+
+    return _counters("documents", now, before, read)
 
 
 def _prompt_tokens(poll: Poll) -> dict[str, float]:

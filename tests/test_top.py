@@ -107,6 +107,19 @@ def row(text: str, name: str) -> list[str]:
     return list(cells)
 
 
+def test_documents_are_shown_where_there_is_an_encoder(fake: tuple[FakeServer, str]) -> None:
+    server, url = fake
+    server.counts.observe_encode([60, 40])
+    assert "document" not in drawn(top.poll(PicClient(url)))
+    (stats,) = server.ranks
+    stats["encoded"] = {**stats["encoded"], "encoder": {"digest": "d"}, "bytes": 3 << 20}
+    text = drawn(top.poll(PicClient(url)))
+    assert row(text, "encoded") == ["2", "-"]
+    assert row(text, "tokens encoded") == ["100", "-"]
+    assert row(text, "no room") == ["1", "-"]
+    assert "document 3.0 MiB" in text
+
+
 def test_a_frame_shows_every_number(fake: tuple[FakeServer, str]) -> None:
     server, url = fake
     server.counts.observe(report(exactness="exact", reason="require_exact", segments=[]))
