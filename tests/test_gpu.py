@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import types
+from typing import Any
 
 import pytest
 import torch
 
-from sglang_pic.eval.gpu import checks, run
+from sglang_pic.eval.bench import linear_layers
+from sglang_pic.eval.gpu import checks, models, run, ttft
 from sglang_pic.eval.gpu.offline import SHARED_LIMIT
+from sglang_pic.eval.gpu.shapes import TINY
 from sglang_pic.launch_server import with_defaults
 
 
@@ -126,3 +130,30 @@ def test_the_launcher_asks_for_a_backend_that_links() -> None:
         assert with_defaults([*bare, flag], cuda=True) == [*bare, flag, *pic]
     own = ["--radix-cache-backend=other"]
     assert with_defaults([*bare, *own], cuda=False) == [*bare, *own]
+
+
+def test_large_models_are_what_sglang_serves(tmp_path: pathlib.Path) -> None:
+    """Their sizes, without their weights."""
+    from sglang.srt.models.registry import ModelRegistry
+    from transformers import AutoConfig, AutoTokenizer
+
+    for name, told in models.CONFIGS.items():
+        path = models.write_model(name, tmp_path)
+        config = AutoConfig.from_pretrained(path)
+        assert set(config.architectures) <= set(ModelRegistry.get_supported_archs())
+        assert linear_layers(config) == told.get("layer_types", []).count("linear_attention")
+        assert AutoTokenizer.from_pretrained(path).vocab_size <= config.vocab_size
+        # Every prompt that is timed fits, and an answer behind it.
+        assert max(s * t for s, t in ttft.GRID) < config.max_position_embeddings
+
+
+def test_a_kernel_that_raises_is_one_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no such instruction")
+
+    kernels = dataclasses.replace(checks.triton_kernels(), relocate=broken)
+    monkeypatch.setattr(checks, "triton_kernels", lambda: kernels)
+    made = list(checks.attention_checks(TINY, run.SMOKE, "cpu", torch.float32, 0))
+    (failed,) = [one for one in made if not one.ok]
+    assert failed.kernel == "relocate" and "no such instruction" in failed.failure
+    assert len(made) == 5
