@@ -24,7 +24,7 @@ from sglang_pic.attention.step import StepRow
 from sglang_pic.kernels.rows import PartTable, RowTable
 
 # Keys read by all requests, for each key read once: from here on parts are worth
-# their partial results. Estimated, not measured.
+# their partial results. Estimated; on an H100 two rows that share all are enough (docs/gpu.md).
 SHARING = 1.1
 # Query heads of a tile: rows of its matrix products.
 TILE_ROWS = 64
