@@ -19,7 +19,8 @@ def relocate(
     """Within the buffers of one layer.
 
     Args:
-        keys, values: [slots, kv_heads, head_dim].
+        keys, values: [slots, kv_heads, head_dim]; of latent attention the rotary slice and
+            the latent, of unlike widths.
         source, target: int64 [n], slots; no target is a source.
         turns: cos, sin float32 [n, rotary_dim / 2] of each token's rotation
             (``kernels.rotate.angles``); ``None`` without positions.

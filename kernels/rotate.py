@@ -68,17 +68,18 @@ def rotate(
 
 
 def gather_rotate(
-    query: torch.Tensor, index: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, neox: bool
-) -> torch.Tensor:
+    query: torch.Tensor, index: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *,
+    neox: bool, first: int = 0,
+) -> torch.Tensor:  # fmt: skip
     """Queries as often as they are needed, each rotated by its own angles.
 
     Args:
         query: [tokens, heads, head_dim].
         index: int [n], which query.
         cos, sin: float32 [n, rotary_dim / 2], from ``angles``.
-        neox: as in ``rotate``.
+        neox, first: as in ``rotate``.
 
     Returns:
         [n, heads, head_dim] in the dtype of ``query``.
     """
-    return rotate(query[index.long()], cos, sin, neox=neox)
+    return rotate(query[index.long()], cos, sin, neox=neox, first=first)

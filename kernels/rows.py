@@ -117,19 +117,21 @@ def walk_rows(
 
     Args:
         query: [tokens, heads, head_dim], rotated to their true positions.
-        keys, values: [slots, kv_heads, head_dim], SGLang's buffers of one layer.
+        keys, values: [slots, kv_heads, head_dim], SGLang's buffers of one layer; of latent
+            attention the values are the keys' first channels, and the others alone turn.
         req_to_token: int32 [pool, width], slots of every row's entries.
         pool_rows: int [batch], row of ``req_to_token`` of every row of the batch.
         table: which queries, which spans.
         turns: cos, sin float32 [spans, rotary_dim / 2] of a rotation by minus the
             span's offset (``kernels.rotate.angles``); ``None`` without positions.
-        out: [tokens, heads, head_dim]; other tokens' rows are left alone.
+        out: [tokens, heads, width of a value]; other tokens' rows are left alone.
         scale: multiplies the scores.
         neox: layout of the rotation, as in ``kernels.rotate.rotate``.
         splits: parts into which a GPU cuts each row's entries; changes nothing else.
         window: how many positions before its own a query sees; ``None``: all.
     """
     group = query.shape[1] // values.shape[1]
+    turned = first_turned(keys, values)
     columns = (table.batch_row, table.q_start, table.q_len, table.done)
     rows = zip(*(column.tolist() for column in columns), strict=True)
     bounds = table.span_indptr.tolist()
@@ -144,7 +146,7 @@ def walk_rows(
             q = query[start : start + length]
             if turns is not None:
                 cos, sin = (t[span].expand(length, -1) for t in turns)
-                q = rotate(q, cos, sin, neox=neox)
+                q = rotate(q, cos, sin, neox=neox, first=turned)
             born = torch.arange(count, device=query.device) * int(table.span_step[span])
             unseen = born + int(table.span_seer[span]) > rank[:, None]
             if window is not None:
@@ -157,6 +159,12 @@ def walk_rows(
         weights = torch.cat(scores, -1).softmax(-1)
         v = values[torch.cat(seen)].repeat_interleave(group, 1)
         out[start : start + length] = torch.einsum("hnm,mhd->nhd", weights, v.float()).to(out.dtype)
+
+
+def first_turned(keys: torch.Tensor, values: torch.Tensor) -> int:
+    """First of a key's channels that positions turn: in latent attention they come behind
+    those that are its value too."""
+    return values.shape[-1] if values.shape[-1] < keys.shape[-1] else 0
 
 
 def _positions(table: RowTable, spans: range, rank: torch.Tensor) -> torch.Tensor:
@@ -189,12 +197,13 @@ def attend_parts(
         scale: multiplies the scores.
 
     Returns:
-        partial: float32 [partials, heads, head_dim]; lse: float32 [partials, heads],
-        natural log; to be merged by ``kernels.merge.merge``.
+        partial: float32 [partials, heads, width of a value]; lse: float32 [partials,
+        heads], natural log; to be merged by ``kernels.merge.merge``.
     """
-    group = gathered.shape[1] // keys.shape[1]
+    heads, width = gathered.shape[1], values.shape[-1]
+    group = heads // keys.shape[1]
     count = table.merge_index.numel()
-    partial = gathered.new_zeros((count, *gathered.shape[1:]), dtype=torch.float32)
+    partial = gathered.new_zeros((count, heads, width), dtype=torch.float32)
     lse = partial.new_zeros(partial.shape[:2])
     items = (table.item_part, table.item_first, table.item_kv, table.item_out)
     for part, first, kv, at in zip(*(t.tolist() for t in items), strict=True):

@@ -187,6 +187,19 @@ RELIED_ON = {
         "backend_name",
         "handler_func",
     ),
+    _SRT
+    + "models.deepseek_common.attention_backend_handler.AttentionBackendRegistry.get_handler": (
+        "cls",
+        "backend_name",
+    ),
+    # A linked row must not be computed in a form that sees all of its prefix.
+    _SRT + "models.deepseek_common.attention_backend_handler.handle_attention_triton": (
+        "attn",
+        "forward_batch",
+    ),
+    _SRT + "models.deepseek_common.attention_forward_methods.forward_mha.resolve_attn_backend": (
+        "forward_batch",
+    ),
     _SRT + "layers.attention.linear.kda_backend.KDAAttnBackend.forward_extend": (
         "self",
         "layer",

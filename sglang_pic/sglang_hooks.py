@@ -487,7 +487,7 @@ _BACKENDS = {
     "triton": "sglang_pic.attention.triton:PicTritonBackend",
     "flashinfer": "sglang_pic.attention.flashinfer:PicFlashInferBackend",
 }
-_LATENT = {"torch_native"}
+_LATENT = {"torch_native", "triton"}
 # Those that verify drafts, and whose drafts they are.
 _VERIFIES = {"torch_native"}
 
@@ -511,9 +511,24 @@ def _in_front(name: str, stock: Callable[[Any], Any], ours: str) -> Callable[[An
             or not _verifies(name, runner.spec_algorithm)
         ):
             return stock(runner)
+        if runner.use_mla_backend:
+            _absorb_linked(name)
         return pkgutil.resolve_name(ours)(runner)
 
     return create
+
+
+def _absorb_linked(name: str) -> None:
+    """The form of latent attention is chosen by the backend's name, model by model and batch
+    by batch."""
+    from sglang.srt.models.deepseek_common.attention_backend_handler import (
+        AttentionBackendRegistry,
+    )
+
+    from sglang_pic.attention.latent import absorbed_where_linked
+
+    choose = AttentionBackendRegistry.get_handler(name)
+    AttentionBackendRegistry.register(name, absorbed_where_linked(choose))
 
 
 def _register_backends() -> None:

@@ -22,13 +22,15 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
 
 @dataclasses.dataclass
 class Layer:
-    """Sizes of one attention layer."""
+    """Sizes of one attention layer; ``latent``: of its keys' first channels, which are its
+    values too, 0 where these have memory of their own."""
 
     heads: int = 4
     kv_heads: int = 2
     dim: int = 16
     rotary: int = 16
     neox: bool = True
+    latent: int = 0
 
 
 def table_of(positions: int, rotary: int) -> torch.Tensor:
@@ -59,8 +61,7 @@ class Batch:
         self.cos_sin = table_of(1024, layer.rotary)
         lengths = {s: draw.randint(1, 3 * page + 20) for row in prompts for s in row}
         pool = 4096
-        self.keys = torch.randn(pool, layer.kv_heads, layer.dim)
-        self.values = torch.randn(pool, layer.kv_heads, layer.dim)
+        self.keys, self.values = self._drawn(pool)
         free = list(range(1, pool // page))
         draw.shuffle(free)
 
@@ -71,8 +72,7 @@ class Batch:
 
         content, held = {}, {}
         for name, length in lengths.items():
-            key = torch.randn(length, layer.kv_heads, layer.dim)
-            value = torch.randn(length, layer.kv_heads, layer.dim)
+            key, value = self._drawn(length)
             slots = pages(length)
             self.keys[slots] = self._at(key, torch.arange(length))
             self.values[slots] = value
@@ -85,26 +85,23 @@ class Batch:
         self.exact: list[torch.Tensor] = []
         for row, prompt in enumerate(prompts):
             before, question = draw.randint(0, 5), draw.randint(0, 9)
-            key = [torch.randn(before, layer.kv_heads, layer.dim)]
-            value = [torch.randn(before, layer.kv_heads, layer.dim)]
+            drawn = [self._drawn(before)]
             hits, at = [], before
             for name in prompt:
                 length = lengths[name]
                 core = Seam(seam).core(Outline(length, opening=at == 0), page=page)
                 hits.append(SegmentHit(at, at + length, at, held[name], core))
-                key.append(content[name][0])
-                value.append(content[name][1])
+                drawn.append(content[name])
                 at += length
             n = at + question + 1
-            key.append(torch.randn(question + 1, layer.kv_heads, layer.dim))
-            value.append(torch.randn(question + 1, layer.kv_heads, layer.dim))
+            drawn.append(self._drawn(question + 1))
             plan = make_plan(
                 n, limit=n - 1, prefix=torch.empty(0, dtype=torch.int64), hits=hits,
                 page=page,
             )  # fmt: skip
             live = plan.order[plan.reused :]
             private = pages(live.numel())
-            all_keys, all_values = torch.cat(key), torch.cat(value)
+            all_keys, all_values = (torch.cat(some) for some in zip(*drawn, strict=True))
             self.keys[private] = self._at(all_keys[live], live)
             self.values[private] = all_values[live]
             slots = torch.cat([plan.slots, private])
@@ -114,9 +111,25 @@ class Batch:
             self.queries.append(self._at(query, torch.arange(n)))
             self.exact.append(self._dense(query, all_keys, all_values))
         self.keys, self.values = self.keys.to(dtype), self.values.to(dtype)
+        if layer.latent:
+            self.values = self.keys[..., : layer.latent]
+
+    def _drawn(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of so many tokens."""
+        layer = self.layer
+        key = torch.randn(count, layer.kv_heads, layer.dim)
+        if layer.latent:
+            return key, key[..., : layer.latent]
+        return key, torch.randn(count, layer.kv_heads, layer.dim)
 
     def _at(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return rotate(x, *angles(self.cos_sin, positions), neox=self.layer.neox)
+        first = self.layer.latent
+        return rotate(x, *angles(self.cos_sin, positions), neox=self.layer.neox, first=first)
+
+    def empty(self, query: torch.Tensor) -> torch.Tensor:
+        """Where results of these queries go, filled with sevens."""
+        width = self.layer.latent or self.layer.dim
+        return query.new_full((*query.shape[:2], width), 7.0)
 
     def _dense(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         n, group = query.shape[0], self.layer.heads // self.layer.kv_heads
@@ -163,21 +176,34 @@ LAYERS = [
 ]
 
 
-def _batches(windows: st.SearchStrategy[int | None]) -> st.SearchStrategy[Batch]:
+LATENT = [
+    Layer(heads=16, kv_heads=1, dim=40, rotary=8, neox=False, latent=32),
+    Layer(heads=72, kv_heads=1, dim=40, rotary=8, latent=32),  # a token is two tiles
+    Layer(heads=6, kv_heads=1, dim=72, rotary=24, latent=48),  # no powers of two
+]
+
+
+def _batches(
+    windows: st.SearchStrategy[int | None],
+    layers: list[Layer] = LAYERS,
+    rows: int = 3,
+    pages: tuple[int, ...] = (1, 4, 16),
+) -> st.SearchStrategy[Batch]:
     return st.builds(
         lambda layer, prompts, seam, page, seed, window: Batch(
-            LAYERS[layer], prompts, seam=seam, page=page, seed=seed, window=window
+            layers[layer], prompts, seam=seam, page=page, seed=seed, window=window
         ),
-        st.integers(0, len(LAYERS) - 1),
-        st.lists(st.lists(st.integers(0, 3), min_size=0, max_size=4), min_size=1, max_size=3),
+        st.integers(0, len(layers) - 1),
+        st.lists(st.lists(st.integers(0, 3), min_size=0, max_size=4), min_size=1, max_size=rows),
         st.integers(0, 9),
-        st.sampled_from([1, 4, 16]),
+        st.sampled_from(pages),
         st.integers(0, 1000),
         windows,
     )
 
 
 batches = _batches(st.none())
+latent = _batches(st.none(), LATENT, 2, (1, 4))
 windowed = _batches(st.sampled_from([0, 1, 5, 12, 30, 70, 500]))
 
 

@@ -32,6 +32,7 @@ def test_the_script_checks_every_kernel() -> None:
     assert outcome.rows and all(row["ok"] for row in outcome.rows)
     held = {row["kernel"].split(",")[0] for row in outcome.rows}
     assert {"walk_rows", "relocate", "states_before"} <= held
+    assert {"tiny", "tiny latent"} == {row["model"] for row in outcome.rows}
 
 
 def test_a_failed_check_is_one() -> None:
@@ -40,7 +41,7 @@ def test_a_failed_check_is_one() -> None:
 
 
 def test_every_kernel_compiles_for_a_hopper(tmp_path: pathlib.Path) -> None:
-    """At Qwen3-Next's shapes, in a process that does not interpret."""
+    """At the shapes of Qwen3-Next and DeepSeek V2 Lite, in a process that does not interpret."""
     found = tmp_path / "aot.json"
     env = {**compiled_env(), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     line = [sys.executable, "-m", "eval.gpu.aot", "--quick", f"--json={found}"]
@@ -49,7 +50,7 @@ def test_every_kernel_compiles_for_a_hopper(tmp_path: pathlib.Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads(found.read_text())["rows"]
     kernels = {row["kernel"] for row in rows}
-    assert len(kernels) >= 8
+    assert len(kernels) >= 10 and {"walk_latent", "attend_latent"} <= kernels
     for row in rows:
         assert row["shared"] <= SHARED_LIMIT, row
         # The widest tiles spill some registers where a row enters a span, not in the loop.
@@ -58,17 +59,20 @@ def test_every_kernel_compiles_for_a_hopper(tmp_path: pathlib.Path) -> None:
 
 VARIANTS = """
 import dataclasses, random, torch
-from sglang_pic.attention.kernels import triton_kernels
+from sglang_pic.attention.kernels import latent_kernels, triton_kernels
 from sglang_pic.attention.table_runner import TableRunner
 from sglang_pic.attention.tables import Shape, tile_of
 from sglang_pic.eval.gpu.offline import compiling
 from sglang_pic.eval.gpu.scenario import Layout, Scenario
-from sglang_pic.eval.gpu.shapes import TINY
+from sglang_pic.eval.gpu.shapes import TINY, TINY_LATENT
 from sglang_pic.kernels.rotate import LayerRope
 
-shape = dataclasses.replace(TINY, dim=64, rotary=64)
 draw = random.Random(0)
-runner = TableRunner(triton_kernels(), Shape(tile_of(4, 2), 2, 264), "cpu")
+shape = dataclasses.replace(TINY, dim=64, rotary=64)
+kernels, sizes = triton_kernels(), Shape(tile_of(4, 2), 2, 264)
+if LATENT:
+    shape, kernels, sizes = TINY_LATENT, latent_kernels(), Shape(4, 1, 264)
+runner = TableRunner(kernels, sizes, "cpu")
 with compiling() as found:
     for case in range(60):
         layout = Layout(
@@ -77,20 +81,22 @@ with compiling() as found:
             decoded=draw.randint(0, 40),
         )
         made = Scenario(shape, layout, "cpu", torch.bfloat16, case)
-        rope = LayerRope(made.cos_sin, True)
+        rope = LayerRope(made.cos_sin, not shape.latent, shape.latent)
         for rows in (made.link_rows(), made.decode_rows()):
             runner.step = None
             runner.plan(rows)
             query = made.normal(sum(row.extend for row in rows), shape.heads, shape.dim)
-            runner.run(query, made.pool(), rope, made.scale, torch.empty_like(query))
+            out = query.new_empty(*query.shape[:2], shape.latent or shape.dim)
+            runner.run(query, made.pool(), rope, made.scale, out)
 print(sorted(one.kernel for one in found))
 """
 
 
-def test_serving_compiles_little_anew() -> None:
+@pytest.mark.parametrize("latent", [False, True])
+def test_serving_compiles_little_anew(latent: bool) -> None:
     """A kernel that is compiled while requests wait stops them all: neither lengths, nor
     numbers of rows, spans or pieces, may make it another."""
-    line = [sys.executable, "-c", VARIANTS]
+    line = [sys.executable, "-c", f"LATENT = {latent}{VARIANTS}"]
     done = subprocess.run(line, capture_output=True, text=True, env=compiled_env(), check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     kernels = ast.literal_eval(done.stdout.strip().splitlines()[-1])
@@ -99,24 +105,32 @@ def test_serving_compiles_little_anew() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kib", "head_dim", "hybrid", "reason"),
+    ("kib", "head_dim", "hybrid", "latent", "reason"),
     [
-        (227, 256, True, None),
-        (99, 128, False, None),
-        (99, 128, True, "180 KiB"),
-        (163, 256, False, "180 KiB"),
-        (227, 512, False, "head dimension 512"),
+        (227, 256, True, False, None),
+        (99, 128, False, False, None),
+        (99, 128, True, False, "180 KiB"),
+        (163, 256, False, False, "180 KiB"),
+        (227, 512, False, False, "head dimension 512"),
+        (163, 512, False, True, None),
+        (99, 512, False, True, "148 KiB"),
+        (227, 1024, False, True, "head dimension 1024"),
     ],
 )
 def test_a_gpu_that_is_too_small_is_refused(
-    kib: int, head_dim: int, hybrid: bool, reason: str | None, monkeypatch: pytest.MonkeyPatch
+    kib: int,
+    head_dim: int,
+    hybrid: bool,
+    latent: bool,
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from sglang_pic.attention.triton import shared_memory_refusal
 
     device = types.SimpleNamespace(shared_memory_per_block_optin=kib << 10)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: device)
-    found = shared_memory_refusal(head_dim, hybrid)
+    found = shared_memory_refusal(head_dim, hybrid, latent)
     assert found is None if reason is None else found is not None and reason in found
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
-from sglang_pic.attention.latent import stored
+from sglang_pic.attention.latent import absorbed_where_linked, stored
 from sglang_pic.attention.relocate import Relocator
 from sglang_pic.attention.rope import layer_ropes
 from sglang_pic.forest.cost import PrefillCost
@@ -125,3 +125,22 @@ def test_only_what_is_known_is_linked() -> None:
     ):
         ropes, refusal = layer_ropes(torch.nn.Sequential(other))
         assert not ropes and why in str(refusal)
+
+
+def test_linked_rows_are_absorbed_whatever_sglang_would_choose(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sglang.srt.models.deepseek_common.attention_forward_methods import forward_mha
+    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import (
+        AttnForwardMethod,
+    )
+
+    choose = absorbed_where_linked(lambda attn, forward_batch: AttnForwardMethod.MHA)
+    ours = types.SimpleNamespace(links=lambda batch: batch == "linked")
+    for backend, batch, form in (
+        (ours, "linked", AttnForwardMethod.MLA),
+        (ours, "ordinary", AttnForwardMethod.MHA),
+        (object(), "linked", AttnForwardMethod.MHA),
+    ):
+        monkeypatch.setattr(forward_mha, "resolve_attn_backend", lambda _, found=backend: found)
+        assert choose(None, batch) is form

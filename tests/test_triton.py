@@ -249,6 +249,8 @@ def test_the_sharing_degree_chooses() -> None:
     rows, _, _ = batch.rows([n - 1 for n in counts], [1] * 3)
     together = build_tables(rows, shape, CPU)
     assert together is not None and together.parts is not None and together.decodes is None
+    alone = build_tables(rows, dataclasses.replace(shape, tile=1), CPU)
+    assert alone is not None and alone.parts is None and alone.decodes is not None
     apart = build_tables([rows[0], dataclasses.replace(rows[2], first_query=1)], shape, CPU)
     assert apart is not None and apart.parts is None and apart.decodes is not None
     assert apart.decodes.splits == 1

@@ -148,7 +148,8 @@ def tiny_mla_model(kind: str, seed: int = 0) -> PreTrainedModel:
 
     ``kind`` is ``deepseek_v2``, whose second layer has experts, or ``deepseek_v2_yarn``:
     queries by a low rank too, positions stretched, so that scores are scaled by more than
-    the dimension.
+    the dimension. ``deepseek_v2_wide`` has keys of 256 + 32 numbers: SGLang's ``triton``
+    decode takes these, and of 512 + 64, and few others.
     """
     config = {
         **COMMON,
@@ -178,6 +179,8 @@ def tiny_mla_model(kind: str, seed: int = 0) -> PreTrainedModel:
         config["first_k_dense_replace"] = 2
         config["q_lora_rank"] = 48
         config["rope_parameters"] = _YARN
+    if kind == "deepseek_v2_wide":
+        config |= {"kv_lora_rank": 256, "qk_rope_head_dim": 32}
     return randomize(DeepseekV2ForCausalLM(DeepseekV2Config(**config)), seed)
 
 
@@ -330,7 +333,8 @@ def tiny_bailing_model(seed: int = 0) -> lightning.Bailing:
     twice. A head of each Lightning layer remembers for hundreds of tokens."""
     hidden, heads, dim = _BAILING["hidden_size"], _BAILING["num_attention_heads"], 32
     wide, vocab = _BAILING["intermediate_size"], _BAILING["vocab_size"]
-    latent, plain, turned, value = 32, 16, 8, 24
+    sizes = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    latent, plain, turned, value = (_BAILING[name] for name in sizes)
     shapes: dict[str, tuple[int, ...]] = {
         "model.word_embeddings": (vocab, hidden),
         "model.norm": (hidden,),

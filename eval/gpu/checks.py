@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sglang_pic.attention.kernels import TORCH, Kernels, triton_kernels
+from sglang_pic.attention.kernels import TORCH, Kernels, latent_kernels, triton_kernels
 from sglang_pic.attention.tables import tile_of
 from sglang_pic.eval.gpu.scenario import Layout, Scenario
 from sglang_pic.eval.gpu.shapes import ModelShape
@@ -67,7 +67,9 @@ def attention_checks(
     pool = [t.float() if t.is_floating_point() else t for t in made.pool()]
     tile = tile_of(shape.heads, shape.kv_heads)
     link, decode = made.link_rows(), made.decode_rows()
-    ours = triton_kernels()
+    # DeepSeek's rotary slices are turned by pairs.
+    neox = not shape.latent
+    ours = latent_kernels() if shape.latent else triton_kernels()
 
     def check(kernel: str, run: Callable[[Kernels, Any, Any], torch.Tensor], query: Any) -> Check:
         def both() -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,10 +86,10 @@ def attention_checks(
         query = made.normal(sum(row.extend for row in rows), shape.heads, shape.dim)
 
         def walk(kernels: Kernels, q: Any, of: Any, walked: Any = walked) -> torch.Tensor:
-            out = torch.empty_like(q)
+            out = q.new_empty((*q.shape[:2], shape.latent or shape.dim))
             kernels.walk_rows(
                 q, *of, walked.table, made.turns(walked.offset), out,
-                scale=made.scale, splits=walked.splits,
+                scale=made.scale, neox=neox, splits=walked.splits,
             )  # fmt: skip
             return out
 
@@ -98,7 +100,7 @@ def attention_checks(
     def by_parts(kernels: Kernels, q: Any, of: Any) -> torch.Tensor:
         table = shared.table
         cos, sin = made.turns(shared.offset)
-        gathered = kernels.gather_rotate(q, table.query, cos, sin, neox=True)
+        gathered = kernels.gather_rotate(q, table.query, cos, sin, neox=neox, first=shape.latent)
         partial, lse = kernels.attend_parts(gathered, *of, table, scale=made.scale)
         return kernels.merge(partial, lse, table.merge_indptr, table.merge_index)
 
@@ -110,7 +112,9 @@ def attention_checks(
 
     def relocate(kernels: Kernels, q: Any, of: Any) -> torch.Tensor:
         keys, values = of[0].clone(), of[1].clone()
-        kernels.relocate(keys, values, source, target, turns)
-        return torch.stack([keys[target], values[target]])
+        if shape.latent:
+            values, keys = keys.split([shape.latent, shape.rotary], -1)
+        kernels.relocate(keys, values, source, target, turns, neox=neox)
+        return torch.cat([keys[target], values[target]], -1)
 
     yield check("relocate", relocate, query)

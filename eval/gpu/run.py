@@ -37,7 +37,7 @@ from sglang_pic.eval.gpu.checks import Check, attention_checks
 from sglang_pic.eval.gpu.linear import state_checks, state_times
 from sglang_pic.eval.gpu.measure import Floors, floors
 from sglang_pic.eval.gpu.scenario import Layout
-from sglang_pic.eval.gpu.shapes import SHAPES, TINY
+from sglang_pic.eval.gpu.shapes import LATENT_SHAPES, SHAPES, TINY, TINY_LATENT
 from sglang_pic.eval.tables import Table
 
 # Small enough for an oracle that loops, with every ragged case in it.
@@ -52,16 +52,18 @@ def checks(*, quick: bool, seed: int) -> list[Check]:
     """Every kernel at every shape, in float32 and in what models are served in."""
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
-    shapes = SHAPES if cuda and not quick else (TINY,)
+    tiny = (TINY, TINY_LATENT)
+    shapes = SHAPES + LATENT_SHAPES if cuda and not quick else tiny
     dtypes = (torch.float32, torch.bfloat16 if cuda else torch.float16)
     found: list[Check] = []
     todo = [(shape, dtype) for shape in shapes for dtype in dtypes]
     for shape, dtype in tqdm(todo, desc="checks", unit="shape"):
-        layout = CHECKED if shape is not TINY else SMOKE
+        layout = SMOKE if shape in tiny else CHECKED
         found += attention_checks(shape, layout, device, dtype, seed)
         if shape.linear is not None and dtype is torch.float32:
             found += state_checks(shape, shape.linear, device, seed)
-        if flashinfer_runs.installed() and dtype is torch.bfloat16 and shape is not TINY:
+        of_flashinfer = shape in SHAPES and flashinfer_runs.installed()
+        if of_flashinfer and dtype is torch.bfloat16:
             found += flashinfer_runs.launch_checks(shape, layout, seed)
     return found
 

@@ -40,7 +40,8 @@ class Scenario:
     """One attention layer's pool with all that a layout needs in it.
 
     Attributes:
-        keys, values: [slots, kv_heads, dim].
+        keys, values: [slots, kv_heads, dim]; of latent attention the values are the keys'
+            first numbers.
         req_to_token: int32 [requests, width]; pool_rows: int64 [requests].
         plans: of the requests.
     """
@@ -66,7 +67,9 @@ class Scenario:
         self._free = iter(order.tolist())
         slots = pages * page
         self.keys = self.normal(slots, shape.kv_heads, shape.dim)
-        self.values = self.normal(slots, shape.kv_heads, shape.dim)
+        self.values = self.keys[..., : shape.latent]
+        if not shape.latent:
+            self.values = self.normal(slots, shape.kv_heads, shape.dim)
         inverse = 10000.0 ** (-torch.arange(0, shape.rotary, 2, dtype=torch.float64) / shape.rotary)
         angle = torch.arange(n + layout.decoded + page)[:, None] * inverse
         self.cos_sin = torch.cat([angle.cos(), angle.sin()], -1).float().to(device)

@@ -22,7 +22,8 @@ class ModelShape:
     """One full-attention layer, and one linear layer if there are any.
 
     ``layers``, ``linear_layers``: how many of each the model has. ``parameters``: those
-    that a token meets.
+    that a token meets. ``latent``: of a key's numbers the first, which are its value too; 0
+    where values are of their own.
     """
 
     name: str
@@ -35,6 +36,7 @@ class ModelShape:
     parameters: float
     linear_layers: int = 0
     linear: Linear | None = None
+    latent: int = 0
 
 
 SHAPES = (
@@ -49,7 +51,14 @@ SHAPES = (
     ),
 )  # fmt: skip
 
+# Latent attention, its queries absorbed: of 16 heads, and of more than a tile takes.
+LATENT_SHAPES = (
+    ModelShape("DeepSeek-V2-Lite", 27, 16, 1, 576, 64, 2048, 2.4e9, latent=512),
+    ModelShape("DeepSeek-V3", 61, 128, 1, 576, 64, 7168, 3.7e10, latent=512),
+)
+
 # What a smoke run on a CPU takes: every code path, no claim.
 TINY = ModelShape(
     "tiny", 2, 4, 2, 16, 8, 64, 1e6, 2, Linear(heads=2, key_heads=2, dk=16, dv=16, channels=96)
 )
+TINY_LATENT = ModelShape("tiny latent", 2, 16, 1, 24, 8, 64, 1e6, latent=16)

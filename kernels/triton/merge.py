@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -57,3 +59,15 @@ def merge(
         num_warps=2,
     )
     return out
+
+
+def merge_cut(partial: torch.Tensor, lse: torch.Tensor, splits: int) -> torch.Tensor:
+    """As ``merge``, where every query has ``splits`` partial results that lie together."""
+    return merge(partial, lse, *_cut(len(lse) // splits, splits, lse.device))
+
+
+@functools.lru_cache(maxsize=8)
+def _cut(queries: int, splits: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of the partial results are each query's; the same tensors for all layers."""
+    index = torch.arange(queries * splits, device=device)
+    return torch.arange(0, queries * splits + 1, splits, device=device), index

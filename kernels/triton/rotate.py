@@ -38,13 +38,18 @@ def _gather_rotate(
     BLOCK_D: tl.constexpr,
     HALF: tl.constexpr,
     NEOX: tl.constexpr,
+    FIRST: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     # Rows of [count * HEADS, DIM].
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     n, head = row // HEADS, row % HEADS
     d = tl.arange(0, BLOCK_D)
-    partner, sign, angle, turned = rotate_partner(d, HALF, NEOX)
+    partner, sign, angle, turned = rotate_partner(d - FIRST, HALF, NEOX)
+    if FIRST > 0:
+        turned = turned & (d >= FIRST)
+        partner = tl.where(turned, partner + FIRST, d)
+        angle = tl.where(turned, angle, 0)
     here = n < count
     mask = here[:, None] & (d < DIM)[None, :]
     token = tl.load(Index + n, mask=here, other=0).to(tl.int64)
@@ -59,12 +64,14 @@ def _gather_rotate(
 
 
 def gather_rotate(
-    query: torch.Tensor, index: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, neox: bool
-) -> torch.Tensor:
+    query: torch.Tensor, index: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *,
+    neox: bool, first: int = 0,
+) -> torch.Tensor:  # fmt: skip
     """As ``kernels.rotate.gather_rotate``; the last dimension of ``query`` is contiguous."""
     count, (_, heads, dim) = index.numel(), query.shape
     out = query.new_empty((count, heads, dim))
-    rows = 8
+    block_d = triton.next_power_of_2(dim)
+    rows = max(1, min(8, 2048 // block_d))
     _gather_rotate[(triton.cdiv(count * heads, rows),)](
         query,
         index,
@@ -76,9 +83,10 @@ def gather_rotate(
         query.stride(1),
         HEADS=heads,
         DIM=dim,
-        BLOCK_D=triton.next_power_of_2(dim),
+        BLOCK_D=block_d,
         HALF=cos.shape[-1],
         NEOX=neox,
+        FIRST=first,
         ROWS=rows,
         num_warps=4,
     )

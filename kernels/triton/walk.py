@@ -8,14 +8,12 @@ too.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
 from sglang_pic.kernels.rows import RowTable
-from sglang_pic.kernels.triton.merge import merge
+from sglang_pic.kernels.triton.merge import merge_cut
 from sglang_pic.kernels.triton.rotate import rotate_partner
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -27,7 +25,7 @@ def warps_of(block_m: int, dim: int) -> int:
 
 
 @triton.jit
-def _turned(
+def turn_back(
     Query, Cos, Sin, offset, mask, partner, sign, angle, turned,
     span, d, ROTATED: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -103,7 +101,7 @@ def _walk_rows(
             place = tl.load(SpanAt + span) - start
             begin = tl.maximum(begin, lowest_seen - place)
         if begin < end:
-            q = _turned(
+            q = turn_back(
                 Query, Cos, Sin, offset, mask, partner, sign, angle, turned, span, d, ROTATED, HALF
             )
             for at in range(begin, end, BLOCK_N):
@@ -185,13 +183,4 @@ def walk_rows(
         num_warps=warps_of(block_m, dim), num_stages=2,
     )  # fmt: skip
     if splits > 1:
-        bounds, index = _cut(queries, splits, query.device)
-        out[table.token] = merge(partial, lse, bounds, index).to(out.dtype)
-
-
-@functools.lru_cache(maxsize=8)
-def _cut(queries: int, splits: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which of the partial results are each query's, for ``merge``; the same tensors for all
-    layers."""
-    index = torch.arange(queries * splits, device=device)
-    return torch.arange(0, queries * splits + 1, splits, device=device), index
+        out[table.token] = merge_cut(partial, lse, splits).to(out.dtype)

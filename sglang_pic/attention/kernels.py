@@ -39,6 +39,16 @@ def triton_kernels() -> Kernels:
     )
 
 
+@functools.cache
+def latent_kernels() -> Kernels:
+    """As ``triton_kernels``, of layers with latent attention."""
+    from sglang_pic.kernels.triton import latent
+
+    return dataclasses.replace(
+        triton_kernels(), walk_rows=latent.walk_rows, attend_parts=latent.attend_parts
+    )
+
+
 def kernels_for(tensor: torch.Tensor) -> Kernels:
     """Those for the device of a tensor."""
     return triton_kernels() if tensor.is_cuda else TORCH

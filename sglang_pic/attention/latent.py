@@ -7,6 +7,8 @@ latent's space, so that attention is one of a single key head.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,3 +24,25 @@ def stored(pool: Any, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     if keys.data_ptr() == values.data_ptr():
         keys = keys[..., values.shape[-1] :]
     return keys, values
+
+
+def absorbed_where_linked(choose: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """SGLang's choice of a form of MLA, but for batches with linked rows, which are computed
+    absorbed: in another form a row sees all of its prefix, and in row order.
+
+    Args:
+        choose: one of SGLang's handlers, of an attention module and a ``ForwardBatch``.
+    """
+    from sglang.srt.models.deepseek_common.attention_forward_methods import forward_mha
+    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import (
+        AttnForwardMethod,
+    )
+
+    @functools.wraps(choose)
+    def chosen(module: Any, batch: Any) -> Any:
+        links = getattr(forward_mha.resolve_attn_backend(batch), "links", None)
+        if links is not None and links(batch):
+            return AttnForwardMethod.MLA
+        return choose(module, batch)
+
+    return chosen

@@ -49,7 +49,8 @@ class TableRunner:
         """One layer of the planned pass, linked rows alone, into ``out``.
 
         Args:
-            query, out: [tokens, heads, head_dim], the whole batch's.
+            query, out: [tokens, heads, head_dim], the whole batch's; of latent attention
+                the second as wide as a value.
             pool: keys, values, req_to_token, pool_rows, as in ``kernels.rows.walk_rows``.
             rope, scale, window: of the layer; the last as in ``kernels.rows.walk_rows``.
         """
@@ -79,9 +80,10 @@ class TableRunner:
         window: int | None = None,
     ) -> None:
         turns = None if rope is None else self._turns_of(rope, which, walkers.offset)
+        within = {} if window is None else {"window": window}
         self._kernels.walk_rows(
             query, *pool, walkers.table, turns, out,
-            scale=scale, neox=rope is None or rope.neox, splits=walkers.splits, window=window,
+            scale=scale, neox=rope is None or rope.neox, splits=walkers.splits, **within,
         )  # fmt: skip
 
     def _decode_parts(
@@ -98,7 +100,9 @@ class TableRunner:
             gathered = query[table.query]
         else:
             cos, sin = self._turns_of(rope, 2, parts.offset)
-            gathered = self._kernels.gather_rotate(query, table.query, cos, sin, neox=rope.neox)
+            gathered = self._kernels.gather_rotate(
+                query, table.query, cos, sin, neox=rope.neox, first=rope.first
+            )
         partial, lse = self._kernels.attend_parts(gathered, *pool, table, scale=scale)
         merged = self._kernels.merge(partial, lse, table.merge_indptr, table.merge_index)
         out[table.token] = merged.to(out.dtype)

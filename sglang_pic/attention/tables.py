@@ -151,7 +151,8 @@ class Shape:
 
     Attributes:
         tile: queries of a tile of several.
-        kv_heads: of a layer.
+        kv_heads: of a layer; of latent attention, whose key is one, the programs that share
+            a token's heads.
         programs: pieces of work that keep the device busy.
         windows: whether some layers see a window of positions alone.
     """
@@ -197,7 +198,8 @@ def build_tables(
         return None
     links = [i for i in linked if rows[i].extend > 1]
     singles = [i for i in linked if rows[i].extend == 1]
-    shared = sharing_degree([rows[i] for i in singles]) > SHARING
+    # A tile of one query reads the keys for it alone: parts would save nothing.
+    shared = shape.tile > 1 and sharing_degree([rows[i] for i in singles]) > SHARING
     splits = _splits([rows[i] for i in singles], 1, shape)
     cut = _splits([rows[i] for i in links], shape.tile, shape)
 
