@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Any
 
 import aiohttp
@@ -16,7 +17,8 @@ MOST_BYTES = 1 << 16
 async def ask(
     method: str, url: str, key: str | None, timeout_s: float, **content: Any
 ) -> tuple[Mapping[str, Any], int | None]:
-    """An answer's JSON object, empty if it is none, and its status; raises nothing.
+    """An answer's JSON object, empty if it is none, and its status: ``None`` if none came or
+    it is no JSON, 504 if it did not come in time. Raises nothing.
 
     Args:
         key: the operator's, sent to this address alone, or ``None``.
@@ -35,6 +37,8 @@ async def ask(
                 if len(text) > MOST_BYTES:
                     return {}, None
         found = json.loads(text)
-    except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError, RecursionError):
+    except asyncio.TimeoutError:
+        return {}, HTTPStatus.GATEWAY_TIMEOUT
+    except (aiohttp.ClientError, OSError, ValueError, RecursionError):
         return {}, None
     return found if isinstance(found, dict) else {}, response.status
