@@ -19,7 +19,7 @@ import triton.language as tl
 
 from sglang_pic.kernels.rows import PartTable, RowTable
 from sglang_pic.kernels.triton.merge import merge_cut
-from sglang_pic.kernels.triton.walk import LOG2E
+from sglang_pic.kernels.triton.walk import LOG2E, entries_seen, natural_lse
 
 # Rows of a tile: float32 sums of 512 numbers each are half of a multiprocessor's registers.
 MOST_ROWS = 64
@@ -120,13 +120,9 @@ def _walk_latent(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_L], tl.float32)
     for span in range(span_from, span_to):
-        start = tl.load(SpanStart + span)
-        seer, step = tl.load(SpanSeer + span), tl.load(SpanStep + span)
-        begin = tl.maximum(lowest, start)
-        end = tl.minimum(highest, start + tl.load(SpanLen + span))
-        # Nothing behind the tile's last query is seen by any of it.
-        end = tl.where(step == 1, tl.minimum(end, start + last - seer + 1), end)
-        end = tl.where(seer <= last, end, begin)
+        start, seer, step, begin, end = entries_seen(
+            span, lowest, highest, last, SpanStart, SpanLen, SpanSeer, SpanStep
+        )
         if begin < end:
             if ROTATED:
                 q_slice = _turned(
@@ -153,9 +149,7 @@ def _walk_latent(
         at = (tl.load(QAt + row) + query) * splits + split
         place = at.to(tl.int64) * HEADS + head
         tl.store(Partial + place[:, None] * LATENT + c[None, :], acc, mask=mask)
-        some = total > 0.0
-        lse = tl.where(some, top / LOG2E + tl.log(tl.where(some, total, 1.0)), float("-inf"))
-        tl.store(Lse + place, lse, mask=here)
+        tl.store(Lse + place, natural_lse(top, total), mask=here)
 
 
 @triton.jit

@@ -25,7 +25,7 @@ def warps_of(block_m: int, dim: int) -> int:
 
 
 @triton.jit
-def turn_back(
+def _turned(
     Query, Cos, Sin, offset, mask, partner, sign, angle, turned,
     span, d, ROTATED: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -37,6 +37,27 @@ def turn_back(
         sin = tl.load(Sin + span * HALF + angle, mask=turned, other=0.0) * sign
         q = (q.to(tl.float32) * cos[None, :] + other.to(tl.float32) * sin[None, :]).to(q.dtype)
     return q
+
+
+@triton.jit
+def entries_seen(span, lowest, highest, last, SpanStart, SpanLen, SpanSeer, SpanStep):
+    """Where a span starts, from which rank on and in which steps it is seen, and which of its
+    entries in ``[lowest, highest)`` a tile sees whose last query is of rank ``last``."""
+    start = tl.load(SpanStart + span)
+    seer, step = tl.load(SpanSeer + span), tl.load(SpanStep + span)
+    begin = tl.maximum(lowest, start)
+    end = tl.minimum(highest, start + tl.load(SpanLen + span))
+    # Nothing behind the tile's last query is seen by any of it.
+    end = tl.where(step == 1, tl.minimum(end, start + last - seer + 1), end)
+    end = tl.where(seer <= last, end, begin)
+    return start, seer, step, begin, end
+
+
+@triton.jit
+def natural_lse(top, total):
+    """Log-sum-exp of scores in base 2 and of their sum; of none, -inf."""
+    some = total > 0.0
+    return tl.where(some, top / LOG2E + tl.log(tl.where(some, total, 1.0)), float("-inf"))
 
 
 @triton.jit
@@ -88,20 +109,16 @@ def _walk_rows(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for span in range(span_from, span_to):
-        start = tl.load(SpanStart + span)
-        seer, step = tl.load(SpanSeer + span), tl.load(SpanStep + span)
-        begin = tl.maximum(lowest, start)
-        end = tl.minimum(highest, start + tl.load(SpanLen + span))
-        # Nothing behind the tile's last query is seen by any of it.
-        end = tl.where(step == 1, tl.minimum(end, start + last - seer + 1), end)
-        end = tl.where(seer <= last, end, begin)
+        start, seer, step, begin, end = entries_seen(
+            span, lowest, highest, last, SpanStart, SpanLen, SpanSeer, SpanStep
+        )
         # Position of an entry, less the entry.
         place = 0
         if WINDOW:
             place = tl.load(SpanAt + span) - start
             begin = tl.maximum(begin, lowest_seen - place)
         if begin < end:
-            q = turn_back(
+            q = _turned(
                 Query, Cos, Sin, offset, mask, partner, sign, angle, turned, span, d, ROTATED, HALF
             )
             for at in range(begin, end, BLOCK_N):
@@ -136,9 +153,7 @@ def _walk_rows(
         at = (tl.load(QAt + row) + query) * splits + split
         place = at.to(tl.int64) * HEADS + head
         tl.store(Partial + place[:, None] * DIM + d[None, :], acc, mask=mask)
-        some = total > 0.0
-        lse = tl.where(some, top / LOG2E + tl.log(tl.where(some, total, 1.0)), float("-inf"))
-        tl.store(Lse + place, lse, mask=here)
+        tl.store(Lse + place, natural_lse(top, total), mask=here)
 
 
 def walk_rows(

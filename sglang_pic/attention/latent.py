@@ -40,9 +40,10 @@ def absorbed_where_linked(choose: Callable[[Any, Any], Any]) -> Callable[[Any, A
 
     @functools.wraps(choose)
     def chosen(module: Any, batch: Any) -> Any:
+        form = choose(module, batch)
+        if form == AttnForwardMethod.MLA:
+            return form
         links = getattr(forward_mha.resolve_attn_backend(batch), "links", None)
-        if links is not None and links(batch):
-            return AttnForwardMethod.MLA
-        return choose(module, batch)
+        return AttnForwardMethod.MLA if links is not None and links(batch) else form
 
     return chosen
