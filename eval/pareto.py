@@ -1,7 +1,7 @@
 """Loss against recomputed tokens: every policy, compiled alone and in company.
 
     python -m eval.pareto [--quick] [--data FILE] [--questions N] [--documents N] [--words N]
-                               [--kept FILE] [--json FILE] [--plot FILE]
+                               [--methods M ...] [--kept FILE] [--json FILE] [--plot FILE]
 
 Questions over ten passages, each prompt linked by every method. Stock SGLang computes the
 whole prompt and answers greedily (32 tokens); along that answer (``eval.scored``) a method's
@@ -117,9 +117,15 @@ def _methods() -> Iterator[Method]:
 METHODS = tuple(_methods())
 
 
-def methods_of(model: pathlib.Path, quick: bool) -> list[Method]:
+def methods_of(
+    model: pathlib.Path, quick: bool, labels: Sequence[str] | None = None
+) -> list[Method]:
     """Those that a model's segments may be linked by: a hybrid has no guests, and companies
-    for one seam width."""
+    for one seam width.
+
+    Args:
+        labels: of those that are wanted, today's default beside them; all if ``None``.
+    """
     hybrid = linear_layers(AutoConfig.from_pretrained(model)) > 0
 
     def serves(method: Method) -> bool:
@@ -127,7 +133,12 @@ def methods_of(model: pathlib.Path, quick: bool) -> list[Method]:
             return True
         return method.compiled in GROUPS and not method.pic["company_seam"]
 
-    return [method for method in METHODS if (method.quick or not quick) and serves(method)]
+    def wanted(method: Method) -> bool:
+        if labels is not None:
+            return method.label in (TODAY, *labels)
+        return method.quick or not quick
+
+    return [method for method in METHODS if wanted(method) and serves(method)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,11 +266,13 @@ def run(
     words: int = WORDS,
     documents: int = DOCUMENTS,
     seed: int = 0,
+    labels: Sequence[str] | None = None,
     path: pathlib.Path | None = None,
 ) -> Outcome:
     """Every method at every question.
 
     Args:
+        labels: as for ``methods_of``.
         path: where the scores of each question are kept as they come.
 
     Raises:
@@ -272,7 +285,7 @@ def run(
     source = source_of(data, words)
     examples = load_examples(data, words, count, seed, documents)
     asked = [prepare(tokenizer, one) for one in examples]
-    methods = methods_of(pair.model, quick)
+    methods = methods_of(pair.model, quick, labels)
     settled = {
         "model": pair.name,
         "data": source.name,
@@ -423,6 +436,13 @@ def main() -> None:
         "--documents", type=int, default=DOCUMENTS, help="passages a question (%(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="order of passages (%(default)s)")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=[method.label for method in METHODS],
+        metavar="METHOD",
+        help=f"which, beside `{TODAY}`, by the names that tables give them (all)",
+    )
     parser.add_argument("--kept", type=pathlib.Path, help="keep each question's scores here")
     args = parser.parse_args()
     with bench(args.model) as pair:
@@ -434,6 +454,7 @@ def main() -> None:
             words=args.words,
             documents=args.documents,
             seed=args.seed,
+            labels=args.methods,
             path=args.kept,
         )
     deliver(outcome, args)

@@ -56,15 +56,27 @@ def rotate(
     """
     half = cos.shape[-1]
     last = first + 2 * half
-    before, turned, rest = x[..., :first], x[..., first:last].float(), x[..., last:]
+    turned = x[..., first:last].float()
+    # Written where it belongs: of a long prompt's keys every pass over memory counts.
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out[..., :first], out[..., last:] = x[..., :first], x[..., last:]
+    direct = x.dtype == torch.float32
+    there = out[..., first:last] if direct else torch.empty_like(turned)
     cos, sin = cos[:, None], sin[:, None]
+    (a, b), (to_a, to_b) = _halves(turned, neox), _halves(there, neox)
+    torch.mul(a, cos, out=to_a).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=to_b).addcmul_(a, sin)
+    if not direct:
+        out[..., first:last] = there
+    return out
+
+
+def _halves(x: torch.Tensor, neox: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two channels of each pair, as views."""
     if neox:
-        a, b = turned.chunk(2, dim=-1)
-        out = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-    else:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        out = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-    return torch.cat([before, out.to(x.dtype), rest], dim=-1)
+        a, b = x.chunk(2, dim=-1)
+        return a, b
+    return x[..., 0::2], x[..., 1::2]
 
 
 def gather_rotate(

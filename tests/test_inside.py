@@ -108,7 +108,7 @@ def test_a_core_holds_what_its_segment_holds_alone(context: list[int]) -> None:
         alone = linked_inner(
             llama(), [*context, *prompt[start:end]], [], seam=0, page=1, policy="full"
         )
-        here, there = slice(start, end - 1), slice(len(context), len(context) + end - 1 - start)
+        here, there = slice(start, end), slice(len(context), len(context) + end - start)
         for name in NAMES:  # to rounding: the positions are others
             found, expected = getattr(linked, name)[:, here], getattr(alone, name)[:, there]
             assert inside.relative(found, expected).max() < 1e-4

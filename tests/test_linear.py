@@ -101,7 +101,7 @@ def compile_segments(
     """Compile all segments in one batch of chunked prefills."""
     captures = []
     for segment in segments:
-        first, last = Seam(seam).core(Outline(len(segment)), page=page)
+        first, last = Seam(seam).core(Outline(len(segment), tail=1), page=page)
         heads = [first] if first < last else []
         captures.append(Capture(SHAPE, start=0, heads=heads, core_end=max(0, last)))
     conv, states = pools(len(segments))
@@ -152,7 +152,7 @@ def plan_prompt(
             state = core_of(captures[i], opening=opening)
             if state is not None:
                 slots = torch.arange(len(part) // page * page) + 1000 * i
-                core = Seam(seam).core(Outline(len(part), opening), page=page)
+                core = Seam(seam).core(Outline(len(part), opening, tail=1), page=page)
                 hits.append(SegmentHit(start, end, start, slots, core, state))
         tokens += part
     plan = make_plan(
@@ -268,7 +268,7 @@ def compile_company(
     """Captures of all members, read off one prefill behind the opening."""
     captures, row = [], list(opening)
     for member in members:
-        first, last = Seam(seam).core(Outline(len(member)), page=page)
+        first, last = Seam(seam).core(Outline(len(member), tail=1), page=page)
         heads = [first] if first < last else []
         where = {"start": len(row), "heads": heads, "core_end": max(0, last)}
         captures.append(Capture(SHAPE, opens=False, **where))

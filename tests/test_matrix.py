@@ -87,7 +87,8 @@ def check(
 ) -> None:
     """The answer is the oracle's."""
     chosen = answer["output_ids"]
-    planned = dense.layout(len(ids), segments, prompt_ids=ids, page=cell.page, seam=where["seam"])
+    rule = {"seam": where["seam"], "page": cell.page, "tail": int(cell.family.linear)}
+    planned = dense.layout(len(ids), segments, prompt_ids=ids, **rule)
     report = answer["meta_info"]["pic"]
     if planned.n_reused:
         assert report["reason"] is None

@@ -65,7 +65,7 @@ def cases(draw):
 # -- which tokens are reused ------------------------------------------------------
 
 
-def plan(n, segments, seam, page, policy="seam", context=(), min_segment=1) -> Layout:
+def plan(n, segments, seam, page, policy="seam", context=(), min_segment=1, tail=0) -> Layout:
     prompt = [*context, *ids(n)][:n]
     return layout(
         n,
@@ -75,6 +75,7 @@ def plan(n, segments, seam, page, policy="seam", context=(), min_segment=1) -> L
         policy=policy,
         context=context,
         min_segment=min_segment,
+        tail=tail,
         prompt_ids=prompt,
     )
 
@@ -82,32 +83,30 @@ def plan(n, segments, seam, page, policy="seam", context=(), min_segment=1) -> L
 @pytest.mark.parametrize(
     ("n", "segments", "seam", "page", "reused"),
     [
-        # Page 1: all but the seam and the last token.
-        (20, [(5, 15)], 4, 1, range(9, 14)),
-        (20, [(5, 15)], 0, 1, range(5, 14)),
-        (20, [(5, 6)], 0, 1, []),  # one token: it is the last
-        (20, [(5, 7)], 0, 1, [5]),
+        # Page 1: all but the seam.
+        (20, [(5, 15)], 4, 1, range(9, 15)),
+        (20, [(5, 15)], 0, 1, range(5, 15)),
+        (20, [(5, 6)], 0, 1, [5]),
         (20, [(5, 9)], 4, 1, []),  # as long as the seam
-        (20, [(5, 10)], 4, 1, []),  # its one token behind the seam is the last
-        (20, [(5, 11)], 4, 1, [9]),
+        (20, [(5, 10)], 4, 1, [9]),
         (20, [(5, 15)], 1000, 1, []),
-        # The prompt starts with a segment, ends with one, is one.
-        (20, [(0, 10)], 4, 1, range(9)),
+        # The prompt starts with a segment, ends with one, is one: its last token is computed.
+        (20, [(0, 10)], 4, 1, range(10)),
         (20, [(10, 20)], 4, 1, range(14, 19)),
         (20, [(0, 20)], 4, 1, range(19)),
         (1, [(0, 1)], 4, 1, []),
         # Neighbours, and one that only follows an opening one.
-        (20, [(0, 10), (10, 20)], 2, 1, [*range(9), *range(12, 19)]),
+        (20, [(0, 10), (10, 20)], 2, 1, [*range(10), *range(12, 19)]),
         # Pages of 4, counted from the segment's start.
-        (40, [(5, 9)], 0, 4, []),  # exactly a page: it holds the last token
-        (40, [(5, 10)], 0, 4, range(5, 9)),
-        (40, [(5, 13)], 0, 4, range(5, 9)),
-        (40, [(5, 14)], 0, 4, range(5, 13)),
+        (40, [(5, 8)], 0, 4, []),
+        (40, [(5, 9)], 0, 4, range(5, 9)),
+        (40, [(5, 12)], 0, 4, range(5, 9)),
+        (40, [(5, 13)], 0, 4, range(5, 13)),
         (40, [(5, 30)], 1, 4, range(9, 29)),  # the seam takes a whole page
         (40, [(5, 30)], 4, 4, range(9, 29)),
         (40, [(5, 30)], 5, 4, range(13, 29)),
         (40, [(0, 40)], 5, 4, range(36)),
-        (40, [(0, 16), (16, 40)], 3, 4, [*range(12), *range(20, 36)]),
+        (40, [(0, 16), (16, 40)], 3, 4, [*range(16), *range(20, 36)]),
     ],
 )
 def test_reused_tokens_by_hand(n, segments, seam, page, reused):
@@ -116,15 +115,29 @@ def test_reused_tokens_by_hand(n, segments, seam, page, reused):
     assert made.n_reused == len(made.reused)
 
 
+@pytest.mark.parametrize(
+    ("segments", "page", "reused"),
+    [
+        ([(5, 15)], 1, range(5, 14)),
+        ([(5, 6)], 1, []),
+        ([(0, 10), (10, 20)], 1, [*range(9), *range(10, 19)]),
+        ([(5, 9)], 4, []),  # exactly a page: it holds the last token
+        ([(5, 10)], 4, range(5, 9)),
+    ],
+)
+def test_with_a_tail_a_segments_last_token_is_computed(segments, page, reused):
+    assert plan(20, segments, 0, page, tail=1).reused == set(reused)
+
+
 def test_policies_context_and_minimum_by_hand():
-    assert plan(20, [(5, 15)], 4, 1, policy="none").reused == set(range(5, 14))
+    assert plan(20, [(5, 15)], 4, 1, policy="none").reused == set(range(5, 15))
     assert plan(20, [(5, 15)], 4, 1, policy="full").n_reused == 0
-    assert plan(20, [(2, 8), (8, 15)], 2, 1, min_segment=7).reused == set(range(10, 14))
+    assert plan(20, [(2, 8), (8, 15)], 2, 1, min_segment=7).reused == set(range(10, 15))
     # Behind the compile context itself a segment opens the prompt: no seam.
-    assert plan(20, [(4, 16)], 4, 2, context=[1, 2, 3, 4]).reused == set(range(4, 14))
+    assert plan(20, [(4, 16)], 4, 2, context=[1, 2, 3, 4]).reused == set(range(4, 16))
     # At index 0, or behind other tokens, it does not.
-    assert plan(20, [(0, 12)], 4, 2, context=[1, 2, 3, 4]).reused == set(range(4, 10))
-    assert plan(20, [(5, 17)], 4, 2, context=[1, 2, 3, 4]).reused == set(range(9, 15))
+    assert plan(20, [(0, 12)], 4, 2, context=[1, 2, 3, 4]).reused == set(range(4, 12))
+    assert plan(20, [(5, 17)], 4, 2, context=[1, 2, 3, 4]).reused == set(range(9, 17))
 
 
 @pytest.mark.parametrize("segments", [[(3, 3)], [(4, 2)], [(0, 5), (4, 8)], [(5, 8), (0, 3)]])

@@ -69,21 +69,33 @@ def test_every_plan_is_sound(prompt: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "length", "page", "opening", "core"),
+    ("policy", "outline", "page", "core"),
     [
-        (Seam(4), 100, 1, False, (4, 99)),
-        (Seam(4), 100, 1, True, (0, 99)),
-        (Seam(4), 100, 16, False, (16, 96)),
-        (Seam(17), 100, 16, False, (32, 96)),
-        (Seam(0), 16, 16, False, (0, 0)),
-        (Seam(0), 17, 16, False, (0, 16)),
-        (Seam(4), 1, 1, False, (4, 0)),
-        (Naive(), 32, 16, False, (0, 16)),
-        (Full(), 100, 1, True, (0, 0)),
+        (Seam(4), Outline(100), 1, (4, 100)),
+        (Seam(4), Outline(100, opening=True), 1, (0, 100)),
+        (Seam(4), Outline(100), 16, (16, 96)),
+        (Seam(17), Outline(100), 16, (32, 96)),
+        (Seam(0), Outline(16), 16, (0, 16)),
+        (Seam(0), Outline(16, tail=1), 16, (0, 0)),
+        (Seam(0), Outline(17, tail=1), 16, (0, 16)),
+        (Seam(4), Outline(100, tail=1), 1, (4, 99)),
+        (Seam(4), Outline(1), 1, (4, 1)),
+        (Seam(4), Outline(1, tail=1), 1, (4, 0)),
+        (Naive(), Outline(32), 16, (0, 32)),
+        (Naive(), Outline(32, tail=1), 16, (0, 16)),
+        (Full(), Outline(100, opening=True), 1, (0, 0)),
     ],
 )
-def test_core(policy, length, page, opening, core) -> None:
-    assert policy.cores([Outline(length, opening)], page=page) == [core]
+def test_core(policy, outline, page, core) -> None:
+    assert policy.cores([outline], page=page) == [core]
+
+
+def test_the_last_token_of_a_prompt_that_ends_in_a_segment_is_computed() -> None:
+    hits = [SegmentHit(0, 8, 0, slots(8, 0), (0, 8)), SegmentHit(8, 16, 8, slots(8, 64), (0, 8))]
+    for page, reused in ((1, 15), (4, 12)):
+        plan = make_plan(16, limit=15, prefix=slots(0, 0), hits=hits, page=page)
+        plan.check(page)
+        assert plan.reused == reused
 
 
 def test_a_seam_in_company_has_its_own_width() -> None:
@@ -92,11 +104,14 @@ def test_a_seam_in_company_has_its_own_width() -> None:
         Outline(100, in_company=True),
         Outline(100, opening=True, in_company=True),
     ]
-    assert Seam(16, 4).cores(outlines, page=4) == [(16, 96), (4, 96), (0, 96)]
+    assert Seam(16, 4).cores(outlines, page=4) == [(16, 100), (4, 100), (0, 100)]
 
 
 @given(
-    st.lists(st.builds(Outline, st.integers(1, 90), st.booleans(), st.booleans()), max_size=8),
+    st.lists(
+        st.builds(Outline, st.integers(1, 90), st.booleans(), st.booleans(), st.integers(0, 1)),
+        max_size=8,
+    ),
     st.sampled_from([0, 4, 16]),
     st.floats(0, 1),
     st.sampled_from([1, 4, 16]),

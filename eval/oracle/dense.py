@@ -101,12 +101,14 @@ def layout(
     policy: str = "seam",
     context: Sequence[int] = (),
     min_segment: int = 1,
+    tail: int = 0,
     prompt_ids: Sequence[int],
 ) -> Layout:
     """Decide token by token what a link reuses.
 
     A token is reused if its page, counted from its segment's first token, lies
-    wholly behind the seam and wholly in front of the segment's last token.
+    wholly behind the seam, wholly within the segment in front of its tail, and wholly
+    in front of the prompt's last token.
 
     Args:
         n_tokens: tokens of the prompt.
@@ -118,6 +120,7 @@ def layout(
         context: token ids that each segment is compiled behind, a multiple of
             the page.
         min_segment: shorter segments are not reused.
+        tail: last tokens of a segment that no link reuses: of a hybrid 1.
         prompt_ids: the prompt, of ``n_tokens`` tokens.
 
     Raises:
@@ -140,7 +143,9 @@ def layout(
         if policy != "full" and length >= min_segment:
             for i in range(length):
                 page_start = i // page * page
-                if page_start >= seam_here and page_start + page <= length - 1:
+                page_end = page_start + page
+                fits = page_end <= length - tail and start + page_end < n_tokens
+                if page_start >= seam_here and fits:
                     core.add(start + i)
         cores.append(frozenset(core))
     return Layout(tuple(cores))

@@ -40,9 +40,14 @@ Ending = Callable[[int, int], Sequence[tuple[int, Collection[str]]]]
 Turning = Callable[[torch.Tensor, int], torch.Tensor]
 
 
+# A core ends in front of a live token, so that the walk of the linear layers finds a
+# run between any two (``linear.step``).
+TAIL = 1
+
+
 def core_end_of(tokens: int, page: int) -> int:
     """Where the cores of a segment of so many tokens end."""
-    return max(0, (tokens - 1) // page * page)
+    return Outline(tokens, tail=TAIL).core_end(page)
 
 
 def _turn_end(turn: Turn, tokens: int) -> str:
@@ -66,6 +71,7 @@ class LinearStates:
     """
 
     keeps_states = True
+    tail = TAIL
 
     def __init__(
         self,
@@ -154,7 +160,7 @@ class LinearStates:
 
     def _heads(self, tokens: int, seams: Sequence[int]) -> list[int]:
         """First tokens of the cores of a segment of so many tokens."""
-        cores = [Seam(w).core(Outline(tokens), page=self._page) for w in seams]
+        cores = [Seam(w).core(Outline(tokens, tail=TAIL), page=self._page) for w in seams]
         return sorted({first for first, last in cores if first < last})
 
     # -- companies ------------------------------------------------------------------
@@ -336,7 +342,7 @@ class LinearStates:
         return held.core_end if held is not None else None
 
     def heads(self, tokens: int, seam: int) -> tuple[int, ...]:
-        first, last = Seam(seam).core(Outline(tokens), page=self._page)
+        first, last = Seam(seam).core(Outline(tokens, tail=TAIL), page=self._page)
         return (first,) if first < last else ()
 
     def check_saved(self, saved: SavedSegment, tokens: int) -> None:

@@ -1,8 +1,8 @@
 """Recompute policies: which tokens of a reused segment are computed anyway.
 
 A segment of L tokens splits into *head* (computed), *core* (whole pages,
-reused) and *tail* (computed together with the next segment's head). A policy
-answers one question: where does the core lie?
+reused) and *tail* (what is left of its last page, computed together with the next
+segment's head). A policy answers one question: where does the core lie?
 
 Policies that look at activations to choose tokens (CacheBlend selects the 15 %
 whose KV deviates most, by layer) do not fit this contract: it fixes the row's
@@ -50,11 +50,18 @@ class Outline(NamedTuple):
         opening: it starts the prompt exactly as it was compiled, so nothing that
             precedes it was missing when it was.
         in_company: what is held of it was computed in company (``forest.companies``).
+        tail: tokens at its end that are computed in any case
+            (``forest.carried.Carried.tail``).
     """
 
     length: int
     opening: bool = False
     in_company: bool = False
+    tail: int = 0
+
+    def core_end(self, page: int) -> int:
+        """Where its core ends at most, at whole pages."""
+        return floor_to(max(0, self.length - self.tail), page)
 
 
 Core = tuple[int, int]
@@ -82,9 +89,8 @@ class Seam:
     """EPIC's LegoLink (arXiv 2410.15332), page-aligned as in MEPIC (2512.16822).
 
     The first w tokens of every segment but the opening one are computed, in
-    whole pages; the last page is left to the tail, so that a prompt may end in
-    a segment and still have a live last token. At page size 1 this is
-    LegoLink with k = w; at page size P >= w it is MEPIC's first block.
+    whole pages. At page size 1 this is LegoLink with k = w; at page size P >= w
+    it is MEPIC's first block.
 
     Attributes:
         width: w of a segment that was compiled alone.
@@ -98,7 +104,7 @@ class Seam:
     def core(self, outline: Outline, *, page: int) -> Core:
         width = self.company_width if outline.in_company else self.width
         head = 0 if outline.opening else ceil_to(width, page)
-        return head, floor_to(outline.length - 1, page)
+        return head, outline.core_end(page)
 
     def cores(self, outlines: Sequence[Outline], *, page: int) -> list[Core]:
         return [self.core(outline, page=page) for outline in outlines]
@@ -138,7 +144,7 @@ class Naive:
     """Reuse everything, repair nothing: the lower bound of quality."""
 
     def cores(self, outlines: Sequence[Outline], *, page: int) -> list[Core]:
-        return [(0, floor_to(outline.length - 1, page)) for outline in outlines]
+        return [(0, outline.core_end(page)) for outline in outlines]
 
 
 @dataclasses.dataclass(frozen=True)
