@@ -5,7 +5,8 @@
 Starts our server and stock SGLang and asks both through the OpenAI client:
 once with the documents in one order, nothing cached, then twice with the
 documents in another order and another question. A prefix cache finds nothing
-but the opening again; linking finds every document.
+but the opening again; linking finds every document. By the third request they
+have come together twice and are linked as computed in each other's company.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Answer:
     ttft_s: float
     tokens_reused: int
     tokens_computed: int
+    in_company: bool
 
 
 def say(line: str) -> None:
@@ -82,11 +84,12 @@ def ask(server: Server, messages: Any) -> Answer:
     report = (usage.model_extra or {}).get("pic")
     if report is not None:  # ours
         reused, computed = report["tokens_reused"], report["tokens_computed"]
+        in_company = any(one["company"] > 1 for one in report["segments"])
     else:
         details = usage.prompt_tokens_details
         reused = (details.cached_tokens if details else None) or 0
-        computed = usage.prompt_tokens - reused
-    return Answer(text.strip(), ttft, reused, computed)
+        computed, in_company = usage.prompt_tokens - reused, False
+    return Answer(text.strip(), ttft, reused, computed, in_company)
 
 
 def make_tasks(passages: Sequence[Passage]) -> list[tuple[list[Passage], str]]:
@@ -116,7 +119,7 @@ def run(ours: Server, stock: Server) -> list[dict[str, Any]]:
             )
     rows = []
     for number, (documents, question) in enumerate(make_tasks(load_passages())):
-        _wait_for_compiles(ours)
+        _wait_for_idle_work(ours)
         for method, server in (("linked", ours), ("stock", stock)):
             answer = ask(server, chat_messages(documents, question, mark=server is ours))
             rows.append(
@@ -129,22 +132,33 @@ def run(ours: Server, stock: Server) -> list[dict[str, Any]]:
                     "ttft_s": answer.ttft_s,
                     "tokens_reused": answer.tokens_reused,
                     "tokens_computed": answer.tokens_computed,
+                    "in_company": answer.in_company,
                 }
             )
     return rows
 
 
-def _wait_for_compiles(ours: Server) -> None:
+def _wait_for_idle_work(ours: Server) -> None:
     """A reader takes longer over an answer than the server over the documents behind it."""
-    while ours.get("/pic/stats").json()["front"]["compiling"]:
+    while True:
+        front = ours.get("/pic/stats").json()["front"]
+        if not front["compiling"] and not front["companies_waiting"]:
+            return
         time.sleep(0.1)
+
+
+def _how(ours: dict[str, Any]) -> str:
+    if ours["method"] == "cold":
+        return "in order"
+    return "shuffled, in company" if ours["in_company"] else "shuffled"
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print one line a request, then the answers side by side."""
     times = Table(
         title=f"{DOCUMENTS} documents: tokens of the prompt, seconds to the first token",
-        caption="cold: answered in full, and every document compiled behind it; then reused",
+        caption="cold: answered in full, and every document compiled behind it; then reused, "
+        "and once they have come together twice, as computed together",
     )
     times.add_column("request")
     for name in ("reused", "computed", "cold", "linked", "plain SGLang", "ratio"):
@@ -156,7 +170,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         cold = ours["method"] == "cold"
         seconds = f"{ours['ttft_s']:.2f}"
         times.add_row(
-            f"{ours['request'] + 1} {'in order' if cold else 'shuffled'}",
+            f"{ours['request'] + 1} {_how(ours)}",
             str(ours["tokens_reused"]),
             str(ours["tokens_computed"]),
             seconds if cold else "",

@@ -206,9 +206,11 @@ def test_a_company_waits_for_an_idle_moment_but_not_for_ever(
         front.see(A, B)
         front.see(A, B)
         assert await front.made() == []
+        assert module.counts.companies_waiting == 1
         front.is_idle = True
         await asyncio.sleep(0.01)
         assert len(await front.made()) == 2
+        assert module.counts.companies_waiting == 0
         monkeypatch.setattr(idle, "PATIENCE_S", 0.01)
         front.is_idle = False
         front.see(C, D)

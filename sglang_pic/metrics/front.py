@@ -42,7 +42,8 @@ class AuditCounts:
 
 @dataclasses.dataclass
 class Counts:
-    """Counters of one front process; only ``compiling`` falls, and ``linking_off`` changes.
+    """Counters of one front process; only those of what is under way or waits
+    fall, and ``linking_off`` changes.
 
     Attributes:
         answers: answers to requests with segments, by exactness.
@@ -60,6 +61,7 @@ class Counts:
             behind other tokens; those of them compiled in idle time; and links of them.
         tokens_found: tokens that those links have reused, by rule.
         companies: made, in both orders.
+        companies_waiting: wanted for an idle moment, guests' included, and not made yet.
         documents_encoded, tokens_encoded: documents that a trained encoder has read.
         tokens_outside: of prompts, in encoded documents: they were in no row.
         compiles, compile_failures: segments and opening texts, by outcome.
@@ -94,6 +96,7 @@ class Counts:
     chunks_linked: dict[str, int] = dataclasses.field(default_factory=dict)
     tokens_found: dict[str, int] = dataclasses.field(default_factory=dict)
     companies: int = 0
+    companies_waiting: int = 0
     documents_encoded: int = 0
     tokens_encoded: int = 0
     tokens_outside: int = 0

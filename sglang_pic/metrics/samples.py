@@ -114,6 +114,11 @@ FRONT_METRICS = (
         lambda front: front["companies"],
     ),
     Metric(
+        PREFIX + "companies_queue",
+        "Sets of segments that wait for an idle moment to be computed together.",
+        lambda front: front["companies_waiting"],
+    ),
+    Metric(
         PREFIX + "documents_encoded_total",
         "Documents that a trained encoder was given to read.",
         lambda front: front["documents_encoded"],

@@ -289,6 +289,7 @@ class WhenIdle:
         self._waiting[company] = None
         if len(self._waiting) > MAX_WAITING:
             self._waiting.popitem(last=False)
+        counts.companies_waiting = len(self._waiting)
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._work())
 
@@ -303,3 +304,4 @@ class WhenIdle:
                 logger.warning("sglang_pic: a company could not be made: %r", error)
             # Until now it was not to be wanted again.
             self._waiting.pop(company, None)
+            counts.companies_waiting = len(self._waiting)
