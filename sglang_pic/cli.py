@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from sglang_pic import doctor, estimate, launch_server, route, top
-from sglang_pic.launch_server import did_you_mean
+from sglang_pic.flags import did_you_mean
 
 USAGE = """\
 sglang-pic serve --model-path MODEL [flags]   a server; `serve` may be left out

@@ -29,11 +29,11 @@ from sglang_pic import sglang_hooks
 from sglang_pic.config import PicConfig
 from sglang_pic.eval.models.smollm2 import ensure_model
 from sglang_pic.eval.serving import Server
+from sglang_pic.flags import pic_parser, read_config
 from sglang_pic.forest import build
 from sglang_pic.forest import state as forest_state
 from sglang_pic.forest.kept import Kept
 from sglang_pic.kernels.operators.pair import Pair
-from sglang_pic.launch_server import pic_parser, read_config
 from sglang_pic.linear.states import PackedStates
 from sglang_pic.link import report
 from sglang_pic.request.fields import MAX_SEGMENTS

@@ -17,8 +17,8 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sglang_pic.config import ENV_NAME, PicConfig
 from sglang_pic.errors import PicConfigError, PicRequestError
+from sglang_pic.flags import pic_parser, read_config
 from sglang_pic.forest.keys import is_reserved, namespace, segment_id
-from sglang_pic.launch_server import pic_parser, read_config
 from sglang_pic.platforms import host_tier
 from sglang_pic.server import funnel as funnel_module
 from sglang_pic.sglang_contract import check_shape

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sglang_pic import launch_server
+from sglang_pic import flags, launch_server
 from sglang_pic.config import ENV_NAME, PicConfig
 from sglang_pic.errors import PicConfigError
 
@@ -71,10 +71,10 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(tmp_path: pathlib.Path)
     assert done.returncode == 0, done.stderr
     said, large = json.loads(done.stdout)
     assert large == []
-    for (flags, expected), (code, text) in zip(cases.items(), said, strict=True):
-        assert code == 2 and expected in text, (flags, text)
+    for (given, expected), (code, text) in zip(cases.items(), said, strict=True):
+        assert code == 2 and expected in text, (given, text)
         # How it is called, and what is wrong.
-        assert len(text.splitlines()) == 2, (flags, text)
+        assert len(text.splitlines()) == 2, (given, text)
 
 
 def test_no_flag_of_sglangs_is_taken_for_one_of_ours() -> None:
@@ -82,12 +82,12 @@ def test_no_flag_of_sglangs_is_taken_for_one_of_ours() -> None:
 
     stock = argparse.ArgumentParser()
     ServerArgs.add_cli_args(stock)
-    flags = [option for action in stock._actions for option in action.option_strings]
-    assert len(flags) > 300
-    args = launch_server.pic_parser().parse_args(["--model-path", "m"])
-    launch_server.check_rest(args, [*flags, "pic-seem", "-1", "--", "-"])
+    theirs = [option for action in stock._actions for option in action.option_strings]
+    assert len(theirs) > 300
+    args = flags.pic_parser().parse_args(["--model-path", "m"])
+    flags.check_rest(args, [*theirs, "pic-seem", "-1", "--", "-"])
     with pytest.raises(PicConfigError):
-        launch_server.check_rest(args, [*flags, "--pic-seem"])
+        flags.check_rest(args, [*theirs, "--pic-seem"])
 
 
 def test_tenants_without_the_admins_key_are_refused_before_the_model_is_loaded(
@@ -100,20 +100,20 @@ def test_tenants_without_the_admins_key_are_refused_before_the_model_is_loaded(
     monkeypatch.setenv(ENV_NAME, "")
     file = tmp_path / "tenants"
     file.write_text('{"a-key-of-twenty-letters": "salt"}')
-    flags = ["--model-path", "m", "--pic-tenants", str(file)]
+    words = ["--model-path", "m", "--pic-tenants", str(file)]
     with pytest.raises(SystemExit) as ended:
-        launch_server.main(flags)
+        launch_server.main(words)
     said = capsys.readouterr().err
     assert ended.value.code == 2 and "--pic-tenants needs --admin-api-key" in said
     assert not ran
-    launch_server.main([*flags, "--admin-api-key", "a-key-of-the-operators"])
+    launch_server.main([*words, "--admin-api-key", "a-key-of-the-operators"])
     assert len(ran) == 1
 
 
 def test_every_flag_reaches_its_setting() -> None:
     defaults = PicConfig()
     reached = set()
-    for action in launch_server.pic_parser()._actions:
+    for action in flags.pic_parser()._actions:
         flag = action.option_strings[-1]
         name = flag.removeprefix("--pic-").replace("-", "_")
         if not flag.startswith("--pic-") or name in ("compile_context", "compile_context_file"):
@@ -127,8 +127,8 @@ def test_every_flag_reaches_its_setting() -> None:
                 kind = action.type or str
                 other = kind(before / 2 if before else 1) if kind is not str else "path"  # type: ignore
             words.append(str(other))
-        args = launch_server.pic_parser().parse_args(["--model-path", "model", *words])
-        found = getattr(launch_server.read_config(args), name)
+        args = flags.pic_parser().parse_args(["--model-path", "model", *words])
+        found = getattr(flags.read_config(args), name)
         assert found != before, flag
         assert len(words) == 1 or str(found) == words[1], flag
         reached.add(name)
