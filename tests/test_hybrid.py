@@ -80,7 +80,7 @@ def check_linked(
 ) -> None:
     """The answer is the oracle's, and exactly the tokens of the formula were reused."""
     planned = dense.layout(
-        len(ids), segments, seam=seam, page=page, policy=policy, tail=1, prompt_ids=ids
+        len(ids), segments, seam=seam, page=page, policy=policy, whole=True, prompt_ids=ids
     )
     report = answer["meta_info"]["pic"]
     reused = report["tokens_reused"] - report["prefix_tokens"] - report["turn_tokens"]
@@ -144,7 +144,7 @@ def test_any_layout_matches_the_oracle(
     cold = server.generate(**body(ids, segments, 3, salt, **pic))
     warm = server.generate(**body(ids, segments, 3, salt, **pic))
     planned = dense.layout(
-        len(ids), segments, seam=seam, page=page, policy=policy, tail=1, prompt_ids=ids
+        len(ids), segments, seam=seam, page=page, policy=policy, whole=True, prompt_ids=ids
     )
     for answer in (cold, warm):
         if planned.n_reused:

@@ -101,7 +101,7 @@ def compile_segments(
     """Compile all segments in one batch of chunked prefills."""
     captures = []
     for segment in segments:
-        first, last = Seam(seam).core(Outline(len(segment), tail=1), page=page)
+        first, last = Seam(seam).core(Outline(len(segment)), page=page)
         heads = [first] if first < last else []
         captures.append(Capture(SHAPE, start=0, heads=heads, core_end=max(0, last)))
     conv, states = pools(len(segments))
@@ -152,7 +152,7 @@ def plan_prompt(
             state = core_of(captures[i], opening=opening)
             if state is not None:
                 slots = torch.arange(len(part) // page * page) + 1000 * i
-                core = Seam(seam).core(Outline(len(part), opening, tail=1), page=page)
+                core = Seam(seam).core(Outline(len(part), opening), page=page)
                 hits.append(SegmentHit(start, end, start, slots, core, state))
         tokens += part
     plan = make_plan(
@@ -268,7 +268,7 @@ def compile_company(
     """Captures of all members, read off one prefill behind the opening."""
     captures, row = [], list(opening)
     for member in members:
-        first, last = Seam(seam).core(Outline(len(member), tail=1), page=page)
+        first, last = Seam(seam).core(Outline(len(member)), page=page)
         heads = [first] if first < last else []
         where = {"start": len(row), "heads": heads, "core_end": max(0, last)}
         captures.append(Capture(SHAPE, opens=False, **where))
@@ -344,13 +344,13 @@ def test_kernel_calls_do_not_grow(calls: dict[str, int], requests: int, segments
 
 def test_runs_end_where_cores_stand() -> None:
     layer = make_layer()
-    parts = [("text", [1, 2, 3]), ("segment", list(range(20))), ("segment", list(range(30)))]
-    segments = [tokens for kind, tokens in parts if kind == "segment"]
-    found = compile_segments(layer, segments, seam=4, page=1, chunk=64)
+    a, b = list(range(20)), list(range(30))
+    parts = [("text", [1, 2, 3]), ("segment", a), ("segment", b), ("text", [4, 5])]
+    found = compile_segments(layer, [a, b], seam=4, page=1, chunk=64)
     _, plan = plan_prompt(parts, {1: found[0], 2: found[1]}, seam=4, page=1)
-    # text and head, tail and head, tail
-    assert [run.length for run in runs_of(plan, plan.reused, 13)] == [7, 5, 1]
-    assert [run.core is None for run in runs_of(plan, plan.reused, 13)] == [True, False, False]
+    # text and head, head, question
+    assert [run.length for run in runs_of(plan, plan.reused, 13)] == [7, 4, 2]
+    assert [len(run.cores) for run in runs_of(plan, plan.reused, 13)] == [0, 1, 1]
     assert [run.length for run in runs_of(plan, plan.reused + 7, 3)] == [3]
     assert not has_core(plan, plan.reused + 8, 3)
 

@@ -69,7 +69,7 @@ def check_linked(
 ) -> None:
     """The answer is the oracle's, and exactly the tokens of the formula were reused."""
     where = {"seam": seam, "page": page, "policy": policy}
-    planned = dense.layout(len(ids), segments, tail=1, prompt_ids=ids, **where)
+    planned = dense.layout(len(ids), segments, whole=True, prompt_ids=ids, **where)
     report = answer["meta_info"]["pic"]
     reused = report["tokens_reused"] - report["prefix_tokens"] - report["turn_tokens"]
     assert reused == planned.n_reused, report
@@ -117,7 +117,7 @@ def test_any_layout_matches_the_oracle(
     salt = fresh_salt()
     pic: dict[str, Any] = {"seam": seam, "policy": policy, "state": state}
     planned = dense.layout(
-        len(ids), segments, seam=seam, page=page, policy=policy, tail=1, prompt_ids=ids
+        len(ids), segments, seam=seam, page=page, policy=policy, whole=True, prompt_ids=ids
     )
     for _ in ("compiles", "finds everything"):
         answer = server.generate(**body(ids, segments, 3, salt, **pic))

@@ -87,7 +87,7 @@ def check(
 ) -> None:
     """The answer is the oracle's."""
     chosen = answer["output_ids"]
-    rule = {"seam": where["seam"], "page": cell.page, "tail": int(cell.family.linear)}
+    rule = {"seam": where["seam"], "page": cell.page, "whole": cell.family.linear}
     planned = dense.layout(len(ids), segments, prompt_ids=ids, **rule)
     report = answer["meta_info"]["pic"]
     if planned.n_reused:

@@ -65,7 +65,7 @@ def cases(draw):
 # -- which tokens are reused ------------------------------------------------------
 
 
-def plan(n, segments, seam, page, policy="seam", context=(), min_segment=1, tail=0) -> Layout:
+def plan(n, segments, seam, page, policy="seam", context=(), min_segment=1, whole=False) -> Layout:
     prompt = [*context, *ids(n)][:n]
     return layout(
         n,
@@ -75,7 +75,7 @@ def plan(n, segments, seam, page, policy="seam", context=(), min_segment=1, tail
         policy=policy,
         context=context,
         min_segment=min_segment,
-        tail=tail,
+        whole=whole,
         prompt_ids=prompt,
     )
 
@@ -118,15 +118,14 @@ def test_reused_tokens_by_hand(n, segments, seam, page, reused):
 @pytest.mark.parametrize(
     ("segments", "page", "reused"),
     [
-        ([(5, 15)], 1, range(5, 14)),
-        ([(5, 6)], 1, []),
-        ([(0, 10), (10, 20)], 1, [*range(9), *range(10, 19)]),
-        ([(5, 9)], 4, []),  # exactly a page: it holds the last token
-        ([(5, 10)], 4, range(5, 9)),
+        ([(0, 10), (10, 20)], 1, range(10)),
+        ([(0, 10), (10, 19)], 1, range(19)),
+        ([(4, 20)], 4, []),
+        ([(5, 20)], 4, range(5, 17)),  # its last token is on no whole page
     ],
 )
-def test_with_a_tail_a_segments_last_token_is_computed(segments, page, reused):
-    assert plan(20, segments, 0, page, tail=1).reused == set(reused)
+def test_whole_cores_are_not_cut_in_front_of_a_prompts_last_token(segments, page, reused):
+    assert plan(20, segments, 0, page, whole=True).reused == set(reused)
 
 
 def test_policies_context_and_minimum_by_hand():

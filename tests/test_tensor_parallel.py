@@ -204,7 +204,9 @@ def test_two_ranks_link_a_hybrid_alike(
             prompt = assemble([("text", [5, 6]), *parts, ("text", ids_of(order[0], 7))])
             answer = ask(server, prompt, salt)
             ids, segments = prompt
-            planned = dense.layout(len(ids), segments, seam=4, page=page, tail=1, prompt_ids=ids)
+            planned = dense.layout(
+                len(ids), segments, seam=4, page=page, whole=True, prompt_ids=ids
+            )
             report = answer["meta_info"]["pic"]
             assert report["tokens_reused"] - report["prefix_tokens"] == planned.n_reused
             check_hybrid(answer, ids, segments, kind, page)

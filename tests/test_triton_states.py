@@ -203,7 +203,7 @@ def test_cores_are_read_where_the_store_keeps_them(matrix: bool, dtype: str) -> 
         held = store.find(name, ("us", ""))
         assert held is not None
         found = [held.core(4, 9, opening=opening) for opening in (True, False)]
-        runs = [(step.Run(1, core), LinkOptions()) for core in found if core]
+        runs = [(step.Core(core, 5, 0), LinkOptions()) for core in found if core]
         cores = step._cores(runs, shape, None)
         assert len(cores.pairs) == n_cores
         opening, composed = cores.pairs
@@ -221,7 +221,7 @@ def test_ablated_cores(ablation: str, matrix: bool) -> None:
     shape = LinearShape(3, HEADS, 32, 16, 8, 3, scalar=not matrix)
     pair = draw_pairs(3, 32, 16, matrix=matrix)
     core = CoreState(pack(pair), None, torch.randn(3, 8, 3))
-    runs = [(step.Run(1, core), LinkOptions(ablation=ablation))]
+    runs = [(step.Core(core, 5, 0), LinkOptions(ablation=ablation))]
     cores = step._cores(runs, shape, None)
     operator, state = pair.A, pair.B
     if ablation == "identity_operator":

@@ -101,14 +101,14 @@ def layout(
     policy: str = "seam",
     context: Sequence[int] = (),
     min_segment: int = 1,
-    tail: int = 0,
+    whole: bool = False,
     prompt_ids: Sequence[int],
 ) -> Layout:
     """Decide token by token what a link reuses.
 
     A token is reused if its page, counted from its segment's first token, lies
-    wholly behind the seam, wholly within the segment in front of its tail, and wholly
-    in front of the prompt's last token.
+    wholly behind the seam, wholly within the segment, and wholly in front of the
+    prompt's last token.
 
     Args:
         n_tokens: tokens of the prompt.
@@ -120,7 +120,8 @@ def layout(
         context: token ids that each segment is compiled behind, a multiple of
             the page.
         min_segment: shorter segments are not reused.
-        tail: last tokens of a segment that no link reuses: of a hybrid 1.
+        whole: of a segment that reaches to the prompt's last token nothing is reused, as
+            in a hybrid, whose states cannot be cut.
         prompt_ids: the prompt, of ``n_tokens`` tokens.
 
     Raises:
@@ -143,10 +144,12 @@ def layout(
         if policy != "full" and length >= min_segment:
             for i in range(length):
                 page_start = i // page * page
-                page_end = page_start + page
-                fits = page_end <= length - tail and start + page_end < n_tokens
-                if page_start >= seam_here and fits:
+                if page_start >= seam_here and page_start + page <= length:
                     core.add(start + i)
+        last = max(core, default=-1)
+        if last == n_tokens - 1:
+            last_page = start + (last - start) // page * page
+            core = set() if whole else {i for i in core if i < last_page}
         cores.append(frozenset(core))
     return Layout(tuple(cores))
 

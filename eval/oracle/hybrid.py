@@ -83,7 +83,7 @@ def walk(
         policy=policy,
         context=context,
         min_segment=min_segment,
-        tail=1,
+        whole=True,
         prompt_ids=prompt_ids,
     )
     ids = [*prompt_ids, *forced[:-1]]

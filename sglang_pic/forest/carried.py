@@ -40,8 +40,6 @@ class Carried(Protocol):
     ``budget``: bytes that all of it may take. ``usual_nbytes``: at most what one more
     segment takes, for one seam width. ``history``: tokens at a core's beginning that see
     what stands in front of it, whatever else does: the convolutions' width less one.
-    ``tail``: tokens at a segment's end that are computed in any case, so that no two
-    cores meet.
     """
 
     @property
@@ -52,9 +50,6 @@ class Carried(Protocol):
 
     @property
     def history(self) -> int: ...
-
-    @property
-    def tail(self) -> int: ...
 
     # -- compiles
 
@@ -254,7 +249,7 @@ class Carried(Protocol):
 class Nothing:
     """Pages are all there is: of models whose attention is full."""
 
-    budget = usual_nbytes = history = tail = 0
+    budget = usual_nbytes = history = 0
     keeps_states = False
 
     def begin(self, req: Req, seams: Sequence[int], held: Path) -> Path:

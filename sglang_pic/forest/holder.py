@@ -184,8 +184,7 @@ class Holder:
 
     def is_ready(self, record: SegmentRecord, seam: int) -> bool:
         """Whether a held segment has all that a link of this seam width needs."""
-        outline = Outline(record.tokens, tail=self._carried.tail)
-        core = Seam(seam).core(outline, page=self._pages.page_size)
+        core = Seam(seam).core(Outline(record.tokens), page=self._pages.page_size)
         if core[0] >= core[1]:
             return True
         return self._carried.of_core(record.id, record.owner, core, opening=False)[1] is None

@@ -152,7 +152,7 @@ class Lookups:
             found.append(lookup)
             # Guests are strangers: they make up for no seam.
             in_company = lookup is not None and lookup.company > 0 and not lookup.guests
-            outlines.append(Outline(max(1, len(text)), opening, in_company, self._carried.tail))
+            outlines.append(Outline(max(1, len(text)), opening, in_company))
         cores = policy.cores(outlines, page=self._pages.page_size)
         return [
             self._with_core(lookup, owner, core, outline.opening) if lookup is not None else None

@@ -27,7 +27,7 @@ from sglang_pic.linear.shape import LinearShape
 from sglang_pic.linear.state import CoreState, SegmentState
 from sglang_pic.linear.states import PackedStates
 from sglang_pic.link.plan import LinkPlan
-from sglang_pic.link.policy import LinkOptions, Outline, Seam
+from sglang_pic.link.policy import LinkOptions, Outline, Seam, floor_to
 from sglang_pic.link.report import NO_STATE
 from sglang_pic.store.value import OTHER_SHAPE, BadValue, SavedSegment
 
@@ -38,16 +38,6 @@ if TYPE_CHECKING:
 # the deepest first.
 Ending = Callable[[int, int], Sequence[tuple[int, Collection[str]]]]
 Turning = Callable[[torch.Tensor, int], torch.Tensor]
-
-
-# A core ends in front of a live token, so that the walk of the linear layers finds a
-# run between any two (``linear.step``).
-TAIL = 1
-
-
-def core_end_of(tokens: int, page: int) -> int:
-    """Where the cores of a segment of so many tokens end."""
-    return Outline(tokens, tail=TAIL).core_end(page)
 
 
 def _turn_end(turn: Turn, tokens: int) -> str:
@@ -71,7 +61,6 @@ class LinearStates:
     """
 
     keeps_states = True
-    tail = TAIL
 
     def __init__(
         self,
@@ -125,7 +114,7 @@ class LinearStates:
         """From the first token, or from where a shorter segment's cores end: the pairs
         must see all tokens."""
         length = len(req.origin_input_ids) - self._context
-        core_end, heads = core_end_of(length, self._page), self._heads(length, seams)
+        core_end, heads = floor_to(length, self._page), self._heads(length, seams)
         capture = Capture(self._shape, start=self._context, heads=heads, core_end=core_end)
         self._captures[req] = (capture,)
         owner = owner_of(req.cache_salt or "", req.extra_key)
@@ -160,7 +149,7 @@ class LinearStates:
 
     def _heads(self, tokens: int, seams: Sequence[int]) -> list[int]:
         """First tokens of the cores of a segment of so many tokens."""
-        cores = [Seam(w).core(Outline(tokens, tail=TAIL), page=self._page) for w in seams]
+        cores = [Seam(w).core(Outline(tokens), page=self._page) for w in seams]
         return sorted({first for first, last in cores if first < last})
 
     # -- companies ------------------------------------------------------------------
@@ -174,7 +163,7 @@ class LinearStates:
                 self._shape,
                 start=start,
                 heads=self._heads(end - start, seams),
-                core_end=core_end_of(end - start, self._page),
+                core_end=floor_to(end - start, self._page),
                 opens=False,
             )
             for start, end in members
@@ -342,7 +331,7 @@ class LinearStates:
         return held.core_end if held is not None else None
 
     def heads(self, tokens: int, seam: int) -> tuple[int, ...]:
-        first, last = Seam(seam).core(Outline(tokens, tail=TAIL), page=self._page)
+        first, last = Seam(seam).core(Outline(tokens), page=self._page)
         return (first,) if first < last else ()
 
     def check_saved(self, saved: SavedSegment, tokens: int) -> None:
@@ -351,7 +340,7 @@ class LinearStates:
             if states or saved.heads:
                 raise BadValue(OTHER_SHAPE, "states that end nowhere")
             return
-        if saved.core_end != core_end_of(tokens, self._page):
+        if saved.core_end != floor_to(tokens, self._page):
             raise BadValue(OTHER_SHAPE, f"its cores end at {saved.core_end}")
         if {int(name.split(".")[1]) for name in states if name.startswith("pair.")} != {
             *saved.heads

@@ -3,14 +3,14 @@
 In position order a linked row is cores, which are composed, and *runs* of
 computed tokens between them, which the layer's own kernel walks:
 
-    core  run  core  run  ...  core  run
-    S <- A S + B      S <- kernel(S)
+    core  run  core  core  run  ...  core  run
+    S <- A S + B           S <- kernel(S)
 
 Where a layer turns its keys by their positions, B is turned by the core's offset first.
-Every core ends in front of a live token (its segment's tail), so that at most
-one core stands before a run. What a run does to the state is a pair as well,
-so all states in front of all runs follow from pairs alone (HYPIC's composition),
-and the kernel then walks every run from its true state in one launch.
+The last token of a prompt is computed, so every core has a run behind it. What a run
+does to the state is a pair as well, so all states in front of all runs follow from
+pairs alone (HYPIC's composition), and the kernel then walks every run from its true
+state in one launch.
 """
 
 from __future__ import annotations
@@ -48,40 +48,43 @@ class LinkRow:
 
 
 @dataclasses.dataclass(frozen=True)
+class Core:
+    """A core of ``length`` tokens, which now stands ``moved`` positions behind where it was
+    compiled."""
+
+    state: CoreState
+    length: int
+    moved: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
-    """``length`` computed tokens in a row, and the core in front of them, which now stands
-    ``moved`` positions behind where it was compiled."""
+    """``length`` computed tokens in a row, and the cores in front of them."""
 
     length: int
-    core: CoreState | None = None
-    core_length: int = 0
-    moved: int = 0
+    cores: tuple[Core, ...] = ()
 
 
 def runs_of(plan: LinkPlan, prefix: int, extend: int) -> list[Run]:
     """Runs of a row's entries ``[prefix, prefix + extend)``, with the cores that
     stand between them and behind what was computed before."""
     done = prefix - plan.reused
-    cores = [span for span in plan.spans if span.state is not None]
-    # Tokens generated since the plan was made follow all cores.
-    bounds = [span.first_seer for span in cores if done <= span.first_seer < done + extend]
-    # An earlier turn has the history of all that precedes its end.
-    lengths = [span.n_tokens if span.among is None else span.end for span in cores]
-    before = {
-        span.first_seer: (span.state, length, span.moved)
-        for span, length in zip(cores, lengths, strict=True)
-    }
-    edges = [*sorted({done, *bounds}), done + extend]
-    return [
-        Run(stop - start, *before.get(start, (None, 0, 0)))
-        for start, stop in itertools.pairwise(edges)
-    ]
+    before: dict[int, list[Core]] = {done: []}
+    for span in plan.spans:
+        # Tokens generated since the plan was made follow all cores.
+        if span.state is not None and done <= span.first_seer < done + extend:
+            # An earlier turn has the history of all that precedes its end.
+            length = span.n_tokens if span.among is None else span.end
+            core = Core(span.state, length, span.moved)
+            before.setdefault(span.first_seer, []).append(core)
+    edges = [*sorted(before), done + extend]
+    return [Run(stop - start, tuple(before[start])) for start, stop in itertools.pairwise(edges)]
 
 
 def has_core(plan: LinkPlan, prefix: int, extend: int) -> bool:
     """Whether a core must be composed among these row entries; without one the
     request's slot holds the right state and the row is an ordinary one."""
-    return any(run.core is not None for run in runs_of(plan, prefix, extend))
+    return any(run.cores for run in runs_of(plan, prefix, extend))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +187,7 @@ def build_link(
     there = ship({**index, **walk}, slots.device)
     index = {name: there[name].long() for name in index}
     cores = _cores(
-        [(run, rows[row].options) for row, _, run in runs if run.core is not None], shape, rope
+        [(core, rows[row].options) for row, _, run in runs for core in run.cores], shape, rope
     )
     cores.used_here()
     return LinkStep(
@@ -204,7 +207,7 @@ def build_link(
 
 def _walk(runs: Sequence[tuple[int, int, Run]], rows: int) -> dict[str, torch.Tensor]:
     """Tables of ``Walk``: the pieces in front of runs (row, rank, run): between two runs
-    of a row the first one, and in front of a run its core."""
+    of a row the first one, and in front of a run its cores."""
     bounds, opening = [0], [-1] * rows
     source: list[int] = []
     target: list[int] = []
@@ -215,13 +218,14 @@ def _walk(runs: Sequence[tuple[int, int, Run]], rows: int) -> dict[str, torch.Te
         if rank > 0:
             inner += 1
             source.append(-inner)
-            target.append(-1 if run.core is not None else i)
-        if run.core is not None:
-            source.append(cores)
-            target.append(i)
-            cores += 1
-        elif rank == 0:
+            target.append(-1)
+        source += range(cores, cores + len(run.cores))
+        target += [-1] * len(run.cores)
+        cores += len(run.cores)
+        if rank == 0 and not run.cores:
             opening[row] = i
+        else:
+            target[-1] = i
     bounds.append(len(source))
 
     made = {"bounds": bounds, "source": source, "target": target, "opening": opening}
@@ -233,15 +237,15 @@ def _histories(
 ) -> tuple[list[int], list[list[int]]]:
     """``borrowed`` and ``before`` of runs (row, rank, run), for histories of ``width``."""
     cores = rows * width
-    tokens = cores + width * sum(run.core is not None for *_, run in runs)
+    tokens = cores + width * sum(len(run.cores) for *_, run in runs)
     before, recent = [], []
     core_end, run_end = cores, tokens
     for row, rank, run in runs:
         if rank == 0:
             recent = list(range(row * width, (row + 1) * width))
-        if run.core is not None:
+        for core in run.cores:
             core_end += width
-            recent += range(core_end - min(run.core_length, width), core_end)
+            recent += range(core_end - min(core.length, width), core_end)
         before.append(recent[-width:])
         run_end += run.length
         recent = [*recent[-width:], *range(run_end - min(run.length, width), run_end)]
@@ -251,16 +255,15 @@ def _histories(
 
 
 def _cores(
-    runs: Sequence[tuple[Run, LinkOptions]], shape: LinearShape, rope: LayerRope | None
+    cores: Sequence[tuple[Core, LinkOptions]], shape: LinearShape, rope: LayerRope | None
 ) -> Cores:
     pairs, tails = [], []
-    for run, options in runs:
-        assert run.core is not None
-        tail = run.core.conv_tail
+    for core, options in cores:
+        tail = core.state.conv_tail
         tails.append(torch.zeros_like(tail) if options.ablation == "no_conv_tail" else tail)
-        pair = _pair(run.core, options, shape)
-        if rope is not None and run.moved:
-            pair = dataclasses.replace(pair, state=turned(pair.state, rope, run.moved))
+        pair = _pair(core.state, options, shape)
+        if rope is not None and core.moved:
+            pair = dataclasses.replace(pair, state=turned(pair.state, rope, core.moved))
         pairs.append(pair)
     return Cores(pairs, tails)
 

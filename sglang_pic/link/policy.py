@@ -50,18 +50,11 @@ class Outline(NamedTuple):
         opening: it starts the prompt exactly as it was compiled, so nothing that
             precedes it was missing when it was.
         in_company: what is held of it was computed in company (``forest.companies``).
-        tail: tokens at its end that are computed in any case
-            (``forest.carried.Carried.tail``).
     """
 
     length: int
     opening: bool = False
     in_company: bool = False
-    tail: int = 0
-
-    def core_end(self, page: int) -> int:
-        """Where its core ends at most, at whole pages."""
-        return floor_to(max(0, self.length - self.tail), page)
 
 
 Core = tuple[int, int]
@@ -104,7 +97,7 @@ class Seam:
     def core(self, outline: Outline, *, page: int) -> Core:
         width = self.company_width if outline.in_company else self.width
         head = 0 if outline.opening else ceil_to(width, page)
-        return head, outline.core_end(page)
+        return head, floor_to(outline.length, page)
 
     def cores(self, outlines: Sequence[Outline], *, page: int) -> list[Core]:
         return [self.core(outline, page=page) for outline in outlines]
@@ -144,7 +137,7 @@ class Naive:
     """Reuse everything, repair nothing: the lower bound of quality."""
 
     def cores(self, outlines: Sequence[Outline], *, page: int) -> list[Core]:
-        return [(0, outline.core_end(page)) for outline in outlines]
+        return [(0, floor_to(outline.length, page)) for outline in outlines]
 
 
 @dataclasses.dataclass(frozen=True)

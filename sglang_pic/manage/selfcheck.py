@@ -42,8 +42,7 @@ def selfcheck(scheduler: Any, req: Any, *, at: int, seam: int) -> dict[str, Any]
         checks["rotation"] = rotary
     if isinstance(forest.carried, LinearStates):
         length = len(whole) - at
-        outline = Outline(length, tail=forest.carried.tail)
-        first, last = Seam(seam).core(outline, page=forest.pages.page_size)
+        first, last = Seam(seam).core(Outline(length), page=forest.pages.page_size)
         core = _states(forest, forest.carried, req, whole[at:]).core(first, last, opening=False)
         if core is None:
             raise PicRefused(404, "no state for this seam", "seam")

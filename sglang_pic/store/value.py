@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-FORMAT = 3
+FORMAT = 4
 # Of a value that was compiled alone.
 ALONE = "alone"
 MAX_HEAD = 16 << 20
@@ -114,7 +114,9 @@ class Codec:
     def __init__(self, marks: dict[str, str], key: bytes | None = None):
         self._marks = marks
         self._key = key
-        self._seed = hashlib.blake2b(json.dumps(marks).encode(), digest_size=16).digest()
+        # Servers of two formats do not write over each other's values.
+        made_for = json.dumps([FORMAT, marks])
+        self._seed = hashlib.blake2b(made_for.encode(), digest_size=16).digest()
 
     # -- names --------------------------------------------------------------------------
 

@@ -8,7 +8,8 @@ gradients, to fine-tune and to judge a model by. A prompt is
 Each segment is compiled alone. Of its core, tokens [seam, length - 1), a link
 takes keys and values, the pair (A, B) of every linear layer and the last 3
 inputs of its convolution; all other tokens are *live* and computed where they
-stand.
+stand. (The server reuses a segment's last token, too, since 2026-11-28; the weights that
+ship were made before.)
 """
 
 from __future__ import annotations
