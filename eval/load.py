@@ -1,6 +1,7 @@
 """Time to first token and throughput under load, at several request rates.
 
-    python -m eval.load [--quick] [--workload NAME] [--hybrid] [--json FILE] [--plot FILE]
+    python -m eval.load [--quick] [--workload NAME] [--rates R ...] [--hybrid]
+                        [--json FILE] [--plot FILE]
 
 Requests arrive as a Poisson process, whether or not earlier ones are answered. Every
 method gets the same prompts at the same times and begins with an empty cache, so that
@@ -232,10 +233,17 @@ def _in_hooks(pair: Bench, rng: random.Random) -> float:
 
 
 def run(
-    pair: Bench, *, quick: bool, names: Sequence[str] = NAMES, seam: int = SEAM, seed: int = 0
+    pair: Bench,
+    *,
+    quick: bool,
+    names: Sequence[str] = NAMES,
+    rates: Sequence[float] | None = None,
+    seam: int = SEAM,
+    seed: int = 0,
 ) -> Outcome:
-    """The workloads of ``names``."""
-    rates, count = (QUICK_RATES, QUICK_REQUESTS) if quick else (RATES, REQUESTS)
+    """The workloads of ``names``, at ``rates`` in requests a second."""
+    rates = rates or (QUICK_RATES if quick else RATES)
+    count = QUICK_REQUESTS if quick else REQUESTS
     rng = random.Random(seed)
     for server in (pair.stock, pair.ours):
         server.generate(**{**_plain(pair, rng), "stream": False})
@@ -348,11 +356,16 @@ def plot(rows: Sequence[dict[str, Any]]) -> Any:
 def main() -> None:
     parser = parser_of(__doc__, "two rates, few requests")
     parser.add_argument("--workload", choices=NAMES, help="one of them (all)")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", help="requests a second (0.25 to 4, in five steps)"
+    )
     add_speed_flags(parser, SEAM)
     args = parser.parse_args()
     names = (args.workload,) if args.workload else NAMES
     with bench("hybrid" if args.hybrid else "smollm2") as pair:
-        outcome = run(pair, quick=args.quick, names=names, seam=args.seam, seed=args.seed)
+        outcome = run(
+            pair, quick=args.quick, names=names, rates=args.rates, seam=args.seam, seed=args.seed
+        )
     deliver(outcome, args)
 
 

@@ -24,7 +24,7 @@ from sglang_pic.linear.shape import LinearShape
 from sglang_pic.linear.state import CoreState
 from sglang_pic.linear.states import PackedStates
 from sglang_pic.linear.step import LinkRow, build_link, has_core, runs_of
-from sglang_pic.link.plan import LinkPlan, SegmentHit, make_plan
+from sglang_pic.link.plan import LinkPlan, SegmentHit, make_plan, reuse_turns
 from sglang_pic.link.policy import LinkOptions, Outline, Seam
 from sglang_pic.platforms import linear_kernels
 
@@ -353,6 +353,36 @@ def test_runs_end_where_cores_stand() -> None:
     assert [len(run.cores) for run in runs_of(plan, plan.reused, 13)] == [0, 1, 1]
     assert [run.length for run in runs_of(plan, plan.reused + 7, 3)] == [3]
     assert not has_core(plan, plan.reused + 8, 3)
+
+
+def test_cores_that_meet_act_in_the_order_in_which_they_stand() -> None:
+    """Two segments without a seam, and one that follows an earlier turn at once."""
+    layer = make_layer()
+    a, b = list(range(20)), list(range(30, 32))
+    parts = [("text", [1, 2, 3]), ("segment", a), ("segment", b), ("text", [4, 5])]
+    found = compile_segments(layer, [a, b], seam=0, page=1, chunk=64)
+    _, plan = plan_prompt(parts, {1: found[0], 2: found[1]}, seam=0, page=1)
+    first, second = runs_of(plan, plan.reused, 5)
+    assert (first.length, second.length) == (3, 2) and not first.cores
+    assert [core.length for core in second.cores] == [20, 2]
+    conv, states = pools(1)
+    inner = Pair(torch.rand(1, HEADS, DK, DK), torch.rand(1, HEADS, DK, DV))
+    step = build_link([LinkRow(plan, LinkOptions(), 0, plan.reused, 5, 0)], SHAPE, torch.arange(1))
+    expected = inner.B[0]
+    for capture in found:
+        (pair,) = capture.pairs().values()
+        expected = pair.A[0] @ expected + pair.B[0]
+    there = step.incoming(0, states.mT.contiguous(), inner)
+    torch.testing.assert_close(there[1], expected)
+    # Of the second, shorter than a history, all; and what the first ends with.
+    history = step.history(0, conv, torch.zeros(5, CHANNELS))
+    tails = found[0].conv_tail[0][:, 2:], found[1].conv_tail[0][:, 1:]
+    torch.testing.assert_close(history[1], torch.cat(tails, 1))
+
+    end = CoreState(None, torch.zeros(1, HEADS, DK, DV), torch.zeros(1, CHANNELS, 3))
+    later = reuse_turns(plan, [torch.arange(3)], 0, end)
+    (run,) = runs_of(later, later.reused, 2)
+    assert [core.state for core in run.cores] == [end, *(core.state for core in second.cores)]
 
 
 OWNER = ("pic\x1fcontext\x1fus", "")
