@@ -44,13 +44,13 @@ from sglang_pic.request.base import LinkRequest, TokenSpan
 from sglang_pic.request.commands import UNWRITTEN, WRITING, WRITTEN
 from sglang_pic.request.hints import MISSING
 from sglang_pic.server import encoded_life, stored
-from sglang_pic.server.encoded_life import WithEncoder
 from sglang_pic.server.encoding import Job
 from sglang_pic.server.fetching import FromStore
 from sglang_pic.server.items import DocumentItem
 from sglang_pic.server.queue import FairQueue
 from sglang_pic.server.sources import COMPUTED, IN_STORE, LATE, STORE, Source
 from sglang_pic.server.waited import NOTHING as NO_WAIT
+from sglang_pic.server.with_encoder import WithEncoder
 from sglang_pic.store import value as values
 from sglang_pic.store.base import Guarded
 from sglang_pic.store.directory import SUFFIX, Directory

@@ -1,6 +1,6 @@
 """What the front does for prompts whose documents a trained encoder reads.
 
-On a server with an encoder: ``server.encoded_life``. On any other they are refused.
+On a server with an encoder: ``server.with_encoder``. On any other they are refused.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ from sglang_pic.server.commands import command
 from sglang_pic.server.companions import Companions, Maker, WhenAsked, WhenIdle
 from sglang_pic.server.compiler import Compiler, Job
 from sglang_pic.server.documents import Documents, NoDocuments
-from sglang_pic.server.encoded_life import Fetches, WithEncoder
+from sglang_pic.server.encoded_life import Fetches
 from sglang_pic.server.encoding import Job as EncodeJob
 from sglang_pic.server.exchange import Exchange, current, noting
 from sglang_pic.server.fetching import Fetching, FromStore, NoStore
@@ -66,6 +66,7 @@ from sglang_pic.server.urgency import urgency
 from sglang_pic.server.waited import NOTHING, Waited
 from sglang_pic.server.waiting import Waiting
 from sglang_pic.server.wanted import Wanted
+from sglang_pic.server.with_encoder import WithEncoder
 
 _funnels: weakref.WeakKeyDictionary[Any, Funnel] = weakref.WeakKeyDictionary()
 
