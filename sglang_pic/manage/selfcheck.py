@@ -48,7 +48,7 @@ def selfcheck(scheduler: Any, req: Any, *, at: int, seam: int) -> dict[str, Any]
             raise PicRefused(404, "no state for this seam", "seam")
         checks["first_layer_state"] = first_layer_check(
             core,
-            _states(forest, forest.carried, req, whole[: at + first + 1]).end,
+            _states(forest, forest.carried, req, whole[: at + first]).end,
             _states(forest, forest.carried, req, whole).end,
             inputs=runner.dtype,
             rope=runner.attn_backend.linear_rope,

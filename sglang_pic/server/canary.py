@@ -104,7 +104,7 @@ class Canary:
             raise UntestedError("it does not fit into the model's context")
         segments, lead, tails = _tokens(model.vocabulary, length)
         one, other = segments[:2]
-        compiled = [*segments, one + other, one + other[: head + 1]]
+        compiled = [*segments, one + other, one + other[:head]]
         # Behind these the opening, each tail, and the last tail two ways more.
         prompts = len(compiled) + 2 + 2 * TAILS + 2
         logger.info("sglang_pic: the next %d prompts to prefill are the canary's", prompts)
