@@ -76,4 +76,4 @@ def test_engine_links_and_obeys_nobody(tiny_path: pathlib.Path, tmp_path: pathli
     )  # fmt: skip
     assert "REPORTS" in out.stdout, out.stderr[-3000:]
     assert out.stdout.count('"reason": "hit"') == 4
-    assert out.stdout.count('"tokens_reused": 150') == 2
+    assert out.stdout.count('"tokens_reused": 152') == 2

@@ -186,8 +186,8 @@ def test_what_is_on_its_way_is_not_copied() -> None:
     req = driver.link([*opening, *other, *_tokens(4, 5)], [(50, 110)], mode="relocate")
     assert driver.start(req)
     report = req.customized_info["pic"][0]
-    # The document's last token is computed, and the sixteen behind the boundary.
-    assert (report["reason"], req.prefix_len) == (None, 50 + 60 - 16 - 1)
+    # The sixteen behind the boundary are computed.
+    assert (report["reason"], req.prefix_len) == (None, 50 + 60 - 16)
     driver.check()
     driver.finish(req)
     driver.check()
