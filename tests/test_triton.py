@@ -243,7 +243,7 @@ def test_the_future_of_a_seam_stays_unseen() -> None:
 
 
 def test_the_sharing_degree_chooses() -> None:
-    batch = Batch(Layer(), [[0, 1], [1, 0], [2]], seam=2, page=1, seed=5)
+    batch = Batch(Layer(), [[0, 1], [1, 0], [2]], seam=4, page=1, seed=5)
     counts = computed(batch)
     shape = Shape(tile=4, kv_heads=2, programs=8)
     rows, _, _ = batch.rows([n - 1 for n in counts], [1] * 3)
