@@ -70,7 +70,7 @@ def runs_of(plan: LinkPlan, prefix: int, extend: int) -> list[Run]:
     stand between them and behind what was computed before."""
     done = prefix - plan.reused
     before: dict[int, list[Core]] = {done: []}
-    # In position order, in which an earlier turn's stand behind the others.
+    # In position order: a plan has those of earlier turns last.
     for span in sorted(plan.spans, key=lambda span: span.end):
         # Tokens generated since the plan was made follow all cores.
         if span.state is not None and done <= span.first_seer < done + extend:
