@@ -361,6 +361,8 @@ def main() -> None:
     )
     add_speed_flags(parser, SEAM)
     args = parser.parse_args()
+    if any(rate <= 0 for rate in args.rates or ()):
+        parser.error("--rates must be above 0")
     names = (args.workload,) if args.workload else NAMES
     with bench("hybrid" if args.hybrid else "smollm2") as pair:
         outcome = run(

@@ -125,6 +125,9 @@ def methods_of(
 
     Args:
         labels: of those that are wanted, today's default beside them; all if ``None``.
+
+    Raises:
+        ValueError: one that is wanted is none of them.
     """
     hybrid = linear_layers(AutoConfig.from_pretrained(model)) > 0
 
@@ -133,12 +136,13 @@ def methods_of(
             return True
         return method.compiled in GROUPS and not method.pic["company_seam"]
 
-    def wanted(method: Method) -> bool:
-        if labels is not None:
-            return method.label in (TODAY, *labels)
-        return method.quick or not quick
-
-    return [method for method in METHODS if wanted(method) and serves(method)]
+    served = [method for method in METHODS if serves(method)]
+    if labels is None:
+        return [method for method in served if method.quick or not quick]
+    unknown = set(labels) - {method.label for method in served}
+    if unknown:
+        raise ValueError(f"not of this model: {', '.join(sorted(unknown))}")
+    return [method for method in served if method.label in (TODAY, *labels)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +225,7 @@ def compile_groups(
     texts = {tuple(asked.ids[one["start"] : one["end"]]) for one in asked.segments}
     segments = [list(text) for text in sorted(texts)]
     if compiled == ALONE:
-        server.post("/pic/compile", {"input_ids": segments, "cache_salt": salt}).raise_for_status()
+        _compiled(server, {"input_ids": segments, "cache_salt": salt})
         return
     size = GROUPS.get(compiled, 1)
     rng.shuffle(segments)
@@ -231,11 +235,17 @@ def compile_groups(
     opening = asked.ids[: asked.segments[0]["start"]]
     for group in groups:
         body = {"input_ids": group, "cache_salt": salt, "company": True, "opening": opening}
-        answer = server.post("/pic/compile", body)
-        answer.raise_for_status()
-        made = [len(one["segments"]) for one in answer.json()["companies"]]
+        made = [len(one["segments"]) for one in _compiled(server, body)["companies"]]
         if made != [len(group)]:
             raise RuntimeError(f"of {len(group)} segments companies of {made} were made")
+
+
+def _compiled(server: Server, body: dict[str, Any]) -> dict[str, Any]:
+    answer = server.post("/pic/compile", body)
+    if not answer.ok:
+        raise RuntimeError(f"{answer.status_code}: {answer.text[:500]}")
+    found: dict[str, Any] = answer.json()
+    return found
 
 
 def score(

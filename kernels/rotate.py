@@ -58,7 +58,7 @@ def rotate(
     last = first + 2 * half
     turned = x[..., first:last].float()
     # Written where it belongs: of a long prompt's keys every pass over memory counts.
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = x.new_empty(x.shape)
     out[..., :first], out[..., last:] = x[..., :first], x[..., last:]
     direct = x.dtype == torch.float32
     there = out[..., first:last] if direct else torch.empty_like(turned)

@@ -142,6 +142,10 @@ def test_the_front_of_a_hybrid_is_of_segments_compiled_alone():
     widths = {method.pic["company_seam"] for method in methods if method.compiled in pareto.GROUPS}
     assert widths == {0}
     assert pareto.TODAY in {method.label for method in methods}
+    some = pareto.methods_of(text_hybrid_path(), False, ["all, nothing"])
+    assert [method.label for method in some] == [pareto.TODAY, "all, nothing"]
+    with pytest.raises(ValueError, match="guests, seam 16"):
+        pareto.methods_of(text_hybrid_path(), False, ["guests, seam 16"])
 
 
 def test_a_model_without_chat_is_asked_in_plain_text():

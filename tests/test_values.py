@@ -67,6 +67,13 @@ def example() -> SavedSegment:
     return saved_of(list(range(7)), {"k.0": torch.rand(7, 1, 2), "v.0": torch.rand(7, 1, 2)})
 
 
+def test_servers_of_two_formats_name_their_values_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = Codec(MARKS).name("space", range(7), (4,))
+    assert Codec(MARKS).name("space", range(7), (4,)) == named
+    monkeypatch.setattr(values, "FORMAT", values.FORMAT + 1)
+    assert Codec(MARKS).name("space", range(7), (4,)) != named
+
+
 def reason_of(codec: Codec, value: Any, name: str, **where: Any) -> str:
     with pytest.raises(BadValue) as refused:
         codec.decode(value, name, **{"salt": "space", "path": range(7), **where})
