@@ -42,7 +42,7 @@ from sglang_pic.manage.store import Store
 from sglang_pic.request import commands
 from sglang_pic.request.base import LinkRequest, TokenSpan
 from sglang_pic.request.commands import UNWRITTEN, WRITING, WRITTEN
-from sglang_pic.request.hints import MISSING
+from sglang_pic.request.hints import MISSING, NO_LONGER
 from sglang_pic.server import encoded_life, stored
 from sglang_pic.server.encoding import Job
 from sglang_pic.server.fetching import FromStore
@@ -684,6 +684,9 @@ def lived(
     missing: list[list[int]],
     kept: list[bool],
     refused: PicRefused | None = None,
+    *,
+    most_waiting: int = 64,
+    limit_s: float = 300.0,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What a prompt of three documents, which begin with 1, 2 and 3, waited for, and the
     leases that were sent for it.
@@ -692,6 +695,8 @@ def lived(
         missing: what the scheduler lacks, one time after another.
         kept: whether there is room, one time after another.
         refused: what the scheduler says instead.
+        most_waiting: documents of one tenant.
+        limit_s: seconds that the prompt waits.
     """
     shape = DecoderShape(8, 2, 1, 1, 8, 64, "f")
     EncoderConfig(shape, (0,), intermediate_size=8).save(path)
@@ -711,8 +716,9 @@ def lived(
         yield {"meta_info": {"finish_reason": reason, "cached_tokens": 0}}
 
     async def run() -> dict[str, Any]:
-        queue: FairQueue[Job] = FairQueue(64, 64, 64)
-        config = PicConfig(encoder=str(path))
+        queue: FairQueue[Job] = FairQueue(64, 64, most_waiting)
+        times = {"compile_timeout_s": limit_s, "compile_limit_s": limit_s}
+        config = PicConfig(encoder=str(path), **times)
         waiting: Any = Nobody()
         guards: Any = types.SimpleNamespace(generate=None, flush=None)
         front = WithEncoder(manager, config, waiting, lambda _: 0, queue, send, fetching, guards)
@@ -777,3 +783,10 @@ def test_what_the_scheduler_refuses_ends_the_prompt(
     refused = PicRefused(status, "ranks differ", "pic.mode")
     with pytest.raises(error, match="ranks differ"):
         lived(tmp_path, FromBoth(), [[0]], [], refused)
+
+
+@pytest.mark.parametrize("why", [{"most_waiting": 0}, {"limit_s": 1e-9}])
+def test_a_prompt_does_not_wait_for_ever(why: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    """Not where too many documents of its tenant wait, and not beyond its limit."""
+    with pytest.raises(AssertionError, match=NO_LONGER):
+        lived(tmp_path, FromBoth(), [[0]], [False], **why)
